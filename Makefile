@@ -1,0 +1,52 @@
+# Needs nothing but Python 3.11 or newer and make: everything else goes into $(VENV).
+#
+#   make demo      train the embedded model with STAR's maps and write a report (about six minutes on two CPU cores)
+#   make test      run the tests
+#   make lint      style, formatting and types
+#   make pretrain  train the embedded model's starting weights from nothing (an hour or two of CPU)
+#   make clean     remove the environment and all caches; runs stay
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= star-nft-shapes
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+LOCKED := $(VENV)/.locked
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint pretrain install clean
+.DEFAULT_GOAL := install
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "rlt2i needs Python 3.11 or newer; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(LOCKED): requirements.lock | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+$(INSTALLED): pyproject.toml $(LOCKED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/rlt2i train $(DEMO) --report
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+pretrain: $(INSTALLED)
+	$(BIN)/rlt2i pretrain shapes --out rlt2i/tasks/shapes/pipeline
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,89 @@
+"""An algorithm is five parts that fit."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+
+from rlt2i.captures import ATTENTION_AUTO
+from rlt2i.interfaces import CreditAssigner, Objective, Policy, PolicySpec, Reward, Sampler
+
+
+@attrs.frozen(kw_only=True)
+class Algorithm:
+    """Policy, sampler, reward, credit and objective, checked against each other before any weight is loaded.
+
+    Raises:
+        ValueError: when the parts do not fit, saying what to change.
+    """
+
+    policy: Policy | PolicySpec
+    sampler: Sampler
+    reward: Reward
+    credit: CreditAssigner
+    objective: Objective
+
+    def __attrs_post_init__(self) -> None:
+        self._check_captures()
+        self._check_reward()
+        self._check_objective()
+
+    def load(self, device: torch.device | str = "cpu") -> Algorithm:
+        """The same algorithm with its weights read."""
+        return attrs.evolve(self, policy=self.policy.load(device)) if isinstance(self.policy, PolicySpec) else self
+
+    @property
+    def captures(self) -> frozenset[str]:
+        """What rollouts must record."""
+        return frozenset(n for n in self.credit.needs if not n.startswith("reward/") and n != "groups")
+
+    @property
+    def reward_wants(self) -> frozenset[str]:
+        """What the reward must return besides scores."""
+        return frozenset(n.removeprefix("reward/") for n in self.credit.needs if n.startswith("reward/"))
+
+    def _check_captures(self) -> None:
+        offered = self.policy.offers | self.sampler.offers
+        missing = sorted(self.captures - offered - {ATTENTION_AUTO})
+        if missing:
+            sample = ", ".join(sorted(offered)[:8])
+            raise ValueError(
+                f"{type(self.credit).__name__} needs the captures {missing}, which neither {type(self.policy).__name__} nor "
+                f"{type(self.sampler).__name__} offers. They offer {sample}, ... Change the credit's blocks or direction, or "
+                "the policy."
+            )
+
+        if ATTENTION_AUTO in self.captures and "maps" not in self.reward.offers:
+            raise ValueError(
+                f"blocks='auto' compares attention with the regions that the reward judged, and {type(self.reward).__name__} "
+                "knows none. Name the blocks ('middle' is the choice for large models)."
+            )
+
+    def _check_reward(self) -> None:
+        missing = sorted(self.reward_wants - self.reward.offers)
+        if missing:
+            raise ValueError(
+                f"{type(self.credit).__name__} needs {missing} from the reward, but {type(self.reward).__name__} offers "
+                f"{sorted(self.reward.offers) or 'only scores'}. Use a reward that localises what it judges, or a credit "
+                "that does not ask for it."
+            )
+
+    def _check_objective(self) -> None:
+        if "log_probs" in self.objective.requires and not self.sampler.stochastic_steps(0):
+            raise ValueError(
+                f"{type(self.objective).__name__} needs log-probabilities, but {type(self.sampler).__name__} is deterministic. "
+                "Use a stochastic sampler such as SDE(...), or a forward-process objective such as DiffusionNFT()."
+            )
+
+    def check_group_size(self, group_size: int) -> None:
+        """Refuse groups that cannot be compared.
+
+        Raises:
+            ValueError: when the parts compare rollouts of one prompt and there is only one.
+        """
+        comparing = "groups" in self.credit.needs or "groups" in self.objective.requires or self.reward.scope == "group"
+        if comparing and group_size < 2:
+            raise ValueError(
+                f"group_size={group_size}: {type(self.credit).__name__} compares the rollouts of one prompt, and a group of "
+                "one has no spread: every advantage would be 0. Use group_size >= 2 (8 to 24 work well)."
+            )

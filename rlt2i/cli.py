@@ -1,0 +1,297 @@
+"""The command line. Everything heavy is imported by the command that needs it, so `rlt2i --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlt2i import __version__
+
+if TYPE_CHECKING:
+    from rlt2i.recipes import Recipe
+
+DEBUG = "RLT2I_DEBUG"
+EXTRAS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "timm": "dino",
+    "rapidocr": "ocr",
+    "onnxruntime": "ocr",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "httpx": "serve",
+}
+_SAYS_ENOUGH = ("CheckpointError", "RunDirectoryError", "RunStopped", "UpdateRefused")
+"""Errors whose message is written for the user; by name, because importing them costs seconds."""
+_WEIGHTS = ("best", "online", "ema", "base")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. 0 when it did what was asked, 2 when the user can mend it, with one message and no traceback."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that a recipe can name `my_module:MyPart`, as `python -m` can
+    options = parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int | None] = options.command
+    if os.environ.get(DEBUG):
+        return command(options) or 0
+    try:
+        return command(options) or 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        message = _user_message(error)
+        if message is None:
+            raise
+        print(f"rlt2i: {message}", file=sys.stderr)
+        return 2
+
+
+def _user_message(error: Exception) -> str | None:
+    """What to tell the user; None for an error that is ours and deserves its traceback."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "rlt2i").partition(".")[0]
+        wanted = f"'rlt2i[{EXTRAS[package]}]'" if package in EXTRAS else package
+        return None if package == "rlt2i" else f"{error}. Install it with: pip install {wanted}"
+    if isinstance(error, ValueError | FileNotFoundError) or type(error).__name__ in _SAYS_ENOUGH:
+        return f"{error}\n({DEBUG}=1 shows where this came from.)"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- parser
+
+
+def parser() -> argparse.ArgumentParser:
+    """The grammar of the command line."""
+    root = argparse.ArgumentParser(prog="rlt2i", description="RL post-training of text-to-image flow models.")
+    root.add_argument("--version", action="version", version=f"rlt2i {__version__}")
+    commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int | None], about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        sub.set_defaults(command=command)
+        return sub
+
+    add("list", _list, "show the recipes and what evidence there is for each")
+
+    train = add("train", _train, "train a recipe")
+    train.add_argument(
+        "recipe",
+        nargs="?",
+        help="name, YAML file, run directory, or module:function; not needed with --run and --resume",
+    )
+    _add_set(train)
+    train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default runs/<recipe>-<hash>-s<seed>)")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="latest|PATH",
+        help="go on from a checkpoint; by default the newest",
+    )
+    train.add_argument("--dry-run", action="store_true", help="print batches, sizes and memory; train nothing")
+    train.add_argument("--processes", type=int, default=1, help="with --dry-run: on how many devices (default 1)")
+    train.add_argument("--report", action="store_true", help="write the HTML report at the end")
+
+    sample = add("sample", _sample, "draw images with a trained policy")
+    _add_run(sample)
+    sample.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    sample.add_argument("--count", type=int, default=4, help="images per prompt (default 4)")
+    _add_drawing(sample, "sample.png")
+
+    evaluate = add("eval", _eval, "score a policy on the held-out prompts of its task, beside the base")
+    _add_run(evaluate)
+    evaluate.add_argument("--prompts", type=int, help="how many (default: as in the recipe)")
+    evaluate.add_argument("--steps", type=int, help="denoising steps (default: as in the recipe)")
+    evaluate.add_argument("--out", type=Path, help="also write the numbers as JSON")
+
+    maps = add("maps", _maps, "draw the allocation map of every denoising step over the image")
+    _add_run(maps)
+    maps.add_argument("--prompt", required=True)
+    _add_drawing(maps, "maps.png")
+
+    report = add("report", _report, "write the report of a run, one self-contained HTML page")
+    report.add_argument("run", type=Path, help="run directory")
+    report.add_argument("--out", type=Path, help="file to write (default RUN/report.html)")
+
+    compare = add("compare", _compare, "compare arms of several seeds at equal numbers of updates")
+    compare.add_argument(
+        "arms", nargs="+", metavar="ARM=RUN[,RUN...]", help="for example star=runs/a,runs/b uniform=runs/c"
+    )
+    compare.add_argument(
+        "--baseline", default="uniform", help="arm that the others are compared with (default uniform)"
+    )
+    compare.add_argument("--metric", default="eval/strict", help="default eval/strict")
+    compare.add_argument("--out", type=Path, default=Path("comparison"), help="folder to write (default comparison)")
+
+    pretrain = add("pretrain", _pretrain, "train the embedded pipeline from nothing")
+    pretrain.add_argument("task", choices=["shapes"])
+    pretrain.add_argument(
+        "rest", nargs=argparse.REMAINDER, help="options of the task; try: rlt2i pretrain shapes --help"
+    )
+    return root
+
+
+def _add_set(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field; may be repeated")
+
+
+def _add_run(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run", help="run directory, or a recipe for its base weights")
+    _add_set(sub)
+    sub.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the newest of the run)")
+    sub.add_argument(
+        "--weights",
+        choices=_WEIGHTS,
+        default="best",
+        help="best is the average where there is one (default best)",
+    )
+
+
+def _add_drawing(sub: argparse.ArgumentParser, out: str) -> None:
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--steps", type=int, help="denoising steps (default: as in the recipe)")
+    sub.add_argument("--out", type=Path, default=Path(out), help=f"picture to write (default {out})")
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+def _list(_: argparse.Namespace) -> None:
+    from rlt2i.recipes import list_recipes
+
+    entries = list_recipes()
+    name, evidence = (max(len(getattr(entry, field)) for entry in entries) for field in ("name", "evidence"))
+    for entry in entries:
+        print(f"{entry.name:<{name}}  {entry.evidence:<{evidence}}  {entry.about}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from rlt2i.recipes import load_recipe
+    from rlt2i.rundirs import new_run_dir, newest_run_dir, run_dir_of
+
+    resume: str | None = options.resume
+    folder: Path | None = options.run
+    if resume not in (None, "latest"):
+        folder = folder or run_dir_of(Path(resume))
+        resume = "latest" if Path(resume) == folder else resume
+    if options.recipe is None and not (resume and folder):
+        raise ValueError("train: name a recipe (see `rlt2i list`), or continue a run: rlt2i train --run DIR --resume.")
+    recipe = load_recipe(options.recipe or str(folder), options.set)
+    if options.dry_run:
+        from rlt2i.dry_run import describe_run
+
+        print(describe_run(recipe, world_size=options.processes))
+        return
+    if folder is None:
+        folder = newest_run_dir(recipe) if resume else new_run_dir(recipe)
+    from rlt2i.trainer import train
+
+    train(recipe, folder, resume=resume if resume in (None, "latest") else Path(resume))
+    if options.report and os.environ.get("RANK", "0") == "0":
+        from rlt2i.report import write_report
+
+        print(f"report: {write_report(folder)}")
+
+
+def _loaded(options: argparse.Namespace) -> tuple[Recipe, Path | None]:
+    """The recipe that a command is about, and the run directory it comes from, if any."""
+    from rlt2i.recipes import load_recipe
+
+    folder = Path(options.run)
+    return load_recipe(options.run, options.set), folder if (folder / "recipe.yaml").is_file() else None
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from rlt2i.inspection import sample
+
+    recipe, folder = _loaded(options)
+    picture = sample(
+        recipe,
+        options.prompt,
+        run_dir=folder,
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+        count=options.count,
+        num_steps=options.steps,
+        seed=options.seed,
+    )
+    _save_picture(picture, options.out)
+
+
+def _maps(options: argparse.Namespace) -> None:
+    from rlt2i.inspection import maps
+
+    recipe, folder = _loaded(options)
+    picture = maps(
+        recipe,
+        options.prompt,
+        run_dir=folder,
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+        num_steps=options.steps,
+        seed=options.seed,
+    )
+    _save_picture(picture, options.out)
+
+
+def _save_picture(picture: object, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)  # type: ignore[attr-defined]
+    print(out)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    import json
+
+    from rlt2i.inspection import evaluate_run
+
+    recipe, folder = _loaded(options)
+    metrics = evaluate_run(
+        recipe,
+        run_dir=folder,
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+        num_prompts=options.prompts,
+        num_steps=options.steps,
+    )
+    for name, value in metrics.items():
+        print(f"{name:<36} {value:.4f}")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from rlt2i.report import write_report
+
+    print(write_report(options.run, options.out))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from rlt2i.report import compare_runs
+
+    arms: dict[str, list[Path]] = {}
+    for word in options.arms:
+        arm, equals, runs = word.partition("=")
+        if not equals or not arm or not runs:
+            raise ValueError(f"compare: {word!r} should read ARM=RUN[,RUN...], for example star=runs/a,runs/b.")
+        arms.setdefault(arm, []).extend(Path(run) for run in runs.split(",") if run)
+    comparison = compare_runs(arms, options.out, baseline=options.baseline, metric=options.metric)
+    print(comparison.sentence)
+    print(f"{comparison.csv}\n{comparison.svg}\n{comparison.text}")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from rlt2i.tasks.shapes.pretrain import main as pretrain_shapes
+
+    pretrain_shapes(options.rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

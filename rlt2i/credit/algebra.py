@@ -1,0 +1,94 @@
+"""Credit is an algebra: one signed advantage, any number of non-negative allocations, any number of masks.
+
+STAR is ``Product(advantage=GroupRelative(), allocations=(TextAttention(),))``. Weights multiply *advantages*, after group
+normalisation: maps differ between rollouts, so weighting rewards before normalising would compare what cannot be compared.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import attrs
+import torch
+from torch import Tensor
+
+from rlt2i.interfaces import CreditAssigner, CreditContext
+from rlt2i.types import Causality, Credit, latest_cause
+
+
+class Advantage(ABC):
+    """Rewards to a signed quantity per rollout, and per step where the rewards resolve steps."""
+
+    needs: frozenset[str] = frozenset({"groups"})
+
+    def scored_steps(self, num_steps: int) -> tuple[int, ...]:
+        """The steps whose clean predictions must be rewarded; none by default."""
+        return ()
+
+    @abstractmethod
+    def advantage(self, context: CreditContext) -> Tensor:
+        """[B, 1|T, 1, 1], 0 for invalid rollouts."""
+
+
+class Allocation(ABC):
+    """Where and when an advantage applies: a weight of mean one over the axes it resolves."""
+
+    causality: Causality = "exogenous"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    @abstractmethod
+    def weight(self, context: CreditContext) -> Tensor:
+        """Broadcastable to [B, T, h, w], non-negative, finite."""
+
+
+class Mask(ABC):
+    """Which steps and places take part at all."""
+
+    @abstractmethod
+    def mask(self, context: CreditContext) -> Tensor:
+        """bool, broadcastable to [B, T, h, w]."""
+
+
+@attrs.frozen(kw_only=True)
+class Product(CreditAssigner):
+    """advantage x allocation x allocation x ..., on the steps that every mask keeps.
+
+    Attributes:
+        advantage: the signed factor.
+        allocations: weights; the order does not matter.
+        masks: all must keep a place for it to count.
+    """
+
+    advantage: Advantage
+    allocations: tuple[Allocation, ...] = ()
+    masks: tuple[Mask, ...] = ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.advantage.needs.union(*(a.needs for a in self.allocations))
+
+    def scored_steps(self, num_steps: int) -> tuple[int, ...]:
+        return self.advantage.scored_steps(num_steps)
+
+    def assign(self, context: CreditContext) -> Credit:
+        with torch.no_grad():
+            advantage = self.advantage.advantage(context)
+            weight = advantage.new_ones(1, 1, 1, 1)
+            for allocation in self.allocations:
+                weight = weight * allocation.weight(context)
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=advantage.device)
+            for part in self.masks:
+                mask = mask & part.mask(context)
+        if len(self.allocations) > 1:  # a product of mean-one weights need not have mean one
+            weight = weight / weight.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
+        grid = torch.broadcast_shapes(advantage.shape[2:], weight.shape[2:], mask.shape[2:])
+        return Credit(
+            advantage=advantage.detach(),
+            weight=weight.detach(),
+            mask=mask,
+            grid=(grid[0], grid[1]),
+            causality=latest_cause([a.causality for a in self.allocations]),
+        )

@@ -1,0 +1,90 @@
+"""Controls: without them, a gain from a map says nothing about the map.
+
+`uniform` is no allocation at all. A shuffled map keeps the statistics of the map but not its meaning; an inverted map
+points away from it; the oracle knows where the judged objects ended up.
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from rlt2i.credit.algebra import Allocation
+from rlt2i.functional.allocation import inverted_map, mean_one
+from rlt2i.interfaces import CreditContext
+from rlt2i.types import Causality
+
+
+@attrs.frozen(kw_only=True)
+class Shuffled(Allocation):
+    """Another allocation's maps, with its locations permuted, one permutation per rollout.
+
+    The multiset of weights, and with it entropy, maximum and effective support, stays exactly the same at every step.
+    """
+
+    allocation: Allocation
+
+    @property
+    def causality(self) -> Causality:  # type: ignore[override]
+        return self.allocation.causality
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.allocation.needs
+
+    def weight(self, context: CreditContext) -> Tensor:
+        weight = self.allocation.weight(context)
+        rollouts, steps, height, width = weight.shape
+        order = torch.stack([torch.randperm(height * width, generator=context.generator) for _ in range(rollouts)])
+        flat = weight.flatten(2)
+        return flat.gather(2, order[:, None].to(flat.device).expand(-1, steps, -1)).view_as(weight)
+
+
+@attrs.frozen(kw_only=True)
+class Inverted(Allocation):
+    """Another allocation turned around: much where it gives little, and the reverse."""
+
+    allocation: Allocation
+
+    @property
+    def causality(self) -> Causality:  # type: ignore[override]
+        return self.allocation.causality
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.allocation.needs
+
+    def weight(self, context: CreditContext) -> Tensor:
+        return inverted_map(self.allocation.weight(context))
+
+
+@attrs.frozen(kw_only=True)
+class Oracle(Allocation):
+    """The regions that the reward judged, from ground truth. Only tasks with known regions offer it.
+
+    It looks at the finished image, so it depends on the outcome: an upper bound for localisation, not an unbiased one.
+
+    Attributes:
+        mix: share of the region map against the uniform map.
+        floor: weight of places outside every region, relative to inside.
+    """
+
+    causality: Causality = attrs.field(default="outcome", init=False)
+
+    mix: float = attrs.field(default=0.5, validator=[validators.ge(0.0), validators.le(1.0)])
+    floor: float = attrs.field(default=0.02, validator=[validators.gt(0.0), validators.le(1.0)])
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"reward/maps"})
+
+    def weight(self, context: CreditContext) -> Tensor:
+        maps = context.rewards.maps
+        assert maps is not None, "Algorithm checks that the reward offers maps"
+        region = interpolate(maps[:, None].float(), size=context.token_grid, mode="area")
+        # An image without any judged object has no region: its weight is uniform, not zero.
+        region = torch.where(region.amax(dim=(2, 3), keepdim=True) > 0, region, torch.ones_like(region))
+        return (1 - self.mix) + self.mix * mean_one(region + self.floor, dims=(2, 3))

@@ -1,0 +1,64 @@
+"""Everything about a run that can be known without its weights: do the parts fit, the batches work out, the memory do?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlt2i.train_config import BatchPlan, derive_batch
+
+if TYPE_CHECKING:
+    from rlt2i.recipes import Recipe
+
+
+def batch_plan(recipe: Recipe, *, world_size: int) -> BatchPlan:
+    """The batch arithmetic of a recipe.
+
+    Raises:
+        ValueError: when whole groups cannot be dealt evenly to the processes.
+    """
+    num_steps = recipe.sampler.num_steps
+    draws: Any = getattr(recipe.objective, "sigmas", None)
+    trained = len(recipe.sampler.stochastic_steps(0)) if draws is None else draws.count
+    return derive_batch(recipe.train, world_size=world_size, num_steps=num_steps, trained_steps=trained or num_steps)
+
+
+def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
+    """What `rlt2i train --dry-run` prints.
+
+    Raises:
+        ValueError: when the parts do not fit, or the batches do not work out.
+    """
+    train = recipe.train
+    recipe.algorithm().check_group_size(train.group_size)
+    missing = sorted(recipe.reward.requires - recipe.task.provides)
+    if missing:
+        raise ValueError(
+            f"{type(recipe.reward).__name__} needs {missing} of every prompt; the task does not provide it."
+        )
+    batch = batch_plan(recipe, world_size=world_size)
+    parts = [f"{recipe.name}  {recipe.hash[:8]}  evidence: {recipe.evidence}", recipe.about, "", batch.table()]
+    size = _size(recipe, batch)
+    return "\n".join([*parts, *(["", size] if size else [])])
+
+
+def _size(recipe: Recipe, batch: BatchPlan) -> str:
+    """Parameters, arithmetic and memory of one process, where the policy is one that can be counted."""
+    from rlt2i.policies.sd3 import SD3
+
+    if not isinstance(recipe.policy, SD3):
+        return ""
+    from rlt2i.plan import make_plan
+
+    train, objective = recipe.train, recipe.objective
+    copies = {"old", "reference"} & objective.requires | ({"reference"} if train.reference else set())
+    made = make_plan(
+        recipe.policy,
+        image_size=train.image_size,
+        num_steps=batch.num_steps,
+        trained_steps=batch.trained_steps,
+        rollouts_per_update=batch.rollouts_per_device,
+        micro_batch=batch.sequences_per_device,
+        rollout_batch=batch.images_per_device,
+        weight_copies=len(copies) + (train.ema_decay is not None),
+    )
+    return f"per process:\n{made.table()}"

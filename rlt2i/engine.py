@@ -1,0 +1,266 @@
+"""One engine collects for every algorithm: encode once, roll out in chunks, decode, score, assign credit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import attrs
+import torch
+from torch import Tensor
+
+from rlt2i.algorithm import Algorithm
+from rlt2i.functional.transitions import euler
+from rlt2i.interfaces import CreditContext, Policy, RewardBatch, RewardOutput, Sampler, to_uint8
+from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
+from rlt2i.seeds import RolloutNoise, derive_seed, generator
+from rlt2i.types import Conditioning, Experience, Prompts, Rewards, Trajectory
+
+
+@attrs.define
+class Stopwatch:
+    """Seconds by phase; a phase may be entered many times."""
+
+    seconds: dict[str, float] = attrs.field(factory=dict)
+    device: torch.device = torch.device("cpu")
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def rollout_keys(prompts: Prompts, seed: int) -> list[tuple[int, str, int, int]]:
+    """(seed, prompt, draw, index): the identity of each rollout, from which all its randomness follows."""
+    named = zip(prompts.texts, prompts.draws, strict=True)
+    return [(seed, text, draw, index) for text, draw in named for index in range(prompts.group_size)]
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    sampler: Sampler,
+    prompts: Prompts,
+    *,
+    seed: int,
+    image_size: int,
+    images_per_chunk: int,
+    captures: frozenset[str] = frozenset(),
+    share_initial_noise: bool = False,
+    progress: int = 0,
+    device: torch.device | str = "cpu",
+) -> Trajectory:
+    """Trajectories of P x G rollouts; a function of (seed, prompt, draw, index) alone, not of the chunks.
+
+    Args:
+        share_initial_noise: start the rollouts of a group from the same noise.
+        progress: number of the rollout batch, for samplers whose window slides.
+    """
+    device = torch.device(device)
+    conditioning = policy.encode(prompts)
+    keys = rollout_keys(prompts, seed)
+    chunks = []
+    for start in range(0, len(keys), images_per_chunk):
+        rows = range(start, min(start + images_per_chunk, len(keys)))
+        noise = RolloutNoise(
+            [derive_seed("initial", *(keys[i][:3] if share_initial_noise else keys[i])) for i in rows],
+            [derive_seed("steps", *keys[i]) for i in rows],
+            device,
+        )
+        chunks.append(
+            sampler.rollout(
+                policy,
+                conditioning.take(torch.tensor(list(rows), device=device)),
+                noise=noise,
+                captures=captures,
+                image_size=image_size,
+                group_size=1,
+                progress=progress,
+            )
+        )
+    return _concatenate(chunks, conditioning=conditioning, group_size=prompts.group_size)
+
+
+@torch.no_grad()
+def decode(policy: Policy, latents: Tensor, *, images_per_chunk: int) -> Tensor:
+    """[N, C, H, W] latents to [N, 3, H', W'] uint8 RGB.
+
+    Raises:
+        ValueError: when the decoder returns NaN or infinity.
+    """
+    return torch.cat([to_uint8(policy.decode(chunk)) for chunk in latents.split(images_per_chunk)])
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Collected:
+    """A rollout batch: what the learner learns from, and what the log wants to see."""
+
+    experience: Experience
+    prompts: Prompts
+    images: Tensor
+    scores: RewardOutput
+
+
+@attrs.frozen(kw_only=True)
+class Engine:
+    """Collects experience.
+
+    Attributes:
+        algorithm: with its policy loaded.
+        image_size: pixels a side.
+        images_per_chunk: rollouts per forward pass; changes speed and memory, nothing else.
+        seed: of the run.
+        share_initial_noise: whether a group starts from the same noise, so that its rollouts differ by what was done
+            rather than by where they began.
+        device: where rollouts run.
+        gather, rank: for batch-wide statistics over several processes.
+    """
+
+    algorithm: Algorithm
+    image_size: int
+    images_per_chunk: int
+    seed: int
+    share_initial_noise: bool = False
+    device: torch.device = attrs.field(default=torch.device("cpu"), converter=torch.device)
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    rank: int = 0
+
+    @property
+    def policy(self) -> Policy:
+        assert isinstance(self.algorithm.policy, Policy), "load the algorithm first"
+        return self.algorithm.policy
+
+    def collect(self, prompts: Prompts, *, progress: int, watch: Stopwatch | None = None) -> Collected:
+        """Roll out, score and assign credit for P prompts x G rollouts.
+
+        Args:
+            prompts: whole groups.
+            progress: number of this rollout batch; windows may slide with it.
+
+        Raises:
+            ValueError: when latents or images are not finite.
+        """
+        watch = watch or Stopwatch(device=self.device)
+        with torch.no_grad():
+            with watch("rollout"):
+                trajectory = rollout(
+                    self.policy,
+                    self.algorithm.sampler,
+                    prompts,
+                    seed=self.seed,
+                    image_size=self.image_size,
+                    images_per_chunk=self.images_per_chunk,
+                    captures=self.algorithm.captures,
+                    share_initial_noise=self.share_initial_noise,
+                    progress=progress,
+                    device=self.device,
+                )
+            with watch("decode"):
+                images = self.images(trajectory.clean_latents)
+            with watch("reward"):
+                scores = self.score(images, prompts, want=self.algorithm.reward_wants)
+                rewards = self._rewards(trajectory, prompts, scores)
+            with watch("credit"):
+                credit = self.algorithm.credit.assign(self._context(prompts, trajectory, rewards, images, progress))
+        keys = torch.tensor([derive_seed(*key) for key in rollout_keys(prompts, self.seed)], device=self.device)
+        groups = torch.tensor(prompts.per_rollout(prompts.draws), device=self.device)
+        experience = Experience(
+            trajectory=trajectory,
+            rewards=rewards,
+            credit=credit,
+            token_grid=self.policy.token_grid(self.image_size),
+            keys=keys,
+            groups=groups,
+        )
+        return Collected(experience=experience, prompts=prompts, images=images, scores=scores)
+
+    def images(self, latents: Tensor) -> Tensor:
+        """[N, C, H, W] latents to [N, 3, H', W'] uint8 RGB."""
+        return decode(self.policy, latents, images_per_chunk=self.images_per_chunk)
+
+    def score(self, images: Tensor, prompts: Prompts, want: frozenset[str] = frozenset()) -> RewardOutput:
+        """Score the finished images of whole groups."""
+        batch = RewardBatch(
+            images=images,
+            prompts=prompts.per_rollout(prompts.texts),
+            metadata=prompts.per_rollout(prompts.metadata),
+            groups=torch.arange(len(prompts.texts)).repeat_interleave(prompts.group_size),
+            ids=["/".join(map(str, key)) for key in rollout_keys(prompts, self.seed)],
+        )
+        return self.algorithm.reward.score(batch, want)
+
+    def _rewards(self, trajectory: Trajectory, prompts: Prompts, final: RewardOutput) -> Rewards:
+        """The final scores, and those of the clean predictions that the credit asked for."""
+        steps = self.algorithm.credit.scored_steps(trajectory.num_steps)
+        columns, valid = [], final.valid.to(self.device)
+        for step in steps:
+            predicted = self.score(self.images(trajectory.captures[CLEAN_PREDICTIONS][:, step]), prompts)
+            columns.append(predicted.scores.to(self.device))
+            valid = valid & predicted.valid.to(self.device)
+        columns.append(final.scores.to(self.device))
+        return Rewards(
+            values=torch.stack([c.float() for c in columns], dim=1),
+            valid=valid,
+            terms={name: term.to(self.device) for name, term in final.components.items()},
+            scored_steps=(*steps, trajectory.num_steps),
+            maps=None if final.maps is None else final.maps.to(self.device),
+            regions=None if final.regions is None else tuple(tuple(r) for r in final.regions),
+        )
+
+    def _context(
+        self, prompts: Prompts, trajectory: Trajectory, rewards: Rewards, images: Tensor, progress: int
+    ) -> CreditContext:
+        texts, metadata = prompts.per_rollout(prompts.texts), prompts.per_rollout(prompts.metadata)
+
+        def score(latents: Tensor, rollouts: Tensor) -> RewardOutput:
+            rows = rollouts.tolist()
+            batch = RewardBatch(
+                images=self.images(latents), prompts=[texts[i] for i in rows], metadata=[metadata[i] for i in rows]
+            )
+            return self.algorithm.reward.score(batch)
+
+        def complete(latents: Tensor, step: int, rollouts: Tensor) -> Tensor:
+            for i in range(step, trajectory.num_steps):
+                sigma, sigma_next = trajectory.sigmas[i].expand(len(latents)), trajectory.sigmas[i + 1].expand(len(latents))
+                velocity = self.policy.velocity(latents, sigma, trajectory.conditioning.take(rollouts))
+                latents = euler(latents, velocity, sigma, sigma_next).mean
+            return latents
+
+        return CreditContext(
+            prompts=prompts,
+            trajectory=trajectory,
+            rewards=rewards,
+            token_grid=self.policy.token_grid(self.image_size),
+            images=images,
+            progress=progress,
+            generator=generator(self.seed, "credit", progress, self.rank),
+            score=score,
+            complete=complete,
+            gather=self.gather,
+            rank=self.rank,
+        )
+
+
+def _concatenate(chunks: list[Trajectory], *, conditioning: Conditioning, group_size: int) -> Trajectory:
+    """One trajectory from chunks that differ only in their rows."""
+    first = chunks[0]
+    return attrs.evolve(
+        first,
+        latents=torch.cat([c.latents for c in chunks]),
+        log_probs=torch.cat([c.log_probs for c in chunks]) if bool(first.stochastic.any()) else _no_log_probs(chunks),
+        captures={name: torch.cat([c.captures[name] for c in chunks]) for name in first.captures},
+        conditioning=conditioning,
+        group_size=group_size,
+    )
+
+
+def _no_log_probs(chunks: list[Trajectory]) -> Tensor:
+    """A broadcast zero: deterministic rollouts need no memory for log-probabilities."""
+    rows = sum(c.num_rollouts for c in chunks)
+    return chunks[0].log_probs.new_zeros(()).expand(rows, *chunks[0].log_probs.shape[1:])

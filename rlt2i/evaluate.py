@@ -1,0 +1,112 @@
+"""Judging a policy on held-out prompts: the ODE, fixed noise, the same prompts every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from rlt2i.engine import decode, rollout
+from rlt2i.interfaces import Policy, Reward, RewardBatch
+from rlt2i.samplers.ode import ODE
+from rlt2i.seeds import derive_seed
+from rlt2i.evaluation import Interval, clustered_mean, paired_difference
+from rlt2i.tasks.base import TaskPrompt, as_prompts
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Evaluation:
+    """One image per held-out prompt, with its scores.
+
+    Attributes:
+        prompts: N prompts.
+        images: [N, 3, H, W] uint8.
+        scores, valid: [N]; what the reward said.
+        components: name -> [N].
+    """
+
+    prompts: Sequence[TaskPrompt]
+    images: Tensor
+    scores: Tensor
+    valid: Tensor
+    components: Mapping[str, Tensor]
+
+    @property
+    def headline(self) -> str:
+        """The component that decides success: "strict" where there is one, else the reward itself."""
+        return "strict" if "strict" in self.components else "reward"
+
+    def values(self, name: str) -> Tensor:
+        """[N] of a component, or of the reward."""
+        return self.scores if name == "reward" else self.components[name]
+
+    def metrics(self, base: Evaluation | None = None) -> dict[str, float]:
+        """Means for the log, with intervals for the headline and, given the base, its paired gain."""
+        kept = self.valid
+        clusters = [p.text for p, ok in zip(self.prompts, kept.tolist(), strict=True) if ok]
+        found = {"eval/reward": float(self.scores[kept].mean())}
+        found |= {f"eval/{name}": float(values[kept].nanmean()) for name, values in self.components.items()}
+        name = self.headline
+        found |= _interval(f"eval/{name}", clustered_mean(self.values(name)[kept], clusters, seed=0))
+        for category in dict.fromkeys(p.category for p in self.prompts):
+            rows = torch.tensor([p.category == category for p in self.prompts]) & kept
+            found[f"eval/category/{category}"] = float(self.values(name)[rows].mean())
+        if base is not None:
+            both = kept & base.valid
+            clusters = [p.text for p, ok in zip(self.prompts, both.tolist(), strict=True) if ok]
+            gain = paired_difference(self.values(name)[both], base.values(name)[both], clusters, seed=0)
+            found |= {f"eval/{name}_gain": gain.mean} | _interval(f"eval/{name}_gain", gain)
+        return found
+
+
+def _interval(name: str, interval: Interval) -> dict[str, float]:
+    return {f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def evaluate(
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[TaskPrompt],
+    *,
+    num_steps: int,
+    seed: int,
+    image_size: int,
+    images_per_chunk: int,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Evaluation:
+    """Sample every prompt once and score it.
+
+    The noise of an image is a function of (seed, prompt, position), so evaluations of different weights are paired.
+    Processes share the work; all of them get the whole result.
+    """
+    count = -(-len(prompts) // world_size)
+    mine = [(rank * count + i) % len(prompts) for i in range(count)]
+    batch = as_prompts([prompts[i] for i in mine], group_size=1)
+    batch = attrs.evolve(batch, draws=tuple(mine))
+    trajectory = rollout(
+        policy,
+        ODE(num_steps=num_steps),
+        batch,
+        seed=derive_seed("evaluation", seed),
+        image_size=image_size,
+        images_per_chunk=images_per_chunk,
+        device=device,
+    )
+    images = decode(policy, trajectory.clean_latents, images_per_chunk=images_per_chunk)
+    output = reward.score(RewardBatch(images=images, prompts=batch.texts, metadata=batch.metadata))
+
+    def whole(tensor: Tensor) -> Tensor:
+        return gather(tensor.to(device))[: len(prompts)].cpu()
+
+    return Evaluation(
+        prompts=prompts,
+        images=whole(images),
+        scores=whole(output.scores),
+        valid=whole(output.valid),
+        components={name: whole(values) for name, values in output.components.items()},
+    )

@@ -1,0 +1,146 @@
+"""Means of scores with honest intervals: the images of one prompt are not independent of each other.
+
+Prompts, not images, are resampled: with m images per prompt and an intra-prompt correlation r, an interval
+over images would be too narrow by a factor of sqrt(1 + (m - 1) r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from rlt2i.seeds import generator
+
+_CHUNK = 1 << 22
+
+
+@attrs.frozen(kw_only=True)
+class Interval:
+    """A mean and a bootstrap interval around it.
+
+    Attributes:
+        mean: of the values, in their unit.
+        low, high: the percentile interval; nan for a single cluster, which says nothing about others.
+        std_error: standard deviation of the resampled means; nan for a single cluster.
+        clusters, values: how many there were.
+    """
+
+    mean: float
+    low: float
+    high: float
+    std_error: float
+    clusters: int
+    values: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def clustered_mean(
+    values: Tensor,
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Interval:
+    """Mean with a cluster-bootstrap percentile interval.
+
+    C clusters are drawn with replacement out of C, `resamples` times; each draw's mean is the sum of its
+    values over their number, so larger clusters weigh more, as they do in the mean itself. The bounds are the
+    (1 - confidence) / 2 quantiles from both ends, interpolated linearly.
+
+    Args:
+        values: [N] finite; drop invalid scores first.
+        clusters: N prompts (texts or numbers); equal ones belong together.
+        seed: the draw is a function of it, of the number of clusters and of `resamples`.
+        confidence: in (0, 1).
+        resamples: number of draws.
+
+    Raises:
+        ValueError: on no values, values that are not finite, or lengths that differ.
+    """
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(f"confidence={confidence}, resamples={resamples}: use 0 < confidence < 1, resamples >= 1.")
+    values = _checked(values, clusters)
+    names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
+    member = torch.tensor([names[name] for name in clusters])
+    sums = torch.zeros(len(names), dtype=torch.float64).index_add(0, member, values)
+    counts = torch.zeros(len(names), dtype=torch.float64).index_add(0, member, torch.ones_like(values))
+    low = high = std_error = float("nan")
+    if len(names) > 1:
+        random = generator("bootstrap", seed)
+        means = []
+        for start in range(0, resamples, rows := max(1, _CHUNK // len(names))):
+            shape = (min(rows, resamples - start), len(names))
+            drawn = torch.randint(len(names), shape, generator=random)
+            means.append(sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1))
+        resampled = torch.cat(means)
+        tail = (1 - confidence) / 2
+        bounds = torch.quantile(resampled, torch.tensor([tail, 1 - tail], dtype=torch.float64))
+        low, high, std_error = bounds[0].item(), bounds[1].item(), resampled.std(correction=0).item()
+    return Interval(
+        mean=values.mean().item(),
+        low=low,
+        high=high,
+        std_error=std_error,
+        clusters=len(names),
+        values=len(values),
+    )
+
+
+def paired_difference(
+    after: Tensor,
+    before: Tensor,
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Interval:
+    """Mean of `after - before` over the same prompts and noise, with a cluster-bootstrap interval.
+
+    Much narrower than the difference of two separate intervals, because what a prompt adds to both cancels.
+
+    Args:
+        after, before: [N] finite; element i of both is the same prompt and seed under two sets of weights.
+        clusters, seed, confidence, resamples: see `clustered_mean`.
+
+    Raises:
+        ValueError: as `clustered_mean`, or if the two are not of one length.
+    """
+    if after.shape != before.shape:
+        raise ValueError(
+            f"paired_difference: {list(after.shape)} values after, {list(before.shape)} before. Pair the "
+            "same prompts and seeds, and drop an image from both when either is invalid."
+        )
+    difference = after.double() - before.double()
+    return clustered_mean(difference, clusters, seed=seed, confidence=confidence, resamples=resamples)
+
+
+def category_means(values: Tensor, categories: Sequence[Hashable]) -> dict[Hashable, float]:
+    """Mean per category, in order of first appearance. GenEval's overall score is the mean of these means.
+
+    Raises:
+        ValueError: on no values, values that are not finite, or lengths that differ.
+    """
+    values = _checked(values, categories)
+    rows: dict[Hashable, list[int]] = {}
+    for index, name in enumerate(categories):
+        rows.setdefault(name, []).append(index)
+    return {name: values[torch.tensor(members)].mean().item() for name, members in rows.items()}
+
+
+def _checked(values: Tensor, labels: Sequence[Hashable]) -> Tensor:
+    """[N] float64 on the CPU."""
+    if values.ndim != 1 or len(values) != len(labels):
+        raise ValueError(f"values of shape {list(values.shape)} with {len(labels)} labels: give one label per value.")
+    if not len(values):
+        raise ValueError("0 values: there is nothing to average. Was every reward invalid?")
+    values = values.detach().double().cpu()
+    if bad := int((~torch.isfinite(values)).sum()):
+        raise ValueError(f"{bad} of {len(values)} values are NaN or infinite. Drop invalid scores before averaging.")
+    return values

@@ -1,0 +1,215 @@
+"""Epsilon- and v-prediction models as flow policies, by an exact change of variables; and DDIM with log-probs
+in their own coordinates.
+
+A variance-preserving state x_vp = alpha x0 + s eps with alpha^2 = alpha_bar and s^2 = 1 - alpha_bar is a flow
+state times a number:
+
+    k = alpha + s,   x = x_vp / k,   sigma = s / k,   1 - sigma = alpha / k   =>   x = (1 - sigma) x0 + sigma
+    eps
+
+The density of a step changes by the constant k^D, which cancels in every ratio.
+"""
+
+import torch
+from torch import Tensor
+
+from .numerics import Scalar, check_same_shape, full_precision, per_sample
+from .transitions import Transition
+
+
+def scaled_linear_alpha_bars(
+    *, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> Tensor:
+    """Cumulative products alpha_bar_t of Stable Diffusion's "scaled linear" betas, as diffusers computes
+    them.
+
+        beta = linspace(sqrt(beta_start), sqrt(beta_end), M)^2,   alpha_bar = cumprod(1 - beta)
+
+    Args:
+        num_train_timesteps: M.
+        beta_start: first beta.
+        beta_end: last beta.
+
+    Returns:
+        [M] float32, decreasing.
+    """
+    roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32)
+    return torch.cumprod(1 - roots**2, dim=0)
+
+
+def vp_sigma(alpha_bar: Tensor) -> Tensor:
+    """Flow time of a variance-preserving noise level, sigma = s / (alpha + s).
+
+    Args:
+        alpha_bar: any shape, in [0, 1].
+
+    Returns:
+        The same shape: 0 at alpha_bar 1, 1 at alpha_bar 0.
+    """
+    alpha_bar = full_precision(alpha_bar)
+    alpha, s = torch.sqrt(alpha_bar), torch.sqrt(1 - alpha_bar)
+    return s / (alpha + s)
+
+
+def vp_alpha_bar(sigma: Tensor) -> Tensor:
+    """Inverse of `vp_sigma`, alpha_bar = (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2).
+
+    Args:
+        sigma: any shape, in [0, 1].
+
+    Returns:
+        The same shape.
+    """
+    sigma = full_precision(sigma)
+    return (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
+
+
+def vp_sigmas(alpha_bars: Tensor, timesteps: Tensor, *, final_alpha_bar: float = 1.0) -> Tensor:
+    """Flow schedule of an epsilon-prediction model at its own timesteps.
+
+    Args:
+        alpha_bars: [M] cumulative products of the model.
+        timesteps: [T] long, decreasing.
+        final_alpha_bar: where the last step ends; 1 is the clean image, alpha_bars[0] is what DDPO and Stable
+            Diffusion do.
+
+    Returns:
+        [T + 1] in the dtype of `alpha_bars`, decreasing, from slightly below 1.
+    """
+    levels = full_precision(alpha_bars)[timesteps]
+    return torch.cat([vp_sigma(levels), vp_sigma(levels.new_tensor([final_alpha_bar]))])
+
+
+def vp_to_flow(x_vp: Tensor, alpha_bar: Scalar) -> tuple[Tensor, Tensor]:
+    """Change a variance-preserving state into a flow state, x = x_vp / (alpha + s).
+
+    Args:
+        x_vp: [B, C, H, W].
+        alpha_bar: float or [B].
+
+    Returns:
+        (x [B, C, H, W], sigma [B, 1, 1, 1]).
+    """
+    x_vp = full_precision(x_vp)
+    alpha_bar = per_sample(alpha_bar, x_vp, name="alpha_bar")
+    return x_vp / (torch.sqrt(alpha_bar) + torch.sqrt(1 - alpha_bar)), vp_sigma(alpha_bar)
+
+
+def flow_to_vp(x: Tensor, sigma: Scalar) -> tuple[Tensor, Tensor]:
+    """Change a flow state into a variance-preserving one, x_vp = x / sqrt((1 - sigma)^2 + sigma^2).
+
+    Args:
+        x: [B, C, H, W].
+        sigma: float or [B].
+
+    Returns:
+        (x_vp [B, C, H, W], alpha_bar [B, 1, 1, 1]).
+    """
+    x = full_precision(x)
+    sigma = per_sample(sigma, x, name="sigma")
+    return x * _flow_scale(sigma), vp_alpha_bar(sigma)
+
+
+def epsilon_to_velocity(x: Tensor, epsilon: Tensor, sigma: Scalar) -> Tensor:
+    """Velocity of a flow from a noise prediction.
+
+        x0_hat = (x - sigma eps) / (1 - sigma),   v = eps - x0_hat = (eps - x) / (1 - sigma)
+
+    Ill-conditioned at sigma -> 1: start at the model's own last timestep, whose sigma is slightly below 1, as
+    DDIM does.
+
+    Args:
+        x: [B, C, H, W] flow state.
+        epsilon: [B, C, H, W] the network's noise prediction at k x; gradients flow.
+        sigma: float or [B], below 1.
+
+    Returns:
+        [B, C, H, W].
+    """
+    check_same_shape(x=x, epsilon=epsilon)
+    x, epsilon = full_precision(x), full_precision(epsilon)
+    return (epsilon - x) / (1 - per_sample(sigma, x, name="sigma"))
+
+
+def v_prediction_to_velocity(x: Tensor, prediction: Tensor, sigma: Scalar) -> Tensor:
+    """Velocity of a flow from a "v-prediction" u = alpha eps - s x0 (arXiv 2202.00512; Stable Diffusion 2).
+
+        x0_hat = alpha x_vp - s u,   eps_hat = s x_vp + alpha u
+        v = eps_hat - x0_hat = (s - alpha) x_vp + (s + alpha) u
+
+    Args:
+        x: [B, C, H, W] flow state.
+        prediction: [B, C, H, W] the network's u at k x; gradients flow.
+        sigma: float or [B].
+
+    Returns:
+        [B, C, H, W].
+    """
+    check_same_shape(x=x, prediction=prediction)
+    x, prediction = full_precision(x), full_precision(prediction)
+    sigma = per_sample(sigma, x, name="sigma")
+    scale = _flow_scale(sigma)
+    return scale**2 * (2 * sigma - 1) * x + scale * prediction
+
+
+def ddim_previous_timestep(timestep: Tensor, *, num_steps: int, num_train_timesteps: int = 1000) -> Tensor:
+    """DDPO's next timestep, t' = max(t - M // N, 0): the last step ends at alpha_bar_0, not at a clean image.
+
+    Args:
+        timestep: [B] long.
+        num_steps: N.
+        num_train_timesteps: M.
+
+    Returns:
+        [B] long.
+    """
+    return (timestep - num_train_timesteps // num_steps).clamp(min=0)
+
+
+def ddim(x_vp: Tensor, epsilon: Tensor, alpha_bar: Scalar, alpha_bar_next: Scalar, *, eta: Scalar) -> Transition:
+    """DDIM step of an epsilon-prediction model (arXiv 2010.02502, eq. 12 and 16), DDPO's policy (2305.13301).
+
+        x0_hat = (x - sqrt(1 - ab) eps) / sqrt(ab),   std = eta sqrt( (1 - ab') / (1 - ab) (1 - ab / ab') )
+        mean   = sqrt(ab') x0_hat + sqrt(1 - ab' - std^2) eps
+
+    Its log-prob is `log_prob_map`, in variance-preserving coordinates.
+
+    Args:
+        x_vp: [B, C, H, W].
+        epsilon: [B, C, H, W] noise prediction; gradients flow.
+        alpha_bar: ab, float or [B].
+        alpha_bar_next: ab', float or [B], larger than `alpha_bar`.
+        eta: float or [B]; 1 in DDPO, 0 is deterministic.
+
+    Returns:
+        Transition in variance-preserving coordinates, with scale = std.
+    """
+    check_same_shape(x_vp=x_vp, epsilon=epsilon)
+    x_vp, epsilon = full_precision(x_vp), full_precision(epsilon)
+    now = per_sample(alpha_bar, x_vp, name="alpha_bar")
+    then = per_sample(alpha_bar_next, x_vp, name="alpha_bar_next")
+    variance = (1 - then) / (1 - now) * (1 - now / then)
+    std = per_sample(eta, x_vp, name="eta") * torch.sqrt(variance)
+    clean = (x_vp - torch.sqrt(1 - now) * epsilon) / torch.sqrt(now)
+    mean = torch.sqrt(then) * clean + torch.sqrt(1 - then - std**2) * epsilon
+    return Transition(mean, std, std)
+
+
+def transition_to_flow(transition: Transition, alpha_bar_next: Scalar) -> Transition:
+    """Express a step in variance-preserving coordinates as a step of the flow: divide by k' = alpha' + s'.
+
+    Args:
+        transition: from `ddim`.
+        alpha_bar_next: float or [B], of the state that the step leads to.
+
+    Returns:
+        Transition in flow coordinates.
+    """
+    then = per_sample(alpha_bar_next, transition.mean, name="alpha_bar_next")
+    scale = torch.sqrt(then) + torch.sqrt(1 - then)
+    return Transition(transition.mean / scale, transition.std / scale, transition.scale / scale)
+
+
+def _flow_scale(sigma: Tensor) -> Tensor:
+    """k = alpha + s in terms of sigma; between 1 and sqrt 2."""
+    return 1 / torch.sqrt((1 - sigma) ** 2 + sigma**2)

@@ -1,0 +1,135 @@
+"""Groups of rollouts: who is compared with whom.
+
+Everywhere else in rlt2i a group's G rollouts are adjacent, so a group size is enough. Scattered or ragged
+groups (imported data, filtered batches) are named by integer group ids; both become one padded [P, G] layout
+here.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Groups(NamedTuple):
+    """A padded layout of B samples in P groups of at most G.
+
+    Attributes:
+        rows: [P, G] long, the sample at each place (0 where there is none).
+        present: [P, G] bool, whether there is one.
+    """
+
+    rows: Tensor
+    present: Tensor
+
+    def split(self, values: Tensor) -> Tensor:
+        """[B, ...] -> [P, G, ...]; absent places hold sample 0 and must be masked."""
+        return values[self.rows]
+
+    def merge(self, values: Tensor, batch: int) -> Tensor:
+        """[P, G, ...] -> [B, ...], the inverse of `split`."""
+        merged = values.new_empty((batch, *values.shape[2:]))
+        merged[self.rows[self.present]] = values[self.present]
+        return merged
+
+
+def group_layout(group_size: int | Tensor, batch: int, device: torch.device) -> Groups:
+    """Lay out a batch by groups.
+
+    Args:
+        group_size: G when the rollouts of one prompt are adjacent (G divides B), or [B] integer group ids.
+        batch: B.
+        device: where the layout will be used.
+
+    Returns:
+        Groups; with ids, groups are in ascending order of id and keep the order of their samples.
+    """
+    if not isinstance(group_size, Tensor):
+        if group_size < 1 or batch % group_size:
+            raise ValueError(
+                f"group_size={group_size} does not divide the batch of {batch} rewards. "
+                "Pass whole groups, or integer group ids of shape [B]."
+            )
+        index = torch.arange(batch, device=device).view(-1, group_size)
+        return Groups(index, torch.ones_like(index, dtype=torch.bool))
+    if group_size.shape != (batch,) or group_size.is_floating_point():
+        raise ValueError(
+            f"group ids of shape {tuple(group_size.shape)} and {group_size.dtype} do not name the group of each "
+            f"of {batch} rewards. Pass a [{batch}] integer tensor, or one group size for adjacent groups."
+        )
+    _, group, counts = torch.unique(group_size.to(device), return_inverse=True, return_counts=True)
+    order = torch.argsort(group, stable=True)
+    sorted_group = group[order]
+    place = torch.arange(batch, device=device) - (counts.cumsum(0) - counts)[sorted_group]
+    index = torch.zeros((len(counts), int(counts.max())), dtype=torch.long, device=device)
+    present = torch.zeros_like(index, dtype=torch.bool)
+    index[sorted_group, place] = order
+    present[sorted_group, place] = True
+    return Groups(index, present)
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Mean of `values` where `mask` holds, keeping the reduced axes; 0 where it never does.
+
+    Args:
+        values: any shape; may hold nan where `mask` is False.
+        mask: bool, broadcastable to `values`.
+        dim: axes to reduce.
+    """
+    mask = mask.expand_as(values)
+    total = torch.where(mask, values, 0).sum(dim=dim, keepdim=True)
+    return total / mask.sum(dim=dim, keepdim=True).clamp(min=1)
+
+
+def masked_std(values: Tensor, mask: Tensor, dim: int | tuple[int, ...], *, correction: int) -> Tensor:
+    """Standard deviation of `values` where `mask` holds, keeping the reduced axes; 0 where too few are left.
+
+    Args:
+        values: any shape; may hold nan where `mask` is False.
+        mask: bool, broadcastable to `values`.
+        dim: axes to reduce.
+        correction: 0 for the population std, 1 for the unbiased one.
+    """
+    mask = mask.expand_as(values)
+    deviation = torch.where(mask, values - masked_mean(values, mask, dim), 0)
+    count = mask.sum(dim=dim, keepdim=True)
+    return torch.sqrt((deviation**2).sum(dim=dim, keepdim=True) / (count - correction).clamp(min=1))
+
+
+def group_mask(group_size: int | Tensor, rewards: Tensor, valid: Tensor | None) -> tuple[Groups, Tensor]:
+    """Lay out a batch by groups and mark the rewards that count.
+
+    Args:
+        group_size: G for adjacent groups, or [B] integer group ids.
+        rewards: [B, ...].
+        valid: [B] bool, or None if every reward counts.
+
+    Returns:
+        The layout, and a mask [P, G, 1, ...] that broadcasts against `layout.split(rewards)`.
+    """
+    batch = len(rewards)
+    groups = group_layout(group_size, batch, rewards.device)
+    mask = groups.present
+    if valid is not None:
+        if valid.shape != (batch,) or valid.dtype != torch.bool:
+            raise ValueError(
+                f"valid of shape {tuple(valid.shape)} and {valid.dtype} does not say which of {batch} rewards "
+                f"count. Pass a [{batch}] bool tensor."
+            )
+        mask = mask & groups.split(valid.to(rewards.device))
+    return groups, mask.view(mask.shape + (1,) * (rewards.ndim - 1))
+
+
+def tied(split: Tensor, mask: Tensor) -> Tensor:
+    """Whether all rewards of a group that count are exactly equal (also true where none counts).
+
+    Args:
+        split: [P, G, ...] rewards by group.
+        mask: bool, broadcastable to `split`.
+
+    Returns:
+        [P, 1, ...] bool.
+    """
+    highest = torch.where(mask, split, -torch.inf).amax(dim=1, keepdim=True)
+    lowest = torch.where(mask, split, torch.inf).amin(dim=1, keepdim=True)
+    return highest <= lowest

@@ -1,0 +1,331 @@
+"""The five interfaces: Policy, Sampler, Reward, CreditAssigner, Objective.
+
+Each part is a frozen object whose fields are its configuration. Parts state what they need and what they offer, so an
+`rlt2i.algorithm.Algorithm` refuses a combination that cannot work before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import Tensor
+
+from rlt2i.seeds import RolloutNoise, derive_seed
+from rlt2i.shapes import Axes
+from rlt2i.types import Conditioning, Credit, Experience, Loss, Prompts, Region, Rewards, Trajectory
+
+# ---------------------------------------------------------------------------------------------------------- policy
+
+
+class PolicySpec(ABC):
+    """A policy that has not been loaded yet: everything that can be known without its weights."""
+
+    @property
+    @abstractmethod
+    def offers(self) -> frozenset[str]:
+        """The captures the loaded policy can record."""
+
+    @abstractmethod
+    def load(self, device: torch.device | str = "cpu") -> Policy:
+        """Read the weights."""
+
+
+class Policy(ABC):
+    """The velocity field of one backbone, and its geometry. It never runs a denoising loop."""
+
+    offers: frozenset[str]
+
+    @abstractmethod
+    def sigmas(self, num_steps: int, image_size: int) -> Tensor:
+        """[T+1] float32 noise levels, from 1 (or the model's own start) down to 0."""
+
+    @abstractmethod
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of an image of `image_size` pixels a side."""
+
+    @abstractmethod
+    def token_grid(self, image_size: int) -> tuple[int, int]:
+        """(h, w) of the image tokens, the grid of attention maps."""
+
+    @abstractmethod
+    def encode(self, prompts: Prompts) -> Conditioning:
+        """Encode each prompt once and find its core phrases among the tokens; rows repeat for the group."""
+
+    @abstractmethod
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """v(x_sigma, sigma | prompt); gradients flow.
+
+        Args:
+            latents: [N, C, H, W] float32.
+            sigma: [N] float32.
+            conditioning: N rows.
+
+        Returns:
+            [N, C, H, W] float32.
+        """
+
+    @abstractmethod
+    def velocity_with_captures(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, names: frozenset[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same velocity, bit for bit, and the named captures [N, ...]."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """[N, 3, H', W'] images in [0, 1]."""
+
+    @abstractmethod
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that learn, by stable name."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write what learned in the format that the ecosystem loads (diffusers LoRA, or a pipeline)."""
+
+
+# --------------------------------------------------------------------------------------------------------- sampler
+
+
+class Sampler(ABC):
+    """A transition kernel and where along the trajectory it is stochastic."""
+
+    num_steps: int
+    offers: frozenset[str] = frozenset({"clean_predictions"})
+    """Captures that the sampler records itself."""
+
+    @abstractmethod
+    def stochastic_steps(self, progress: int) -> tuple[int, ...]:
+        """The steps that have a log-probability in rollout batch number `progress`."""
+
+    @abstractmethod
+    def rollout(
+        self,
+        policy: Policy,
+        conditioning: Conditioning,
+        *,
+        noise: RolloutNoise,
+        captures: frozenset[str],
+        image_size: int,
+        group_size: int,
+        progress: int,
+    ) -> Trajectory:
+        """Denoise one trajectory per row of the conditioning, without gradient."""
+
+
+# ---------------------------------------------------------------------------------------------------------- reward
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class RewardBatch:
+    """Images to judge. uint8 RGB is the only image contract.
+
+    Attributes:
+        images: [B, 3, H, W] uint8 RGB.
+        prompts: B texts.
+        metadata: B JSON-able mappings of task data.
+        groups: [B] long, the prompt group of each image, for rewards that compare within a group.
+        ids: B stable names, for caches and idempotent retries.
+    """
+
+    images: Tensor
+    prompts: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]]
+    groups: Tensor | None = None
+    ids: Sequence[str] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        axes = Axes("RewardBatch", B=len(self.prompts))
+        axes.check("images", self.images, "B 3 H W")
+        if self.images.dtype is not torch.uint8:
+            raise ValueError(
+                f"RewardBatch.images: got {self.images.dtype}, expected uint8 RGB. Convert with to_uint8(images)."
+            )
+        if len(self.metadata) != len(self.prompts):
+            raise ValueError(f"RewardBatch: {len(self.metadata)} metadata entries for {len(self.prompts)} prompts.")
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[0, 1] floats to uint8 by rounding.
+
+    Raises:
+        ValueError: on NaN, which would silently become black.
+    """
+    if not torch.isfinite(images).all():
+        raise ValueError("to_uint8: the images hold NaN or infinity; the sampler or the autoencoder diverged.")
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class RewardOutput:
+    """Scores with their validity.
+
+    Attributes:
+        scores: [B] float32 in the reward's documented unit.
+        valid: [B] bool. A failure is invalid; it is never scored 0.
+        components: name -> [B]; nan where a component does not apply.
+        regions: per image, the regions judged.
+        maps: [B, h, w] float32 >= 0, where the judged content is.
+        info: per image, JSON-able details for the log.
+    """
+
+    scores: Tensor
+    valid: Tensor
+    components: Mapping[str, Tensor] = attrs.field(factory=dict)
+    regions: Sequence[Sequence[Region]] | None = None
+    maps: Tensor | None = None
+    info: Sequence[Mapping[str, Any]] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        axes = Axes("RewardOutput")
+        axes.check("scores", self.scores, "B")
+        axes.check("valid", self.valid, "B")
+        for name, values in self.components.items():
+            axes.check(f"components[{name!r}]", values, "B")
+        if self.maps is not None:
+            axes.check("maps", self.maps, "B h w")
+
+
+class Reward(ABC):
+    """Judges finished images.
+
+    Class attributes:
+        requires: metadata keys, checked when the prompts are loaded.
+        offers: of {"maps", "regions"}: what `want` may ask for.
+        span: the documented range of the scores.
+        scope: "group" when scores compare the images of one prompt.
+    """
+
+    requires: frozenset[str] = frozenset()
+    offers: frozenset[str] = frozenset()
+    span: tuple[float, float] | None = None
+    scope: Literal["sample", "group"] = "sample"
+
+    @abstractmethod
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        """Score each image; `want` names optional outputs ("maps", "regions")."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the scores (model id, revision, preprocessing, version); goes into the run log."""
+        fields = attrs.asdict(self, recurse=False) if attrs.has(type(self)) else {}  # type: ignore[arg-type]
+        return {"reward": type(self).__name__, **{k: repr(v) for k, v in fields.items()}}
+
+    def close(self) -> None:  # noqa: B027 - most rewards hold nothing
+        """Release workers and connections."""
+
+
+# ---------------------------------------------------------------------------------------------------------- credit
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class CreditContext:
+    """Everything a credit assigner may look at.
+
+    Attributes:
+        prompts, trajectory, rewards: of this batch (whole groups).
+        token_grid: (h, w) of the image tokens.
+        images: [B, 3, H, W] uint8 finished images.
+        progress: number of this rollout batch.
+        generator: for assigners that draw (shuffled controls, random windows); the same on every process.
+        score: (latents [N, C, H, W], rollouts [N]) -> scores of the decoded latents under the rollouts' prompts.
+        complete: (latents [N, C, H, W], step, rollouts [N]) -> [N, C, H, W], the deterministic completion from `step`.
+        gather: concatenates a [B] tensor over all processes; batch-wide statistics go through it.
+        rank: number of this process; its rows come at this place in what `gather` returns.
+    """
+
+    prompts: Prompts
+    trajectory: Trajectory
+    rewards: Rewards
+    token_grid: tuple[int, int]
+    images: Tensor
+    progress: int
+    generator: torch.Generator
+    score: Callable[[Tensor, Tensor], RewardOutput]
+    complete: Callable[[Tensor, int, Tensor], Tensor]
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    rank: int = 0
+
+    @property
+    def group_size(self) -> int:
+        return self.prompts.group_size
+
+
+class CreditAssigner(ABC):
+    """Distributes the reward of finished images over rollouts, steps and places."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[str]:
+        """Captures, and "reward/maps", "reward/regions" or "groups", that must be there; known before sampling starts."""
+
+    def scored_steps(self, num_steps: int) -> tuple[int, ...]:
+        """The steps whose clean prediction is to be rewarded, besides the finished image."""
+        return ()
+
+    @abstractmethod
+    def assign(self, context: CreditContext) -> Credit:
+        """Detached credit for the batch."""
+
+
+# ------------------------------------------------------------------------------------------------------- objective
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class UpdateContext:
+    """What the learner lends an objective for one optimiser update.
+
+    Attributes:
+        seed: of this update. Draws are functions of it and of a rollout's key, so they do not depend on world size,
+            order or micro-batches.
+        max_sequences: (rollout, step) pairs per forward pass.
+        num_rollouts: rollouts of this update over all processes, those without any advantage included: the denominator.
+        num_groups: prompt groups of this update over all processes: the denominator of losses per group.
+        on_policy: whether the weights are still those of the rollout; then the ratio is 1 by construction.
+        weights: name -> context manager under which the policy carries that set ("old", "reference", "ema").
+    """
+
+    seed: int
+    max_sequences: int
+    num_rollouts: int
+    num_groups: int
+    on_policy: bool
+    weights: Callable[[str], AbstractContextManager[None]]
+
+    def micro_batches(self, trainable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Split the True entries of `trainable` [B, T] into (rollouts [N], steps [N]) with N <= max_sequences."""
+        rollouts, steps = trainable.nonzero(as_tuple=True)
+        for start in range(0, len(rollouts), self.max_sequences):
+            chunk = slice(start, start + self.max_sequences)
+            yield rollouts[chunk], steps[chunk]
+
+    def seeds(self, name: str, *keys: Tensor) -> list[int]:
+        """One seed per row of the [N] integer `keys`."""
+        return [derive_seed(self.seed, name, *row) for row in zip(*(k.tolist() for k in keys), strict=True)]
+
+
+class Objective(ABC):
+    """Turns credit into losses: one backward each. It knows nothing of how the credit came about.
+
+    Class attributes:
+        rollout_weights: which parameter set samples ("online" or "old").
+    """
+
+    rollout_weights: Literal["online", "old"] = "online"
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """What must be there, of {"log_probs", "old", "reference", "groups"}."""
+        return frozenset()
+
+    @abstractmethod
+    def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
+        """Yield losses whose values add up to this process's share of the update's loss."""
+
+    def old_decay(self, num_updates: int) -> float:
+        """Share of "old" that is kept when it follows the policy, after `num_updates` optimiser updates."""
+        return 0.0

@@ -1,0 +1,216 @@
+"""One learner optimises for every objective: micro-batches, one backward per loss, clip, step, named parameter sets."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+
+import attrs
+import torch
+from torch import Tensor
+
+from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.objectives.reduction import trainable_steps
+from rlt2i.seeds import derive_seed
+from rlt2i.types import Experience
+from rlt2i.weights import ParameterSets
+
+
+class UpdateRefused(RuntimeError):
+    """An update that would have poisoned the weights. The state is as it was before."""
+
+
+@attrs.define
+class Averages:
+    """Means (and maxima, for names ending in "max") of the observations of an update, over processes too."""
+
+    sums: dict[str, Tensor] = attrs.field(factory=dict)
+    counts: dict[str, Tensor] = attrs.field(factory=dict)
+
+    def add(self, metrics: Mapping[str, Tensor], steps: Tensor | None = None) -> None:
+        for name, values in metrics.items():
+            self._one(name, values)
+            if steps is not None and name.startswith(("clip/", "ratio/")):
+                for step in steps.unique().tolist():
+                    self._one(f"{name}@{step}", values[steps == step])
+
+    def _one(self, name: str, values: Tensor) -> None:
+        values = values.detach().double().flatten()
+        if name.split("@")[0].endswith("max"):
+            self.sums[name] = torch.maximum(self.sums.get(name, values.new_zeros(())), values.max())
+            self.counts[name] = values.new_ones(())
+        else:
+            self.sums[name] = self.sums.get(name, values.new_zeros(())) + values.sum()
+            self.counts[name] = self.counts.get(name, values.new_zeros(())) + len(values)
+
+    def result(self) -> dict[str, float]:
+        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+
+
+@attrs.define
+class Learner:
+    """Turns experience into updates of the policy.
+
+    Attributes:
+        policy, objective: what learns, and from which loss.
+        optimizer: over `policy.trainable_parameters()`.
+        sets: named copies of the parameters.
+        sequences_per_chunk: (rollout, step) pairs per forward pass.
+        updates_per_rollout: optimiser updates per rollout batch; each sees its own share of the groups.
+        max_grad_norm: global norm at which gradients are clipped.
+        ema_decay: of the evaluation average, or None.
+        seed: of the run.
+        warmup_updates: linear warm-up of the learning rate.
+        reduce_sum: adds a tensor up over all processes, in place; None for one process.
+        num_updates: optimiser updates taken so far.
+    """
+
+    policy: Policy
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    sets: ParameterSets
+    sequences_per_chunk: int
+    updates_per_rollout: int = 1
+    max_grad_norm: float = 1.0
+    ema_decay: float | None = None
+    seed: int = 0
+    warmup_updates: int = 0
+    reduce_sum: Callable[[Tensor], Tensor] | None = None
+    num_updates: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        averaged = {"ema"} if self.ema_decay is not None else set()
+        for name in sorted(({"old", "reference"} & self.objective.requires | averaged) - set(self.sets.names)):
+            self.sets.add(name)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.policy.trainable_parameters().values())
+
+    def learn(self, experience: Experience) -> dict[str, float]:
+        """All optimiser updates of one rollout batch.
+
+        Raises:
+            UpdateRefused: on a NaN or infinite loss or gradient, on every process alike, with weights, optimiser and
+                parameter sets as they were.
+        """
+        parts = self._split(experience)
+        if len(parts) > 1 and "log_probs" in self.objective.requires:
+            # The first update is on policy by construction; the later ones need log-probs from the same graph and batches.
+            parts = [parts[0]] + [self._replayed(part) for part in parts[1:]]
+        averages = Averages()
+        for index, part in enumerate(parts):
+            averages.add(self._update(part, on_policy=index == 0))
+        if "old" in self.objective.requires:
+            self.sets.blend("old", self.objective.old_decay(self.num_updates))
+        return averages.result()
+
+    def _split(self, experience: Experience) -> list[Experience]:
+        """Whole groups, dealt over the updates of this rollout batch."""
+        groups = experience.groups.unique()
+        if len(groups) % self.updates_per_rollout:
+            raise ValueError(
+                f"updates_per_rollout={self.updates_per_rollout} does not divide the {len(groups)} groups of this process. "
+                "Choose a divisor, so that every update sees the same number of groups."
+            )
+        if self.updates_per_rollout == 1:
+            return [experience]
+        order = torch.randperm(
+            len(groups), generator=torch.Generator().manual_seed(derive_seed(self.seed, "split", self.num_updates))
+        )
+        shares = groups[order.to(groups.device)].chunk(self.updates_per_rollout)
+        return [experience.take(torch.isin(experience.groups, part).nonzero()[:, 0]) for part in shares]
+
+    def _context(self, num_rollouts: int, num_groups: int, *, on_policy: bool) -> UpdateContext:
+        return UpdateContext(
+            seed=derive_seed(self.seed, "update", self.num_updates),
+            max_sequences=self.sequences_per_chunk,
+            num_rollouts=num_rollouts,
+            num_groups=num_groups,
+            on_policy=on_policy,
+            weights=self.sets.use,
+        )
+
+    @torch.no_grad()
+    def _replayed(self, experience: Experience) -> Experience:
+        """The experience with log-probabilities recomputed through the update's own forward pass and batch geometry."""
+        trajectory = experience.trajectory
+        log_probs = trajectory.log_probs.clone()
+        rows = informative_rows(experience)
+        informative = experience.take(rows)
+        trainable = trainable_steps(informative, stochastic_only=True)
+        for rollouts, steps in self._context(1, 1, on_policy=True).micro_batches(trainable):
+            pairs = informative.pairs(rollouts, steps)
+            velocity = self.policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
+            transition = trajectory.kernel.transition(
+                pairs.latents, velocity, pairs.sigma, pairs.sigma_next, sigma_max=trajectory.sigma_max
+            )
+            log_probs[rows[rollouts], steps] = trajectory.kernel.log_prob_map(pairs.next_latents, transition)
+        return attrs.evolve(experience, trajectory=attrs.evolve(trajectory, log_probs=log_probs))
+
+    def _update(self, experience: Experience, *, on_policy: bool) -> dict[str, Tensor]:
+        num_rollouts = self._total(float(experience.rewards.valid.sum()))
+        num_groups = self._total(float(len(experience.groups.unique())))
+        informative = experience.take(informative_rows(experience))
+        averages, total = Averages(), 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.optimizer.zero_grad, set_to_none=True)
+            if informative.num_rollouts:
+                context = self._context(max(1, round(num_rollouts)), round(num_groups), on_policy=on_policy)
+                for loss in self.objective.losses(self.policy, informative, context=context):
+                    loss.value.backward()
+                    total = total + loss.value.detach()
+                    averages.add(loss.metrics, loss.steps)
+            norm = self._reduced_gradient_norm()
+            value = self._total(float(total))
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                raise UpdateRefused(
+                    f"update {self.num_updates + 1}: loss={value:g}, gradient norm={norm:g}. The update was not applied. "
+                    "Look for overflow in the reward or advantages; lower learning_rate or use float32."
+                )
+            if norm > 0:
+                self._step(norm)
+        self.num_updates += 1
+        result = {k: torch.tensor([v]) for k, v in averages.result().items()}
+        return result | {
+            "loss/total": torch.tensor([value]),
+            "grad_norm": torch.tensor([norm]),
+            "informative": torch.tensor([self._total(float(informative.num_rollouts)) / max(1.0, num_rollouts)]),
+        }
+
+    def _step(self, norm: float) -> None:
+        scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * min(1.0, (self.num_updates + 1) / max(1, self.warmup_updates))
+        self.optimizer.step()
+        if self.ema_decay is not None:
+            step = self.num_updates + 1
+            self.sets.blend("ema", min((1 + step) / (10 + step), self.ema_decay))
+
+    def _reduced_gradient_norm(self) -> float:
+        """Sum the gradients over processes (the losses are shares of one mean) and take their global norm."""
+        for parameter in self.parameters:
+            if self.reduce_sum is not None:
+                parameter.grad = self.reduce_sum(
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                )
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients:
+            return 0.0
+        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+
+    def _total(self, value: float) -> float:
+        if self.reduce_sum is None:
+            return value
+        return float(self.reduce_sum(torch.tensor(value, dtype=torch.float64, device=self.parameters[0].device)))
+
+
+def informative_rows(experience: Experience) -> Tensor:
+    """Rows with a valid reward and some advantage: the others would add nothing but the cost of their forward pass."""
+    some = (experience.credit.advantage != 0).flatten(1).any(dim=1)
+    return (some & experience.rewards.valid).nonzero()[:, 0]

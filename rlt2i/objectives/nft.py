@@ -1,0 +1,97 @@
+"""DiffusionNFT: reinforcement on the forward process, with a positive and a negative branch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import attrs
+import torch
+from attrs import validators
+
+from rlt2i.functional.ema import nft_old_decay
+from rlt2i.functional.matching import nft_label, nft_loss_map, noised
+from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.objectives.draws import SigmaDraws, shared_noise
+from rlt2i.objectives.reduction import masked_mean, on_grid, share, trainable_steps
+from rlt2i.types import Experience, Loss
+
+
+@attrs.frozen(kw_only=True)
+class DiffusionNFT(Objective):
+    """L = clip / beta (r l+ + (1 - r) l-), v+- = v_old +- beta (v - v_old)  (arXiv 2509.16117).
+
+    Needs no trajectory and no likelihood: any sampler will do. At v = v_old the gradient is that of an advantage-weighted
+    flow-matching loss. STAR-NFT is this objective with a text-attention credit; nobody has published it.
+
+    Attributes:
+        beta: mixing strength of the branches.
+        advantage_clip: the advantage at which the label saturates.
+        spatial: how a weight map enters. "weight" scales the loss of a location on both branches; "label" scales the
+            advantage before it becomes a label, so that places without credit say "no preference" and stay anchored.
+        label: what the advantage is replaced by ("all" keeps it).
+        kl_weight: weight of mean (v - v_reference)^2.
+        sigmas: the noise levels trained at.
+        decay: schedule of the old policy: 0 follows at once, 1 is min(.001 s, .5), 2 waits 75 updates; or a constant.
+        sample_with: which weights sample.
+    """
+
+    beta: float = attrs.field(default=1.0, validator=validators.gt(0))
+    advantage_clip: float = attrs.field(default=5.0, validator=validators.gt(0))
+    spatial: Literal["weight", "label"] = attrs.field(default="weight", validator=validators.in_(("weight", "label")))
+    label: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
+    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
+    decay: Literal[0, 1, 2] | float = 1
+    sample_with: Literal["online", "old"] = "old"
+
+    @property
+    def rollout_weights(self) -> Literal["online", "old"]:  # type: ignore[override]
+        return self.sample_with
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"old", "reference"} if self.kl_weight > 0 else {"old"})
+
+    def old_decay(self, num_updates: int) -> float:
+        return nft_old_decay(num_updates, self.decay) if self.decay in (0, 1, 2) else float(self.decay)
+
+    def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
+        trajectory = experience.trajectory
+        shape, device = tuple(trajectory.latents.shape[2:]), trajectory.latents.device
+        grid = (shape[1], shape[2])
+        sigma, step = self.sigmas.draw(experience, experience.keys, context=context)
+        kept = trainable_steps(experience, stochastic_only=False).gather(1, step)
+
+        for rollouts, draws in context.micro_batches(kept):
+            steps, level = step[rollouts, draws], sigma[rollouts, draws]
+            pairs = experience.pairs(rollouts, steps)
+            clean = pairs.clean_latents
+            noise = shared_noise(context, experience.keys[rollouts], draws, shape, device)
+            state = noised(clean, noise, level)
+
+            velocity = policy.velocity(state, level, pairs.conditioning)
+            with torch.no_grad(), context.weights("old"):
+                old = policy.velocity(state, level, pairs.conditioning)
+
+            weight, advantage = on_grid(pairs.weight, grid), on_grid(pairs.advantage, grid)
+            if self.spatial == "label":
+                advantage, weight = advantage * weight, torch.ones_like(weight)
+            label = nft_label(advantage, clip=self.advantage_clip, mode=self.label)
+            loss_map = nft_loss_map(
+                velocity, old, clean, noise, level, label, beta=self.beta, clip=self.advantage_clip, weight=weight
+            )
+            per_pair = masked_mean(loss_map, on_grid(pairs.mask.float(), grid) > 0)
+            drift = (velocity - old).pow(2).mean(dim=(1, 2, 3))
+            metrics = {"loss/nft": per_pair.detach(), "kl/old_v": drift.detach()}
+
+            if self.kl_weight > 0:
+                with torch.no_grad(), context.weights("reference"):
+                    reference = policy.velocity(state, level, pairs.conditioning)
+                divergence = (velocity - reference).pow(2).mean(dim=(1, 2, 3))
+                per_pair = per_pair + self.kl_weight * divergence
+                metrics["kl/reference"] = divergence.detach()
+
+            yield Loss(
+                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=steps
+            )

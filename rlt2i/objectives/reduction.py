@@ -1,0 +1,63 @@
+"""How a map of losses becomes a number: shared by every objective.
+
+A rollout's loss is the mean over its unmasked (step, location) entries; the batch loss is the mean over rollouts, those
+without any advantage included. So neither the number of trained steps nor the number of informative groups changes the
+step size by accident.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from rlt2i.types import Experience
+
+Granularity = Literal["sample", "token", "location"]
+
+
+def ratio_grid(granularity: Granularity, experience: Experience) -> tuple[int, int]:
+    """(h, w) of a granularity: one cell, one per image token, or one per latent location."""
+    if granularity == "sample":
+        return (1, 1)
+    if granularity == "token":
+        return experience.token_grid
+    height, width = experience.trajectory.latents.shape[-2:]
+    return (height, width)
+
+
+def on_grid(field: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[N, 1|h, 1|w] -> [N, *grid]: repeated where the grid is finer, averaged where it is coarser. Keeps the mean."""
+    if field.shape[1:] == (1, 1):
+        return field.expand(-1, *grid)
+    if field.shape[1:] == grid:
+        return field
+    if grid[0] % field.shape[1] == 0 and grid[1] % field.shape[2] == 0:
+        return interpolate(field[:, None], size=grid, mode="nearest")[:, 0]
+    return adaptive_avg_pool2d(field[:, None], grid)[:, 0]
+
+
+def trainable_steps(experience: Experience, *, stochastic_only: bool) -> Tensor:
+    """[B, T] bool: the (rollout, step) pairs with any unmasked location.
+
+    Args:
+        stochastic_only: keep only the steps that have a log-probability.
+    """
+    trajectory = experience.trajectory
+    kept = experience.credit.mask.any(dim=3).any(dim=2)
+    kept = kept.expand(trajectory.num_rollouts, trajectory.num_steps)
+    return kept & trajectory.stochastic if stochastic_only else kept
+
+
+def share(trainable: Tensor, rollouts: Tensor, num_rollouts: int) -> Tensor:
+    """[N] the part that each (rollout, step) pair has in the batch mean: 1 / (B x the rollout's own step count)."""
+    return 1.0 / (num_rollouts * trainable.sum(dim=1).clamp_min(1)[rollouts].float())
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """[N, h, w] -> [N]: mean over unmasked locations; 0 where none is left."""
+    kept = mask.expand_as(values)
+    total = torch.where(kept, values, torch.zeros_like(values)).sum(dim=(1, 2))
+    return total / kept.sum(dim=(1, 2)).clamp_min(1)

@@ -1,0 +1,1 @@
+"""Backbones: the velocity fields that learn."""

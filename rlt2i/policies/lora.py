@@ -1,0 +1,87 @@
+"""Low-rank adapters on a diffusers transformer: float32 master weights, computed in the precision of their input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOW_GRPO_TARGETS = (
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+)
+"""The joint-attention projections that every published SD3.5 recipe adapts; the image-only `attn2` is left alone."""
+
+
+class MasterLinear(torch.nn.Linear):
+    """A float32 weight used in the precision of its input, so that a bf16 network stays bf16 throughout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+def add_lora(transformer: Any, *, rank: int, alpha: int, targets: tuple[str, ...], seed: int) -> None:
+    """Attach a trainable adapter in place: A ~ N(0, 1/rank) from `seed`, B = 0; the global generators are not touched.
+
+    Raises:
+        ValueError: when a target names no layer.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name, _ in transformer.named_modules()):
+            raise ValueError(f"lora_targets: no layer of the transformer is called {target!r}.")
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(config)
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+            for matrices in (module.lora_A, module.lora_B):
+                for name, linear in matrices.items():
+                    matrices[name] = _master(linear)
+
+
+def _master(linear: torch.nn.Linear) -> MasterLinear:
+    master = MasterLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+    master.weight = torch.nn.Parameter(linear.weight.detach().float())
+    return master
+
+
+def save_lora(transformer: Any, folder: Path) -> tuple[str, ...]:
+    """Write `pytorch_lora_weights.safetensors`, as StableDiffusion3Pipeline.load_lora_weights reads it.
+
+    The scale alpha / rank is multiplied into B, and alpha = rank written, so that a loader that ignores the metadata
+    still applies the adapter at full strength.
+
+    Returns:
+        The keys written.
+    """
+    from diffusers import StableDiffusion3Pipeline
+    from peft import get_peft_model_state_dict
+
+    config = transformer.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    weights = {
+        name: (tensor * scale if "lora_B" in name else tensor).detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(transformer).items()
+    }
+    trained = sum(parameter.requires_grad for parameter in transformer.parameters())
+    if not weights or len(weights) != trained:
+        raise RuntimeError(f"LoRA export: {len(weights)} tensors to write for {trained} trainable parameters.")
+    metadata = {**config.to_dict(), "lora_alpha": config.r}
+    metadata["target_modules"] = sorted(metadata["target_modules"])
+    StableDiffusion3Pipeline.save_lora_weights(
+        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata, safe_serialization=True
+    )
+    return tuple(weights)

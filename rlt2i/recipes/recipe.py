@@ -1,0 +1,132 @@
+"""A recipe: five parts, a task, and how to train. YAML and Python give the same record."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import attrs
+
+from rlt2i.algorithm import Algorithm
+from rlt2i.config import (
+    ConfigError,
+    apply_overrides,
+    build,
+    dump_yaml,
+    load_object,
+    read_yaml,
+    recipe_hash,
+    to_mapping,
+)
+from rlt2i.interfaces import CreditAssigner, Objective, PolicySpec, Reward, Sampler
+from rlt2i.recipes.catalogue import find_recipe
+from rlt2i.recipes.parts import PARTS
+from rlt2i.tasks.base import Task
+from rlt2i.train_config import TrainConfig
+
+Part = TypeVar("Part")
+Evidence = Literal["gated", "curve", "smoke", "unrun"]
+
+
+@attrs.frozen(kw_only=True)
+class Recipe:
+    """A named composition.
+
+    Attributes:
+        name: of the recipe; run directories start with it.
+        about: one line for `rlt2i list`.
+        evidence: `gated` (a committed curve that a test re-checks), `curve` (a full run's curve is committed), `smoke`
+            (runs), or `unrun` (never run with its real weights).
+        policy, sampler, reward, credit, objective: the five parts of the algorithm.
+        task: where the prompts come from.
+        train: how long, how fast, how often.
+    """
+
+    name: str = attrs.field()
+    about: str = ""
+    evidence: Evidence = "unrun"
+    policy: PolicySpec
+    sampler: Sampler
+    reward: Reward
+    credit: CreditAssigner
+    objective: Objective
+    task: Task
+    train: TrainConfig
+
+    @name.validator
+    def _check_name(self, _: Any, value: str) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", value):
+            raise ValueError(
+                f"Recipe(name={value!r}): run directories start with it, so it takes lower-case letters, digits, '.', "
+                "'_' and '-' only."
+            )
+
+    def algorithm(self) -> Algorithm:
+        """The five parts, checked against each other; no weight is read.
+
+        Raises:
+            ValueError: when they do not fit, saying what to change.
+        """
+        return Algorithm(
+            policy=self.policy,
+            sampler=self.sampler,
+            reward=self.reward,
+            credit=self.credit,
+            objective=self.objective,
+        )
+
+    def mapping(self) -> dict[str, Any]:
+        """The resolved recipe as plain data: every field of every part, defaults included."""
+        return to_mapping(self, parts=PARTS, typed=False)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as a recipe file that gives the same recipe again."""
+        return dump_yaml(self.mapping())
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of everything that can change the results."""
+        return recipe_hash(self.mapping())
+
+
+def build_part(expected: type[Part], mapping: Any, *, path: str = "", folder: Path | None = None) -> Part:
+    """`rlt2i.config.build` with the short names of this package."""
+    return build(expected, mapping, path=path, parts=PARTS, folder=folder)
+
+
+def recipe_from_mapping(mapping: Mapping[str, Any], *, folder: Path | None = None) -> Recipe:
+    """The recipe that a mapping describes.
+
+    Raises:
+        ConfigError: naming the field that is wrong.
+    """
+    return build_part(Recipe, mapping, folder=folder)
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by name, a YAML file, that of a run directory, or a `module:function` that returns a Recipe.
+
+    Args:
+        name_or_path: which.
+        overrides: `section.field=value`, see `apply_overrides`.
+
+    Raises:
+        ConfigError: naming the file and the field that is wrong.
+    """
+    found = find_recipe(str(name_or_path))
+    if isinstance(found, Path):
+        mapping = read_yaml(found)
+        try:
+            recipe = recipe_from_mapping(mapping, folder=found.parent)
+        except ConfigError as error:
+            raise ConfigError(f"{found}: {error}") from error
+    else:
+        function = load_object(found)
+        recipe = function() if callable(function) else function
+        if not isinstance(recipe, Recipe):
+            raise ConfigError(f"{found}: returned {type(recipe).__name__}, expected a Recipe.")
+    if not overrides:
+        return recipe
+    return recipe_from_mapping(apply_overrides(recipe.mapping(), overrides))

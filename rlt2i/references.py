@@ -1,0 +1,194 @@
+"""Names in configuration files: YAML read strictly, and `module:attribute` references to anything importable."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field and the way out."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'; did you mean 'x'?' for the nearest known word, else a full stop."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
+# ------------------------------------------------------------------------------------------------------------ YAML
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without its traps: `1e-4` is a number, `yes` and `1:30` are words, a key may appear only once."""
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes the words that `_StrictLoader` would take for something else."""
+
+
+_PLAIN = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[1] in {"null", "merge"}]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBER = r"[0-9][0-9_]*"
+for _class in (_StrictLoader, _StrictDumper):
+    _class.yaml_implicit_resolvers = {first: list(resolvers) for first, resolvers in _PLAIN.items()}
+    for _tag, _pattern, _first in (
+        ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+        ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
+        (
+            "float",
+            rf"^[-+]?(?:{_NUMBER}\.[0-9_]*|\.[0-9]+|{_NUMBER}(?=[eE]))(?:[eE][-+]?[0-9]+)?$",
+            "-+0123456789.",
+        ),
+        ("float", r"^(?:[-+]?\.inf|\.nan)$", "-+."),
+    ):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+
+def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen: set[Hashable] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True) if key_node.tag != "tag:yaml.org,2002:merge" else None
+        if key is not None and key in seen:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} appears twice; keep one.")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def dump_yaml(value: Any) -> str:
+    """The YAML text of plain data, such that `parse_yaml` returns the same."""
+    return yaml.dump(value, Dumper=_StrictDumper, sort_keys=False, width=110)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text (JSON is YAML, too).
+
+    Raises:
+        ConfigError: when the text is not YAML, or a key appears twice.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    try:
+        value = parse_yaml(path.read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file ({error}).") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a mapping of fields, got {type(value).__name__}.")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------ references
+
+
+def is_reference(name: str) -> bool:
+    """Whether a name is spelt `module:attribute` or `file.py:attribute`."""
+    module, colon, attribute = name.rpartition(":")
+    return bool(colon and module) and all(part.isidentifier() for part in attribute.split("."))
+
+
+def load_object(reference: str, *, folder: Path | None = None) -> Any:
+    """Import `module:attribute`, or `file.py:attribute` relative to the working directory or to `folder`.
+
+    Raises:
+        ConfigError: when the module, the file or the attribute does not exist.
+        ModuleNotFoundError: when it exists and needs a package that is not installed.
+    """
+    name, _, attribute = reference.rpartition(":")
+    module = _load_file(name, folder) if name.endswith(".py") else _import(name, reference)
+    value: Any = module
+    for part in attribute.split("."):
+        if not hasattr(value, part):
+            public = [word for word in vars(value) if not word.startswith("_")]
+            raise ConfigError(f"{reference}: {name} has no {part!r}{did_you_mean(part, public)}")
+        value = getattr(value, part)
+    return value
+
+
+def reference_to(value: Any) -> str:
+    """The reference under which `load_object` finds a class or function again."""
+    module = sys.modules.get(value.__module__)
+    path = getattr(module, "__rlt2i_file__", None)
+    return f"{path or value.__module__}:{value.__qualname__}"
+
+
+def pin_files(value: Any) -> Any:
+    """A copy in which `type: folder/file.py:Name` becomes `file.py:Name@<sha256>`: the same on every machine."""
+    if isinstance(value, dict):
+        return {
+            key: _pin(item) if key == "type" and isinstance(item, str) else pin_files(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [pin_files(item) for item in value]
+    return value
+
+
+def _pin(reference: str) -> str:
+    name, _, attribute = reference.rpartition(":")
+    if not name.endswith(".py") or not Path(name).is_file():
+        return reference
+    return f"{Path(name).name}:{attribute}@{hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]}"
+
+
+def _import(name: str, reference: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if name != missing and not name.startswith(missing + "."):
+            raise  # the module is there, and something that it needs is not
+        raise ConfigError(
+            f"{reference}: there is no module {missing!r} on the path. Write my_package.my_module:MyPart for an "
+            "installed or local package, or path/to/my_file.py:MyPart for a single file."
+        ) from error
+
+
+def _load_file(name: str, folder: Path | None) -> ModuleType:
+    places = [Path(name), *([folder / name] if folder else [])]
+    path = next((place.resolve() for place in places if place.is_file()), None)
+    if path is None:
+        raise ConfigError(
+            f"{name}: no such file (looked for {' and '.join(str(place.absolute()) for place in places)})."
+        )
+    module_name = f"rlt2i_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__["__rlt2i_file__"] = str(path)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module

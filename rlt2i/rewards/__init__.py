@@ -1,0 +1,1 @@
+"""Rewards: what judges a finished image. No part here imports a model library before its first score."""

@@ -1,0 +1,233 @@
+"""Rewards made of rewards: sums, changes of scale, and functions of your own."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor
+
+from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
+from rlt2i.references import load_object
+from rlt2i.rewards.batching import REASON, configuration, with_reasons
+from rlt2i.rewards.guard import scored
+from rlt2i.rewards.wrapper import Wrapper
+
+
+@attrs.frozen(kw_only=True)
+class WeightedSum(Reward):
+    """sum_k weight_k x score_k, of raw scores: the *scale* of a reward counts as much as its weight.
+
+    Every reward is behind `scored`, and a sample is valid only where all of them are. Components: the raw score of every
+    reward under its name, and its own components under `name/component`. Maps add up with the weights of the rewards
+    that have them (positive weights only); regions of a reward with a negative weight change sign.
+
+    Attributes:
+        rewards: name -> (reward, weight).
+    """
+
+    rewards: Mapping[str, tuple[Reward, float]] = attrs.field()
+
+    @rewards.validator
+    def _check_rewards(self, _: Any, value: Mapping[str, tuple[Reward, float]]) -> None:
+        if not value:
+            raise ValueError("WeightedSum(rewards={}): a sum of nothing rewards nothing. Name at least one reward.")
+        for name, (_reward, weight) in value.items():
+            if not torch.isfinite(torch.tensor(float(weight))) or weight == 0:
+                raise ValueError(f"WeightedSum: the weight of {name!r} is {weight}; leave the reward out instead.")
+
+    @property
+    def requires(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset().union(*(reward.requires for reward, _ in self.rewards.values()))
+
+    @property
+    def offers(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset().union(*(reward.offers for reward, _ in self.rewards.values()))
+
+    @property
+    def span(self) -> tuple[float, float] | None:  # type: ignore[override]
+        ends = []
+        for reward, weight in self.rewards.values():
+            if reward.span is None:
+                return None
+            ends.append(sorted(weight * end for end in reward.span))
+        return sum(low for low, _ in ends), sum(high for _, high in ends)
+
+    @property
+    def scope(self) -> Literal["sample", "group"]:  # type: ignore[override]
+        return "group" if any(reward.scope == "group" for reward, _ in self.rewards.values()) else "sample"
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        outputs = {name: scored(reward, batch, want & reward.offers) for name, (reward, _) in self.rewards.items()}
+        weights = {name: weight for name, (_, weight) in self.rewards.items()}
+        scores = sum((weights[name] * out.scores for name, out in outputs.items()), torch.zeros(len(batch.prompts)))
+        components: dict[str, Tensor] = {}
+        info: list[dict[str, Any]] = [{} for _ in batch.prompts]
+        reasons: list[str | None] = [None for _ in batch.prompts]
+        for name, output in outputs.items():
+            components[name] = output.scores
+            components |= {f"{name}/{part}": values for part, values in output.components.items()}
+            for row, details in enumerate(output.info or ()):
+                if REASON in details:
+                    reasons[row] = reasons[row] or f"{name}: {details[REASON]}"
+                if details:
+                    info[row][name] = dict(details)
+        regions = None
+        if "regions" in want and any(out.regions is not None for out in outputs.values()):
+            regions = [
+                [
+                    attrs.evolve(region, credit=weights[name] * region.credit)
+                    for name, out in outputs.items()
+                    if out.regions is not None
+                    for region in out.regions[row]
+                ]
+                for row in range(len(batch.prompts))
+            ]
+        told = with_reasons(info, reasons)
+        return RewardOutput(
+            scores=scores,
+            valid=torch.stack([out.valid for out in outputs.values()]).all(dim=0),
+            components=components,
+            regions=regions,
+            maps=_add_maps([(weights[name], out.maps) for name, out in outputs.items() if out.maps is not None]),
+            info=told if any(told) else None,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        return configuration(self)
+
+    def close(self) -> None:
+        for reward, _ in self.rewards.values():
+            reward.close()
+
+
+def _add_maps(maps: list[tuple[float, Tensor]]) -> Tensor | None:
+    """Weighted sum at the finest resolution among them; rewards with a negative weight do not say where to look."""
+    kept = [(weight, values) for weight, values in maps if weight > 0]
+    if not kept:
+        return None
+    size = max((tuple(values.shape[1:]) for _, values in kept), key=lambda shape: shape[0] * shape[1])
+    resize = lambda values: torch.nn.functional.interpolate(values[:, None], size=size, mode="area")[:, 0]  # noqa: E731
+    return torch.stack([weight * resize(values) for weight, values in kept]).sum(dim=0)
+
+
+@attrs.frozen(kw_only=True)
+class Affine(Wrapper):
+    """scale x score + shift. The score of the reward inside is the component `raw`.
+
+    Attributes:
+        scale: not 0; a negative scale turns a penalty into a reward, and the regions' credits with it.
+        shift: added afterwards.
+    """
+
+    scale: float = attrs.field(default=1.0)
+    shift: float = attrs.field(default=0.0)
+
+    @scale.validator
+    def _check_scale(self, _: Any, value: float) -> None:
+        if value == 0:
+            raise ValueError("Affine(scale=0): every image would score the same, so nothing could be learned from it.")
+
+    @property
+    def span(self) -> tuple[float, float] | None:  # type: ignore[override]
+        if self.reward.span is None:
+            return None
+        low, high = sorted(self.scale * end + self.shift for end in self.reward.span)
+        return low, high
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        output = self.reward.score(batch, want)
+        sign = 1.0 if self.scale > 0 else -1.0
+        regions = output.regions
+        if regions is not None:
+            regions = [[attrs.evolve(region, credit=sign * region.credit) for region in row] for row in regions]
+        return attrs.evolve(
+            output,
+            scores=self.scale * output.scores + self.shift,
+            components={**output.components, "raw": output.scores},
+            regions=regions,
+        )
+
+
+@attrs.frozen(kw_only=True)
+class Clip(Wrapper):
+    """min(max(score, low), high); nan stays nan. The score of the reward inside is the component `raw`.
+
+    Attributes:
+        low, high: the range, in the unit of the reward inside.
+    """
+
+    low: float
+    high: float = attrs.field()
+
+    @high.validator
+    def _check_high(self, _: Any, value: float) -> None:
+        if not self.low < value:
+            raise ValueError(f"Clip(low={self.low}, high={value}): nothing lies between. Use low < high.")
+
+    @property
+    def span(self) -> tuple[float, float]:  # type: ignore[override]
+        low, high = self.reward.span or (self.low, self.high)
+        return max(self.low, min(low, self.high)), min(self.high, max(high, self.low))
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        output = self.reward.score(batch, want)
+        scores = output.scores.clamp(self.low, self.high)
+        return attrs.evolve(output, scores=scores, components={**output.components, "raw": output.scores})
+
+
+@attrs.frozen(kw_only=True)
+class Function(Reward):
+    """A plain function `(images, prompts, metadata) -> scores` as a reward.
+
+    It is given [B, 3, H, W] uint8 RGB, B texts and B mappings, and returns B numbers (a list, an array or a tensor).
+    None, nan and infinity stand for "could not judge" and make that sample invalid.
+
+    Attributes:
+        function: `module:function`, or `file.py:function`.
+        requires: metadata keys that the function reads.
+        span: documented range; a score outside is invalid under `Guarded`, in a sum, and on a server.
+    """
+
+    function: str = attrs.field(validator=validators.matches_re(r".+:\w+(\.\w+)*"))
+    requires: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
+    span: tuple[float, float] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if not callable(self._load()):
+            raise ValueError(f"Function(function={self.function!r}): that is not a function.")
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        returned = self._load()(batch.images, list(batch.prompts), list(batch.metadata))
+        if isinstance(returned, Tensor):
+            scores = returned.detach().float().cpu()
+        else:
+            scores = torch.tensor([torch.nan if value is None else float(value) for value in returned])
+        if scores.shape != (len(batch.prompts),):
+            raise ValueError(
+                f"{self.function} returned scores of shape {list(scores.shape)} for {len(batch.prompts)} images; it must "
+                "return one number per image, in their order."
+            )
+        valid = torch.isfinite(scores)
+        return RewardOutput(scores=torch.where(valid, scores, torch.nan), valid=valid)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return configuration(self, source=_source_hash(self._load()))
+
+    def _load(self) -> Callable[..., Any]:
+        return load_object(self.function)
+
+
+def _source_hash(function: Callable[..., Any]) -> str | None:
+    """SHA-256 of the file that a function is in: what it scores may depend on all of it."""
+    try:
+        path = inspect.getsourcefile(function)
+    except TypeError:
+        return None
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,148 @@
+"""Released checkpoints under transformers' names. Pure functions of state dicts; nothing is downloaded or
+unpickled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+Rename = Sequence[tuple[str, str]]
+
+_OPEN_CLIP: Final[Rename] = (
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.ln_1\.", ".layer_norm1."),
+    (r"\.ln_2\.", ".layer_norm2."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+)
+_TRANSPOSED: Final = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+"""open_clip multiplies from the left with these."""
+
+_BLIP_VISION: Final[Rename] = (
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"\.norm(\d)\.", r".layer_norm\1."),
+    (r"^norm\.", "post_layernorm."),
+)
+
+
+def vit_h_config() -> Any:
+    """The CLIPConfig of laion/CLIP-ViT-H-14, on which PickScore and HPSv2 were trained."""
+    from transformers import CLIPConfig
+
+    shared = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": 1024, "num_attention_heads": 16}
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "eos_token_id": 2}
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "patch_size": 14}
+    return CLIPConfig(text_config=text | shared, vision_config=vision | shared, projection_dim=1024)
+
+
+def open_clip_to_transformers(state: State) -> dict[str, Tensor]:
+    """An open_clip model with joint qkv projections as a CLIPModel. Buffers such as attn_mask are dropped."""
+    converted = {}
+    for old, tensor in state.items():
+        if old.endswith("attn_mask"):
+            continue
+        if old in _TRANSPOSED:
+            converted[_TRANSPOSED[old]] = tensor.T.contiguous()
+            continue
+        name = _renamed(old, _OPEN_CLIP)
+        joint = re.search(r"\.attn\.in_proj_(weight|bias)$", name)
+        if joint is None:
+            converted[name] = tensor
+            continue
+        for part, piece in zip("qkv", tensor.chunk(3, dim=0), strict=True):
+            converted[f"{name[: joint.start()]}.self_attn.{part}_proj.{joint[1]}"] = piece.clone()
+    return converted
+
+
+def blip_configs() -> tuple[Any, Any]:
+    """(vision, text) configurations of ImageReward: ViT-L/16 at 224 pixels and BERT-base with
+    cross-attention."""
+    from transformers import BlipTextConfig, BlipVisionConfig
+
+    vision = BlipVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=16,
+        layer_norm_eps=1e-6,
+    )
+    text = BlipTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        encoder_hidden_size=1024,
+        vocab_size=30524,
+        max_position_embeddings=512,
+        layer_norm_eps=1e-12,
+        is_decoder=True,
+    )
+    return vision, text
+
+
+def image_reward_to_transformers(
+    state: State,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """ImageReward's checkpoint as a BlipVisionModel, a BlipTextModel and the collapsed head."""
+    vision = {
+        _renamed(name, _BLIP_VISION): tensor for name, tensor in _below(state, "blip.visual_encoder.").items()
+    }
+    text = {
+        name: tensor
+        for name, tensor in _below(state, "blip.text_encoder.").items()
+        if not name.endswith("position_ids")
+    }
+    return vision, text, collapse_linear(_below(state, "mlp.layers."))
+
+
+def collapse_linear(layers: State) -> dict[str, Tensor]:
+    """A stack of linear layers without activations as the one affine map that it is.
+
+    Args:
+        layers: "0.weight" [out, in], "0.bias" [out], "2.weight", ...; numbers give the order, the last out is
+            1.
+
+    Returns:
+        weight [in] and scalar bias, float32, computed in float64.
+    """
+    numbers = sorted({int(name.split(".")[0]) for name in layers})
+    weight = torch.eye(layers[f"{numbers[0]}.weight"].shape[1], dtype=torch.float64)
+    bias = torch.zeros(weight.shape[1], dtype=torch.float64)
+    for number in numbers:
+        linear = layers[f"{number}.weight"].double()
+        weight, bias = linear @ weight, linear @ bias + layers[f"{number}.bias"].double()
+    if weight.shape[0] != 1:
+        raise ValueError(f"collapse_linear: the last layer has {weight.shape[0]} outputs; a score needs one.")
+    return {"weight": weight[0].float().contiguous(), "bias": bias[0].float().contiguous()}
+
+
+def _renamed(name: str, rules: Rename) -> str:
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def _below(state: State, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,0 +1,204 @@
+"""GenEval as a reward: a detector, the rules, and what each object contributed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor
+
+from rlt2i.functional import geneval as rules
+from rlt2i.functional.geneval import CLASSES, COUNTING_THRESHOLD, RULES, THRESHOLD, Detection, Objects, Rule
+from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
+from rlt2i.rewards.clip_family import load_clip
+from rlt2i.rewards.geneval_colour import Cutout, classify_colours
+from rlt2i.rewards.mask2former import Instances, detect, load_detector
+from rlt2i.rewards.weights import full_precision, weights_identity
+from rlt2i.types import Region
+
+Colours = dict[tuple[str, int], str]
+"""(class, row of the detection) -> colour, of one image."""
+
+
+@attrs.frozen(kw_only=True)
+class GenEvalReward(Reward):
+    """Are the objects of the prompt there, as many, in their colours and places? Runs where the images are.
+
+    The score is in [0, 1] for "strict" and "official"; at most 1 for "dense", which falls below 0 when an
+    image is crowded with the named class. Components are `dense`, `strict`, `official` and `objects`, how
+    many of the named classes were kept. A region is an object of a named class: +1 when right, -1 when
+    surplus, in the wrong colour or in the wrong place; a missing object has no place. Maps mark the pixels of
+    those objects.
+
+    Attributes:
+        rule: "dense" (mean over the prompt's parts), "dense_peers" (the same with the defect of the published
+            training code that rewards a wrong place), "strict" (everything exactly) or "official" (the
+            benchmark).
+        detector: converted Mask2Former weights, by folder or name, or a hub name. The official ones are
+            mmdetection's, Apache-2.0. Classes go by index, so any COCO-80 model will do.
+        colour_model: CLIP ViT-L/14 of OpenAI, in whose terms GenEval reads colours.
+        threshold: detections need a higher confidence.
+        counting_threshold: the same for counting prompts.
+        images_per_chunk: images per forward pass of the detector; changes memory and speed, not scores.
+    """
+
+    requires = frozenset({"tag", "include"})
+    offers = frozenset({"maps", "regions"})
+    span = (-14.0, 1.0)
+
+    rule: Rule = attrs.field(default="dense", validator=validators.in_(RULES))
+    detector: str = "mask2former_swin-s_mmdet"
+    colour_model: str = "openai/clip-vit-large-patch14"
+    threshold: float = attrs.field(default=THRESHOLD, validator=[validators.ge(0.0), validators.lt(1.0)])
+    counting_threshold: float = attrs.field(
+        default=COUNTING_THRESHOLD, validator=[validators.ge(0.0), validators.lt(1.0)]
+    )
+    images_per_chunk: int = attrs.field(default=8, validator=validators.ge(1))
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        for metadata in batch.metadata:
+            rules.check_prompt(metadata)
+        with torch.inference_mode(), full_precision(batch.images.device):
+            found = self.detections(batch.images)
+            objects = [self._objects(f, m) for f, m in zip(found, batch.metadata, strict=True)]
+            colours = self._colours(batch, found, objects, everything=bool(want))
+        return judge(self.rule, batch, found, objects, colours, want)
+
+    def detections(self, images: Tensor) -> list[Instances | None]:
+        """What the detector sees in each of [B, 3, H, W] images; None where it gave no numbers."""
+        model = load_detector(self.detector, str(images.device))
+        least = min(self.threshold, self.counting_threshold)
+        chunks = images.split(self.images_per_chunk)
+        return [found for chunk in chunks for found in detect(model, chunk, threshold=least)]
+
+    def _objects(self, found: Instances | None, metadata: Mapping[str, Any]) -> Objects:
+        return rules.keep_confident(
+            {} if found is None else named_detections(found),
+            metadata["tag"],
+            threshold=self.threshold,
+            counting_threshold=self.counting_threshold,
+        )
+
+    def _colours(
+        self,
+        batch: RewardBatch,
+        found: Sequence[Instances | None],
+        objects: Sequence[Objects],
+        *,
+        everything: bool,
+    ) -> list[Colours]:
+        """All objects of the batch whose colour matters go through CLIP together."""
+        asked = [
+            (row, detection, name)
+            for row, metadata in enumerate(batch.metadata)
+            for detection, name in rules.needing_colour(objects[row], metadata, everything=everything)
+        ]
+        colours: list[Colours] = [{} for _ in batch.metadata]
+        if asked:
+            clip = load_clip(self.colour_model, "main", "", str(batch.images.device))
+            cutouts = [
+                Cutout(
+                    image=batch.images[row], mask=_instances(found[row]).masks[d.index], box=d.box, name=name
+                )
+                for row, d, name in asked
+            ]
+            for (row, d, name), colour in zip(asked, classify_colours(clip, cutouts), strict=True):
+                colours[row][name, d.index] = colour
+        return colours
+
+    def fingerprint(self) -> dict[str, Any]:
+        import transformers
+
+        fields = attrs.asdict(self, recurse=False)
+        return {
+            "reward": type(self).__name__,
+            **{k: repr(v) for k, v in fields.items() if k != "images_per_chunk"},
+            "detector": weights_identity(self.detector),
+            "colour_model": weights_identity(self.colour_model),
+            "preprocessing": "1333x800 bilinear without antialiasing, RGB; no NMS; 16 per class; float32",
+            "transformers": transformers.__version__,
+        }
+
+    def close(self) -> None:
+        load_detector.cache_clear()
+        load_clip.cache_clear()
+
+
+def named_detections(found: Instances) -> dict[str, list[Detection]]:
+    """The detector's output by class name; classes beyond COCO's 80 are dropped."""
+    named: dict[str, list[Detection]] = {}
+    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+    for index, (label, confidence, box) in enumerate(rows):
+        if label < len(CLASSES):
+            x1, y1, x2, y2 = box
+            named.setdefault(CLASSES[label], []).append(
+                Detection(box=(x1, y1, x2, y2), score=confidence, index=index)
+            )
+    return named
+
+
+def judge(
+    rule: Rule,
+    batch: RewardBatch,
+    found: Sequence[Instances | None],
+    objects: Sequence[Objects],
+    colours: Sequence[Colours],
+    want: frozenset[str],
+) -> RewardOutput:
+    """Everything after the models: scores of every rule, regions and maps."""
+    verdicts: dict[Rule, list[rules.Verdict]] = {name: [] for name in RULES}
+    regions, maps, counts = [], [], []
+    for row, metadata in enumerate(batch.metadata):
+        seen, image_colours = objects[row], colours[row]
+
+        def colour_of(d: Detection, name: str, known: Colours = image_colours) -> str:
+            return known[name, d.index]
+
+        for name in RULES:
+            verdicts[name].append(rules.score(name, seen, metadata, colour_of))
+        counts.append(sum(len(seen.get(name, ())) for name in {c["class"] for c in metadata["include"]}))
+        if want:
+            judged = rules.judge_objects(seen, metadata, colour_of, rule)
+            masks = [_instances(found[row]).masks[d.index] for d, _, _ in judged]
+            regions.append(_regions(judged, masks, image_colours))
+            empty = batch.images.new_zeros(batch.images.shape[-2:], dtype=torch.bool)
+            maps.append(torch.stack([empty, *masks]).any(0).float())
+    scores = {name: torch.tensor([v.score for v in verdicts[name]]) for name in RULES}
+    return RewardOutput(
+        scores=scores[rule],
+        valid=torch.tensor([f is not None for f in found], dtype=torch.bool),
+        components={
+            **{name: scores[name] for name in ("dense", "strict", "official")},
+            "objects": torch.tensor(counts, dtype=torch.float32),
+        },
+        regions=regions if "regions" in want else None,
+        maps=torch.stack(maps) if "maps" in want else None,
+        info=[{"reason": "; ".join(v.reasons)} for v in verdicts[rule]],
+    )
+
+
+def _regions(
+    judged: Sequence[tuple[Detection, str, rules.Judgement]], masks: Sequence[Tensor], colours: Colours
+) -> list[Region]:
+    regions = []
+    for (d, name, judgement), mask in zip(judged, masks, strict=True):
+        height, width = mask.shape
+        x1, y1, x2, y2 = d.box
+        colour = colours.get((name, d.index))
+        regions.append(
+            Region(
+                box=(x1 / width, y1 / height, x2 / width, y2 / height),
+                credit=1.0 if judgement == "right" else -1.0,
+                label=f"{colour + ' ' if colour else ''}{name}, {judgement}",
+                mask=mask.cpu(),
+            )
+        )
+    return regions
+
+
+def _instances(found: Instances | None) -> Instances:
+    assert found is not None, "only images with detections hold objects"
+    return found

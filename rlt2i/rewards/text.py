@@ -1,0 +1,72 @@
+"""Comparing what an image says with what it should say. Pure Python on strings of a few dozen characters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Verdict = Literal["right", "wrong", "free"]
+"""Of a character that was read: part of the target, an error that costs, or text that the score ignores."""
+
+
+def squash(text: str) -> str:
+    """Lower case without spaces, as Flow-GRPO compares: tabs, punctuation and accents stay."""
+    return text.replace(" ", "").lower()
+
+
+def quoted_text(prompt: str) -> str | None:
+    """The first text in double quotes, or None when there is none or it is blank."""
+    parts = prompt.split('"')
+    return parts[1] if len(parts) >= 3 and parts[1].strip() else None
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Levenshtein distance: the fewest insertions, deletions and substitutions of a character."""
+    return _table(first, second, anywhere=False)[-1][-1]
+
+
+def substring_distance(target: str, text: str) -> int:
+    """The smallest edit distance between `target` and any substring of `text` (Sellers 1980)."""
+    return min(_table(target, text, anywhere=True)[-1])
+
+
+def verdicts(text: str, target: str, *, anywhere: bool) -> list[Verdict]:
+    """Which characters of `text` are right, along one cheapest alignment with `target`.
+
+    Args:
+        text: what was read.
+        target: what it should say.
+        anywhere: whether text before and after the target is free.
+
+    Returns:
+        One verdict per character of `text`. Characters of the target that are missing have no place and no verdict.
+    """
+    table = _table(target, text, anywhere=anywhere)
+    row, column = len(target), len(text)
+    found: list[Verdict] = ["free" if anywhere else "wrong" for _ in text]
+    if anywhere:
+        column = min(range(len(text) + 1), key=lambda j: table[row][j])
+    while row and column:
+        equal = target[row - 1] == text[column - 1]
+        if table[row][column] == table[row - 1][column - 1] + (not equal):
+            found[column - 1] = "right" if equal else "wrong"
+            row, column = row - 1, column - 1
+        elif table[row][column] == table[row][column - 1] + 1:
+            found[column - 1] = "wrong"
+            column -= 1
+        else:
+            row -= 1
+    return found
+
+
+def _table(target: str, text: str, *, anywhere: bool) -> list[list[int]]:
+    """Entry [i][j]: the distance of the first i characters of `target` from the text up to j.
+
+    The text starts at 0, or, with `anywhere`, where that is cheapest.
+    """
+    rows = [[0 if anywhere else j for j in range(len(text) + 1)]]
+    for i, wanted in enumerate(target, 1):
+        above, row = rows[-1], [i]
+        for j, read in enumerate(text, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (wanted != read)))
+        rows.append(row)
+    return rows

@@ -1,0 +1,45 @@
+"""The deterministic sampler: evaluation, and rollouts of forward-process objectives."""
+
+from __future__ import annotations
+
+import attrs
+from attrs import validators
+
+from rlt2i.interfaces import Policy, Sampler
+from rlt2i.samplers.kernels import FlowSDE
+from rlt2i.samplers.rollout import denoise
+from rlt2i.seeds import RolloutNoise
+from rlt2i.types import Conditioning, Trajectory
+
+
+@attrs.frozen(kw_only=True)
+class ODE(Sampler):
+    """Euler steps along the probability-flow ODE. No step has a log-probability."""
+
+    num_steps: int = attrs.field(default=10, validator=validators.ge(1))
+
+    def stochastic_steps(self, progress: int) -> tuple[int, ...]:
+        return ()
+
+    def rollout(
+        self,
+        policy: Policy,
+        conditioning: Conditioning,
+        *,
+        noise: RolloutNoise,
+        captures: frozenset[str],
+        image_size: int,
+        group_size: int,
+        progress: int,
+    ) -> Trajectory:
+        return denoise(
+            policy,
+            conditioning,
+            kernel=FlowSDE(),  # never consulted: there is no stochastic step
+            stochastic_steps=(),
+            num_steps=self.num_steps,
+            image_size=image_size,
+            noise=noise,
+            captures=captures,
+            group_size=group_size,
+        )

@@ -1,0 +1,51 @@
+"""Stopping without losing work: Ctrl-C or a scheduler's SIGTERM ends the run after the update under way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class GracefulStop:
+    """Turns SIGINT and SIGTERM into a flag while its block runs; a second SIGINT is a KeyboardInterrupt.
+
+    The handlers in force before are put back on leaving. Python delivers signals to the main thread only, so
+    in any other thread the block changes nothing and `requested` stays False.
+
+    Attributes:
+        requested: whether to stop at the next safe point.
+        reason: name of the first signal ("SIGINT"), or "".
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.reason = ""
+        self._interrupts = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> GracefulStop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not installed from Python and cannot be put back from it.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested = True
+            self.reason = signal.Signals(number).name
+            # os.write, because a print interrupted by this very handler must not be entered again.
+            os.write(2, f"\n{self.reason}: stopping after this update; Ctrl-C again stops at once.\n".encode())

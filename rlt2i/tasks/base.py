@@ -1,0 +1,73 @@
+"""What a task supplies: an endless, seeded stream of training prompts and a fixed set of held-out prompts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from rlt2i.interfaces import Reward
+from rlt2i.types import Prompts
+
+
+@attrs.frozen(kw_only=True)
+class TaskPrompt:
+    """One prompt of a task.
+
+    Attributes:
+        text: what the policy reads.
+        metadata: JSON-able data that the reward needs.
+        core: the phrases the user cares about; empty means the content words.
+        category: for tables.
+    """
+
+    text: str
+    metadata: Mapping[str, Any] = attrs.field(factory=dict)
+    core: tuple[str, ...] = ()
+    category: str = "all"
+
+
+class Task(ABC):
+    """A source of prompts. Held-out prompts are never trained on."""
+
+    image_size: int
+
+    @property
+    @abstractmethod
+    def provides(self) -> frozenset[str]:
+        """The metadata keys that every prompt carries."""
+
+    @abstractmethod
+    def train_prompts(self, *, seed: int, start: int, count: int) -> list[TaskPrompt]:
+        """Prompts number `start` to `start + count` of the endless training stream of `seed`."""
+
+    @abstractmethod
+    def eval_prompts(self, count: int) -> list[TaskPrompt]:
+        """`count` held-out prompts, balanced over categories; the same list on every call."""
+
+
+def as_prompts(prompts: list[TaskPrompt], *, group_size: int, start: int = 0) -> Prompts:
+    """Prompts record of consecutive draws."""
+    return Prompts(
+        texts=tuple(p.text for p in prompts),
+        group_size=group_size,
+        metadata=tuple(p.metadata for p in prompts),
+        core=tuple(p.core for p in prompts),
+        draws=tuple(range(start, start + len(prompts))),
+    )
+
+
+def check_metadata(task: Task, reward: Reward) -> None:
+    """Refuse a reward that would look for task data that is not there.
+
+    Raises:
+        ValueError: naming what is missing and what exists.
+    """
+    missing = sorted(reward.requires - task.provides)
+    if missing:
+        raise ValueError(
+            f"{type(reward).__name__} needs the metadata {missing}, but the prompts of {type(task).__name__} carry "
+            f"{sorted(task.provides) or 'none'}. Use the reward with its own task, or add the keys to your prompt file."
+        )

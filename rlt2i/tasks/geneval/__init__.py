@@ -1,0 +1,1 @@
+"""GenEval: 553 official prompts for evaluation, an endless stream of others for training."""

@@ -1,0 +1,47 @@
+"""The shapes world as a task: training prompts on the fly, held-out combinations for evaluation."""
+
+from __future__ import annotations
+
+import attrs
+
+from rlt2i.seeds import derive_seed
+from rlt2i.tasks.base import Task, TaskPrompt
+from rlt2i.tasks.shapes.prompts import ShapesPrompt, eval_prompts, split_prompts
+from rlt2i.tasks.shapes.vocabulary import CANVAS, CATEGORIES
+
+
+@attrs.frozen(kw_only=True)
+class ShapesTask(Task):
+    """A mini-GenEval: six categories in turn, a random training combination of each.
+
+    Attributes:
+        image_size: 32, the canvas of the world.
+    """
+
+    image_size: int = attrs.field(default=CANVAS, validator=attrs.validators.in_((CANVAS,)))
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return frozenset(field.name for field in attrs.fields(ShapesPrompt))
+
+    def train_prompts(self, *, seed: int, start: int, count: int) -> list[TaskPrompt]:
+        pool, _ = split_prompts()
+        by_category = {c: [p for p in pool if p.category == c] for c in CATEGORIES}
+        drawn = []
+        for number in range(start, start + count):
+            members = by_category[CATEGORIES[number % len(CATEGORIES)]]
+            drawn.append(_task_prompt(members[derive_seed(seed, "prompt", number) % len(members)]))
+        return drawn
+
+    def eval_prompts(self, count: int) -> list[TaskPrompt]:
+        per_category, rest = divmod(count, len(CATEGORIES))
+        if rest:
+            raise ValueError(
+                f"ShapesTask.eval_prompts({count}): a balanced evaluation needs a multiple of the {len(CATEGORIES)} "
+                f"categories. Use {max(1, per_category) * len(CATEGORIES)} or {(per_category + 1) * len(CATEGORIES)}."
+            )
+        return [_task_prompt(p) for p in eval_prompts(per_category)]
+
+
+def _task_prompt(prompt: ShapesPrompt) -> TaskPrompt:
+    return TaskPrompt(text=prompt.text, metadata=prompt.metadata(), core=prompt.core, category=prompt.category)

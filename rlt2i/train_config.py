@@ -1,0 +1,190 @@
+"""How long, how fast and how often: the settings of a run that belong to no part, and its batch arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import attrs
+from attrs.validators import ge, gt, le, lt, optional
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+@attrs.frozen(kw_only=True)
+class TrainConfig:
+    """The invariants of a run. World size, micro-batches and accumulation follow from them (`derive_batch`).
+
+    Attributes:
+        seed: from which every draw of the run follows.
+        updates: rollout batches to collect and learn from.
+        prompts_per_update: P, over all processes together.
+        group_size: G, rollouts per prompt.
+        updates_per_rollout: optimiser steps per rollout batch, each on its own share of the groups.
+        images_per_device: rollouts per forward pass while sampling; changes speed and memory, nothing else.
+        sequences_per_device: (rollout, step) pairs per forward pass while learning; likewise.
+        image_size: pixels a side.
+        share_initial_noise: start the rollouts of a group from the same noise.
+        learning_rate, betas, weight_decay, adam_eps: of AdamW.
+        max_grad_norm: global norm at which gradients are clipped.
+        warmup_updates: optimiser steps of linear warm-up.
+        ema_decay: of the averaged weights that are evaluated and exported as well, or null for none.
+        reference: keep the starting weights at hand and log the distance from them, even where no loss asks for it.
+        eval_every: updates between evaluations; 0 for only before the first update and after the last.
+        eval_prompts: held-out prompts per evaluation, one image each.
+        eval_steps: denoising steps of the ODE that draws them.
+        eval_seed: of their initial noise, the same at every evaluation.
+        checkpoint_every: updates between checkpoints; the last update always leaves one.
+        keep_checkpoints: how many of the newest are kept.
+        max_invalid_share: of rollouts whose reward failed; beyond it the run stops instead of learning from the rest.
+        trackers: where metrics go besides metrics.jsonl.
+    """
+
+    seed: int = attrs.field(default=0, validator=ge(0))
+    updates: int = attrs.field(validator=ge(1))
+    prompts_per_update: int = attrs.field(validator=ge(1))
+    group_size: int = attrs.field()
+    updates_per_rollout: int = attrs.field(default=1, validator=ge(1))
+    images_per_device: int = attrs.field(validator=ge(1))
+    sequences_per_device: int = attrs.field(validator=ge(1))
+    image_size: int = attrs.field(validator=ge(1))
+    share_initial_noise: bool = False
+    learning_rate: float = attrs.field(validator=gt(0))
+    betas: tuple[float, float] = attrs.field(default=(0.9, 0.999))
+    weight_decay: float = attrs.field(default=1e-4, validator=ge(0))
+    adam_eps: float = attrs.field(default=1e-8, validator=gt(0))
+    max_grad_norm: float = attrs.field(default=1.0, validator=gt(0))
+    warmup_updates: int = attrs.field(default=0, validator=ge(0))
+    ema_decay: float | None = attrs.field(default=None, validator=optional([ge(0), lt(1)]))
+    reference: bool = False
+    eval_every: int = attrs.field(default=0, validator=ge(0))
+    eval_prompts: int = attrs.field(default=0, validator=ge(0))
+    eval_steps: int = attrs.field(default=10, validator=ge(1))
+    eval_seed: int = attrs.field(default=0, validator=ge(0))
+    checkpoint_every: int = attrs.field(default=10, validator=ge(1))
+    keep_checkpoints: int = attrs.field(default=2, validator=ge(1))
+    max_invalid_share: float = attrs.field(default=0.25, validator=[ge(0), le(1)])
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+
+    @group_size.validator
+    def _check_group_size(self, _: Any, value: int) -> None:
+        if value < 2:
+            raise ValueError(
+                f"group_size={value}: an advantage compares the rollouts of one prompt with each other; a group of "
+                "one has no spread, so every advantage would be 0 and nothing would be learned. Use 2 or more; 8 to 24 "
+                "work well."
+            )
+
+    @betas.validator
+    def _check_betas(self, _: Any, value: tuple[float, float]) -> None:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas={list(value)}: both must lie in [0, 1).")
+
+
+@attrs.frozen(kw_only=True)
+class BatchPlan:
+    """What the invariants of a run come to on a given number of processes.
+
+    Attributes:
+        world_size: processes, one device each.
+        num_steps, trained_steps: T, and how many of the steps (or draws) of a rollout are learned from.
+        prompts, rollouts: of one rollout batch, over all processes.
+        prompts_per_device, rollouts_per_device: of one process; groups are never split.
+        rollout_passes: chunks that a process samples one after the other.
+        optimiser_steps: per rollout batch.
+        rollouts_per_step: behind one optimiser step, over all processes.
+        micro_batches: forward and backward passes of a process for one optimiser step, at most: groups without
+            advantage are skipped.
+        total_rollouts, total_optimiser_steps: of the whole run.
+    """
+
+    world_size: int
+    num_steps: int
+    trained_steps: int
+    group_size: int
+    images_per_device: int
+    sequences_per_device: int
+    prompts: int
+    rollouts: int
+    prompts_per_device: int
+    rollouts_per_device: int
+    rollout_passes: int
+    optimiser_steps: int
+    rollouts_per_step: int
+    micro_batches: int
+    total_rollouts: int
+    total_optimiser_steps: int
+
+    def table(self) -> str:
+        """The plan as text."""
+        rows = [
+            ("processes", f"{self.world_size}"),
+            ("per update", f"{self.prompts} prompts x {self.group_size} rollouts = {self.rollouts} images"),
+            ("per device", f"{self.prompts_per_device} prompts = {self.rollouts_per_device} images"),
+            (
+                "sampling",
+                f"{self.rollout_passes} passes of up to {self.images_per_device} images, {self.num_steps} steps each",
+            ),
+            (
+                "optimiser steps",
+                f"{self.optimiser_steps} per update, each from {self.rollouts_per_step} images",
+            ),
+            (
+                "learning",
+                f"{self.trained_steps} of {self.num_steps} steps: up to {self.micro_batches} micro-batches of "
+                f"{self.sequences_per_device} sequences per device and optimiser step",
+            ),
+            ("whole run", f"{self.total_rollouts} images, {self.total_optimiser_steps} optimiser steps"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def derive_batch(train: TrainConfig, *, world_size: int, num_steps: int, trained_steps: int) -> BatchPlan:
+    """The batch arithmetic of a run.
+
+    Args:
+        train: the invariants.
+        world_size: number of processes.
+        num_steps: T, denoising steps of a rollout.
+        trained_steps: steps (or draws of sigma) of a rollout that the objective learns from.
+
+    Raises:
+        ValueError: when whole groups cannot be dealt evenly, with the nearest numbers that work.
+    """
+    prompts, share = train.prompts_per_update, world_size * train.updates_per_rollout
+    if prompts % share:
+        below, above = prompts // share * share, (prompts // share + 1) * share
+        sizes = [n for n in range(1, prompts + 1) if prompts % (n * train.updates_per_rollout) == 0]
+        ways = [f"train.prompts_per_update={' or '.join(str(n) for n in (below, above) if n)}"]
+        if sizes:
+            ways.append(f"{_listed(sizes)} processes")
+        raise ValueError(
+            f"train.prompts_per_update={prompts} cannot be dealt to {world_size} processes x "
+            f"{train.updates_per_rollout} optimiser steps: the {train.group_size} rollouts of a prompt stay on one "
+            f"process and in one step, so it must be a multiple of {share}. Use {', or '.join(ways)}."
+        )
+    rollouts = prompts * train.group_size
+    per_device = rollouts // world_size
+    return BatchPlan(
+        world_size=world_size,
+        num_steps=num_steps,
+        trained_steps=trained_steps,
+        group_size=train.group_size,
+        images_per_device=min(train.images_per_device, per_device),
+        sequences_per_device=train.sequences_per_device,
+        prompts=prompts,
+        rollouts=rollouts,
+        prompts_per_device=prompts // world_size,
+        rollouts_per_device=per_device,
+        rollout_passes=-(-per_device // train.images_per_device),
+        optimiser_steps=train.updates_per_rollout,
+        rollouts_per_step=rollouts // train.updates_per_rollout,
+        micro_batches=-(-per_device * trained_steps // (train.updates_per_rollout * train.sequences_per_device)),
+        total_rollouts=rollouts * train.updates,
+        total_optimiser_steps=train.updates * train.updates_per_rollout,
+    )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])

@@ -1,0 +1,472 @@
+"""The records that flow through an algorithm.
+
+    Prompts -> Conditioning -> Trajectory -> images -> Rewards -> Credit -> Experience -> Loss, Loss, ...
+
+Axes: B = P * G rollouts (group-major: the G rollouts of one of the P prompts are adjacent), T denoising steps, latents
+C x H x W, credit grid h x w. `sigma` runs from 1 (pure noise) to 0; `x_sigma = (1 - sigma) x_0 + sigma eps` and
+`v = eps - x_0`. Reward, credit, log-ratio and loss all live in [B, T, h, w]; an axis that a part does not resolve has
+size 1 there and broadcasts. Channels never carry credit.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import Tensor
+
+from rlt2i.functional.transitions import Transition
+from rlt2i.shapes import Axes
+
+Causality = Literal["state", "action", "outcome", "exogenous"]
+CAUSALITIES: tuple[Causality, ...] = ("exogenous", "state", "action", "outcome")
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Prompts:
+    """P prompts, each to be sampled `group_size` times.
+
+    Attributes:
+        texts: P prompt strings.
+        group_size: G, the rollouts per prompt.
+        metadata: P JSON-able mappings of task data (what a verifier needs).
+        core: per prompt, the phrases the user cares about; empty means "the content words of the prompt".
+        draws: per prompt, its position in the run's endless prompt stream; makes the seeds of a prompt that is drawn
+            twice differ.
+    """
+
+    texts: tuple[str, ...] = attrs.field(converter=tuple)
+    group_size: int
+    metadata: tuple[Mapping[str, Any], ...] = attrs.field(converter=tuple)
+    core: tuple[tuple[str, ...], ...] = attrs.field(converter=lambda rows: tuple(tuple(r) for r in rows))
+    draws: tuple[int, ...] = attrs.field(converter=tuple)
+
+    def __attrs_post_init__(self) -> None:
+        sizes = {"texts": len(self.texts), "metadata": len(self.metadata), "core": len(self.core)}
+        if len({*sizes.values(), len(self.draws)}) != 1:
+            raise ValueError(f"Prompts: one entry per prompt is needed in every field, got {sizes}, draws={len(self.draws)}.")
+        if self.group_size < 1:
+            raise ValueError(f"Prompts(group_size={self.group_size}): at least one rollout per prompt is needed.")
+
+    @classmethod
+    def of(cls, texts: Sequence[str], *, group_size: int = 1) -> Prompts:
+        """Plain texts without task data, numbered from 0."""
+        empty: tuple[Mapping[str, Any], ...] = tuple({} for _ in texts)
+        return cls(
+            texts=tuple(texts), group_size=group_size, metadata=empty, core=tuple(() for _ in texts), draws=tuple(range(len(texts)))
+        )
+
+    @property
+    def num_rollouts(self) -> int:
+        """B = P * G."""
+        return len(self.texts) * self.group_size
+
+    def take(self, rows: Sequence[int]) -> Prompts:
+        """The prompts at the given positions."""
+        pick = lambda field: tuple(field[i] for i in rows)  # noqa: E731
+        return attrs.evolve(
+            self, texts=pick(self.texts), metadata=pick(self.metadata), core=pick(self.core), draws=pick(self.draws)
+        )
+
+    def per_rollout(self, field: Sequence[Any]) -> list[Any]:
+        """Repeats a per-prompt sequence for each rollout of the group."""
+        return [value for value in field for _ in range(self.group_size)]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class TokenSpan:
+    """Where one core phrase sits in the text sequence the network attends to.
+
+    Attributes:
+        phrase: the words, as the prompt writes them.
+        positions: per text stream ("clip", "t5"), indices into the joint text sequence, special and padding tokens excluded.
+    """
+
+    phrase: str
+    positions: Mapping[str, tuple[int, ...]]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Conditioning:
+    """Encoded prompts: one row per *prompt*, indexed by rollout, so a group shares its embeddings.
+
+    Attributes:
+        tensors: name -> [P, ...], opaque to all but the policy that made them.
+        rows: [B] long, the prompt row of each rollout.
+        token_spans: per prompt, the core phrases that were found in its tokens.
+    """
+
+    tensors: Mapping[str, Tensor]
+    rows: Tensor
+    token_spans: tuple[tuple[TokenSpan, ...], ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        axes = Axes("Conditioning")
+        axes.check("rows", self.rows, "B")
+        for name, tensor in self.tensors.items():
+            axes.check(f"tensors[{name!r}]", tensor.flatten(1) if tensor.ndim > 2 else tensor.reshape(len(tensor), -1), f"P {name}_size")
+
+    def __getitem__(self, name: str) -> Tensor:
+        """[B, ...]: the named tensor, one row per rollout."""
+        return self.tensors[name][self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Tensor) -> Conditioning:
+        """The conditioning of some rollouts (repeats allowed)."""
+        return attrs.evolve(self, rows=self.rows[rows.to(self.rows.device)])
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        return attrs.evolve(self, tensors={k: v.to(device) for k, v in self.tensors.items()}, rows=self.rows.to(device))
+
+
+class TransitionKernel(ABC):
+    """p(x' | x) of one denoising step, as a function of the velocity.
+
+    A trajectory carries the kernel that made it, so rollout and update cannot disagree.
+    """
+
+    @abstractmethod
+    def transition(
+        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: float
+    ) -> Transition:
+        """Mean and standard deviation of x'.
+
+        Args:
+            latents, velocity: [N, C, H, W].
+            sigma, sigma_next: [N], decreasing.
+            sigma_max: sigma_1, the second entry of the schedule; Flow-SDE needs it at sigma = 1.
+        """
+
+    @abstractmethod
+    def log_prob_map(self, next_latents: Tensor, transition: Transition) -> Tensor:
+        """[N, H, W] log-density of x', averaged over channels only."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Trajectory:
+    """B rollouts through T denoising steps.
+
+    Attributes:
+        latents: [B, T+1, C, H, W] float32; index 0 is the initial noise, index T the clean latents.
+        sigmas: [T+1] float32, decreasing to 0.
+        log_probs: [B, T, H, W] float32 at rollout time, channel mean; 0 at deterministic steps. May be a broadcast view.
+        stochastic: [T] bool; only these steps have a log-probability.
+        captures: name -> [B, T, ...], what the credit asked for, reduced on the fly.
+        kernel: the transition of the stochastic steps.
+        conditioning: of the B rollouts.
+        group_size: G; divides B.
+    """
+
+    latents: Tensor
+    sigmas: Tensor
+    log_probs: Tensor
+    stochastic: Tensor
+    kernel: TransitionKernel
+    conditioning: Conditioning
+    group_size: int
+    captures: Mapping[str, Tensor] = attrs.field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        axes = Axes("Trajectory")
+        axes.check("sigmas", self.sigmas, "T+1")
+        axes.check("latents", self.latents, "B T+1 C H W")
+        axes.check("log_probs", self.log_probs, "B T H W")
+        axes.check("stochastic", self.stochastic, "T")
+        axes.check("conditioning.rows", self.conditioning.rows, "B")
+        for name, tensor in self.captures.items():
+            axes.check(f"captures[{name!r}]", tensor[..., None].flatten(2), f"B T {name}")
+        if self.group_size < 1 or self.num_rollouts % self.group_size:
+            raise ValueError(f"Trajectory: {self.num_rollouts} rollouts do not split into groups of {self.group_size}.")
+
+    @property
+    def num_rollouts(self) -> int:
+        return self.latents.shape[0]
+
+    @property
+    def num_steps(self) -> int:
+        return self.latents.shape[1] - 1
+
+    @property
+    def sigma_max(self) -> float:
+        """sigma_1: stands in for 1 in the denominator of Flow-SDE's first step."""
+        return float(self.sigmas[1])
+
+    @property
+    def clean_latents(self) -> Tensor:
+        """[B, C, H, W], the end of the trajectory."""
+        return self.latents[:, -1]
+
+    def take(self, rows: Tensor) -> Trajectory:
+        """Some rollouts; groups need not stay whole, so the group size becomes 1 unless all are taken."""
+        whole = len(rows) == self.num_rollouts
+        return attrs.evolve(
+            self,
+            latents=self.latents[rows],
+            log_probs=self.log_probs[rows],
+            conditioning=self.conditioning.take(rows),
+            captures={k: v[rows] for k, v in self.captures.items()},
+            group_size=self.group_size if whole else 1,
+        )
+
+    def to(self, device: torch.device | str) -> Trajectory:
+        return attrs.evolve(
+            self,
+            latents=self.latents.to(device),
+            sigmas=self.sigmas.to(device),
+            log_probs=self.log_probs.to(device),
+            stochastic=self.stochastic.to(device),
+            conditioning=self.conditioning.to(device),
+            captures={k: v.to(device) for k, v in self.captures.items()},
+        )
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Region:
+    """A part of an image that a reward judged.
+
+    Attributes:
+        box: (x1, y1, x2, y2) in [0, 1].
+        credit: signed; > 0 helped the score, < 0 hurt it.
+        label: what was seen there.
+        mask: [H', W'] bool, or None when only the box is known.
+    """
+
+    box: tuple[float, float, float, float]
+    credit: float
+    label: str = ""
+    mask: Tensor | None = None
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Rewards:
+    """What the environment said about B rollouts.
+
+    Attributes:
+        values: [B, K] float32 at `scored_steps`; the last column is the finished image.
+        valid: [B] bool; an invalid rollout leaves group statistics and loss. It is never scored as 0.
+        terms: name -> [B], the parts of the score, for the log.
+        scored_steps: K step indices; T stands for the finished image.
+        maps: [B, h, w] float32 >= 0, where the judged content is; optional ground truth for oracle credit.
+        regions: per rollout, the regions the reward found.
+    """
+
+    values: Tensor
+    valid: Tensor
+    terms: Mapping[str, Tensor] = attrs.field(factory=dict)
+    scored_steps: tuple[int, ...] = ()
+    maps: Tensor | None = None
+    regions: tuple[tuple[Region, ...], ...] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        axes = Axes("Rewards")
+        axes.check("values", self.values, "B K")
+        axes.check("valid", self.valid, "B")
+        for name, tensor in self.terms.items():
+            axes.check(f"terms[{name!r}]", tensor, "B")
+        if self.maps is not None:
+            axes.check("maps", self.maps, "B h w")
+        bad = ~torch.isfinite(self.values).all(dim=1) & self.valid
+        if bad.any():
+            raise ValueError(
+                f"Rewards.values: rollout {int(bad.nonzero()[0])} is {self.values[bad][0].tolist()} but marked valid. "
+                "A reward that failed must say valid=False, so that it leaves the statistics instead of poisoning them."
+            )
+
+    @property
+    def final(self) -> Tensor:
+        """[B], the reward of the finished images."""
+        return self.values[:, -1]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Credit:
+    """How much each rollout, step and place is to be praised or blamed.
+
+    `advantage` and `weight` stay apart because clipping needs the sign, advantage clipping comes before weighting, a
+    forward-process objective turns the advantage into a bounded label, and preference objectives put the weight inside
+    the logit. A `mask` is not weight 0: it changes the denominator, a weight does not.
+
+    Attributes:
+        advantage: signed, broadcastable to [B, T, h, w].
+        weight: >= 0, broadcastable; mean one over the axes it resolves.
+        mask: bool, broadcastable; False leaves the loss *and* its denominator.
+        grid: (h, w) of the finest field.
+        causality: the latest information the weights depend on.
+    """
+
+    advantage: Tensor
+    weight: Tensor
+    mask: Tensor
+    grid: tuple[int, int]
+    causality: Causality = "exogenous"
+
+    def __attrs_post_init__(self) -> None:
+        axes = Axes("Credit", B=self.advantage.shape[0], h=self.grid[0], w=self.grid[1])
+        steps = max(field.shape[1] if field.ndim == 4 else 1 for field in (self.advantage, self.weight, self.mask))
+        axes.sizes["T"] = steps
+        for name in ("advantage", "weight", "mask"):
+            field: Tensor = getattr(self, name)
+            axes.check(name, field, "1|B 1|T 1|h 1|w")
+            if field.requires_grad:
+                raise ValueError(f"Credit.{name} carries a gradient; credit is a constant of the update: detach it.")
+        if self.advantage.shape[0] != axes.sizes["B"]:
+            raise ValueError("Credit.advantage must have one row per rollout.")
+        if self.mask.dtype is not torch.bool:
+            raise ValueError(f"Credit.mask: got {self.mask.dtype}, expected torch.bool.")
+        if not (torch.isfinite(self.advantage).all() and torch.isfinite(self.weight).all()):
+            raise ValueError("Credit: advantage and weight must be finite; mask out what could not be judged.")
+        if (self.weight < 0).any():
+            raise ValueError(f"Credit.weight: minimum is {float(self.weight.min()):g}; the sign belongs in the advantage.")
+
+    @property
+    def num_rollouts(self) -> int:
+        return self.advantage.shape[0]
+
+    def take(self, rows: Tensor) -> Credit:
+        pick = lambda field: field if field.shape[0] == 1 and self.num_rollouts > 1 else field[rows]  # noqa: E731
+        return attrs.evolve(self, advantage=self.advantage[rows], weight=pick(self.weight), mask=pick(self.mask))
+
+    def to(self, device: torch.device | str) -> Credit:
+        return attrs.evolve(
+            self, advantage=self.advantage.to(device), weight=self.weight.to(device), mask=self.mask.to(device)
+        )
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Pairs:
+    """N (rollout, step) pairs, flattened for one forward pass of the network.
+
+    Attributes:
+        rollouts, steps: [N] long, which pair each row is.
+        latents, next_latents, clean_latents: [N, C, H, W].
+        sigma, sigma_next: [N].
+        conditioning: of the N rows.
+        old_log_probs: [N, H, W].
+        advantage: [N, 1|h, 1|w]; weight and mask alike.
+    """
+
+    rollouts: Tensor
+    steps: Tensor
+    latents: Tensor
+    next_latents: Tensor
+    clean_latents: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    conditioning: Conditioning
+    old_log_probs: Tensor
+    advantage: Tensor
+    weight: Tensor
+    mask: Tensor
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Experience:
+    """What an objective learns from: trajectories, their rewards and the credit assigned to them.
+
+    Attributes:
+        token_grid: (h, w) of the policy's image tokens; the grid of token-level ratios.
+        keys: [B] long, a stable identity of each rollout; the randomness of an update is a function of it.
+        groups: [B] long, a stable identity of each rollout's prompt group.
+    """
+
+    trajectory: Trajectory
+    rewards: Rewards
+    credit: Credit
+    token_grid: tuple[int, int]
+    keys: Tensor
+    groups: Tensor
+
+    def __attrs_post_init__(self) -> None:
+        axes = Axes("Experience", B=self.trajectory.num_rollouts)
+        axes.check("keys", self.keys, "B")
+        axes.check("groups", self.groups, "B")
+        axes.check("credit.advantage", self.credit.advantage, "B ... ... ...")
+        axes.check("rewards.valid", self.rewards.valid, "B")
+        steps = max(self.credit.advantage.shape[1], self.credit.weight.shape[1], self.credit.mask.shape[1])
+        if steps not in (1, self.trajectory.num_steps):
+            raise ValueError(f"Experience: credit resolves {steps} steps, the trajectory has {self.trajectory.num_steps}.")
+
+    @property
+    def num_rollouts(self) -> int:
+        return self.trajectory.num_rollouts
+
+    def take(self, rows: Tensor) -> Experience:
+        rewards = attrs.evolve(
+            self.rewards,
+            values=self.rewards.values[rows],
+            valid=self.rewards.valid[rows],
+            terms={k: v[rows] for k, v in self.rewards.terms.items()},
+            maps=None if self.rewards.maps is None else self.rewards.maps[rows],
+            regions=None if self.rewards.regions is None else tuple(self.rewards.regions[i] for i in rows.tolist()),
+        )
+        return attrs.evolve(
+            self,
+            trajectory=self.trajectory.take(rows),
+            rewards=rewards,
+            credit=self.credit.take(rows),
+            keys=self.keys[rows],
+            groups=self.groups[rows],
+        )
+
+    def pairs(self, rollouts: Tensor, steps: Tensor) -> Pairs:
+        """Gather N (rollout, step) pairs; `rollouts` and `steps` are [N] long."""
+        trajectory, credit = self.trajectory, self.credit
+
+        def at(field: Tensor) -> Tensor:
+            row = rollouts if field.shape[0] > 1 else torch.zeros_like(rollouts)
+            step = steps if field.shape[1] > 1 else torch.zeros_like(steps)
+            return field[row, step]
+
+        return Pairs(
+            rollouts=rollouts,
+            steps=steps,
+            latents=trajectory.latents[rollouts, steps],
+            next_latents=trajectory.latents[rollouts, steps + 1],
+            clean_latents=trajectory.latents[rollouts, -1],
+            sigma=trajectory.sigmas[steps],
+            sigma_next=trajectory.sigmas[steps + 1],
+            conditioning=trajectory.conditioning.take(rollouts),
+            old_log_probs=at(trajectory.log_probs),
+            advantage=at(credit.advantage),
+            weight=at(credit.weight),
+            mask=at(credit.mask),
+        )
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Loss:
+    """One scalar to run backward on.
+
+    Attributes:
+        value: scalar with a gradient. The values of all losses of an update *add up* to the update's loss.
+        metrics: name -> detached tensor [N] of observations; the log averages them over the update, or takes the
+            maximum where the name ends in "max".
+        steps: [N] long, the denoising step of each observation; then the log also shows each metric per step.
+    """
+
+    value: Tensor
+    metrics: Mapping[str, Tensor] = attrs.field(factory=dict)
+    steps: Tensor | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.value.ndim != 0:
+            raise ValueError(f"Loss.value: got shape {list(self.value.shape)}, expected a scalar.")
+        attached = [k for k, v in self.metrics.items() if v.requires_grad]
+        if attached:
+            raise ValueError(f"Loss.metrics {attached} carry a gradient: detach what leaves an objective.")
+
+
+def latest_cause(causes: Sequence[Causality]) -> Causality:
+    """The causality of a product of weights: that of its latest factor."""
+    return max(causes, key=CAUSALITIES.index, default="exogenous")
+
+
+def cells(grid: tuple[int, int]) -> int:
+    """Number of locations of a grid."""
+    return math.prod(grid)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+
+from rlt2i.captures import attention_name
+from rlt2i.policies.guidance import Guided
+from rlt2i.policies.sd3 import SD3, SD3Policy
+from rlt2i.types import Prompts
+
+NAMES = frozenset({attention_name("image_to_text"), attention_name("text_to_image", "all")})
+PROMPTS = Prompts.of(("a red cat", "two blue dogs and a box"), group_size=2)
+
+
+@pytest.fixture(scope="module")
+def policy(clip_pipeline):
+    return SD3Policy.from_pretrained(clip_pipeline, lora_rank=2)
+
+
+@pytest.fixture
+def batch(policy):
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(4, *policy.latent_shape(32), generator=draw), torch.tensor([1.0, 0.8, 0.5, 0.2])
+
+
+def branches(policy, batch):
+    conditional = policy.velocity(*batch, policy.encode(PROMPTS))
+    empty = policy.encode(Prompts.of([""])).take(torch.zeros(4).long())
+    return conditional, policy.velocity(*batch, empty)
+
+
+def grads(policy, value):
+    return torch.autograd.grad(value.square().mean(), list(policy.trainable_parameters().values()), allow_unused=True)
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0, 4.5])
+def test_formula(policy, batch, scale):
+    guided = Guided(policy=policy, scale=scale)
+    with torch.no_grad():
+        conditional, unconditional = branches(policy, batch)
+        velocity = guided.velocity(*batch, guided.encode(PROMPTS))
+    torch.testing.assert_close(velocity, (1 - scale) * unconditional + scale * conditional, atol=1e-5, rtol=1e-4)
+
+
+def test_scale_one_is_the_policy_itself(policy, batch):
+    guided = Guided(policy=policy, scale=1.0)
+    conditioning = guided.encode(PROMPTS)
+    assert conditioning.tensors.keys() == policy.encode(PROMPTS).tensors.keys()
+    assert torch.equal(guided.velocity(*batch, conditioning), policy.velocity(*batch, conditioning))
+
+
+def test_captures_come_from_the_conditional_branch(policy, batch):
+    guided = Guided(policy=policy, scale=3.0)
+    expected = policy.velocity_with_captures(*batch, policy.encode(PROMPTS), NAMES)[1]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            captures = guided.velocity_with_captures(*batch, guided.encode(PROMPTS), NAMES)[1]
+        for name in NAMES:
+            assert captures[name].shape == expected[name].shape
+            torch.testing.assert_close(captures[name], expected[name], atol=1e-7, rtol=1e-5)
+
+
+def test_gradient_through_the_conditional_branch_only(policy, batch):
+    scale = 3.0
+    guided = Guided(policy=policy, scale=scale)
+    conditional, unconditional = branches(policy, batch)
+    expected = grads(policy, unconditional.detach() + scale * (conditional - unconditional.detach()))
+    actual = grads(policy, guided.velocity(*batch, guided.encode(PROMPTS)))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+
+
+def test_gradient_through_both_branches(policy, batch):
+    scale = 3.0
+    guided = Guided(policy=policy, scale=scale, uncond_grad=True)
+    conditional, unconditional = branches(policy, batch)
+    expected = grads(policy, unconditional + scale * (conditional - unconditional))
+    actual = grads(policy, guided.velocity(*batch, guided.encode(PROMPTS)))
+    detached = grads(policy, Guided(policy=policy, scale=scale).velocity(*batch, guided.encode(PROMPTS)))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+    assert any((a - b).abs().max() > 1e-6 for a, b in zip(actual, detached, strict=True))
+
+
+def test_rollouts_never_refer_to_the_empty_prompt(policy, batch):
+    guided = Guided(policy=policy, scale=3.0)
+    conditioning = guided.encode(PROMPTS)
+    assert conditioning.rows.tolist() == [0, 0, 1, 1]
+    assert len(conditioning) == 4
+    assert [len(spans) for spans in conditioning.token_spans] == [2, 4, 0]
+    rows = torch.tensor([2, 1])
+    with torch.no_grad():
+        part = guided.velocity(batch[0][rows], batch[1][rows], conditioning.take(rows))
+        whole = guided.velocity(*batch, conditioning)[rows]
+    torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_conditioning_of_another_policy_is_refused(policy, batch):
+    with pytest.raises(ValueError, match="no empty prompt"):
+        Guided(policy=policy, scale=3.0).velocity(*batch, policy.encode(PROMPTS))
+
+
+def test_everything_else_is_the_policys(policy, tmp_path):
+    guided = Guided(policy=policy, scale=3.0)
+    assert guided.offers == policy.offers
+    assert guided.latent_shape(32) == policy.latent_shape(32)
+    assert guided.token_grid(32) == policy.token_grid(32)
+    assert torch.equal(guided.sigmas(4, 32), policy.sigmas(4, 32))
+    assert guided.trainable_parameters().keys() == policy.trainable_parameters().keys()
+    latents = torch.zeros(1, 4, 16, 16)
+    assert torch.equal(guided.decode(latents), policy.decode(latents))
+    guided.export(tmp_path)
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_spec_decides_whether_to_wrap(clip_pipeline):
+    spec = SD3(path=str(clip_pipeline), guidance_scale=4.5, uncond_grad=True)
+    guided = spec.load()
+    assert isinstance(guided, Guided)
+    assert (guided.scale, guided.uncond_grad) == (4.5, True)
+    assert isinstance(attrs.evolve(spec, guidance_scale=1.0).load(), SD3Policy)

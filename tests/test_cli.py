@@ -1,0 +1,264 @@
+"""The command line: what it prints, what it returns, and what it calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlt2i import cli
+from rlt2i.config import ConfigError
+from rlt2i.recipes import list_recipes
+from rlt2i.rundirs import new_run_dir, newest_run_dir, run_dir_of, run_name
+from tests.test_recipes import TOY, toy
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a toy recipe in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+    (tmp_path / "toy.yaml").write_text(TOY)
+    return tmp_path
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one message of a command that ends with 2."""
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("rlt2i: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+# ------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_help_needs_no_torch_and_no_time():
+    code = (
+        "import sys, rlt2i.cli\n"
+        "try:\n    rlt2i.cli.main(['--help'])\n"
+        "except SystemExit as done:\n    assert done.code == 0\n"
+        "print('heavy:', sorted({'torch', 'numpy', 'diffusers', 'yaml', 'attrs'} & set(sys.modules)))"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        with_help = time.perf_counter() - start
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "pass"], cwd=ROOT, check=True)
+        seconds.append(with_help - (time.perf_counter() - start))
+    assert "usage: rlt2i" in done.stdout
+    assert "heavy: []" in done.stdout
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("command", ["list", "train", "sample", "eval", "maps", "report", "compare", "pretrain"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as done:
+        cli.main([command, "--help"])
+    assert done.value.code == 0
+    assert f"usage: rlt2i {command}" in capsys.readouterr().out
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "rlt2i", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("rlt2i 0.")
+
+
+# ---------------------------------------------------------------------------------------------------- list, refusals
+
+
+def test_list_shows_every_recipe_with_its_evidence(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(list_recipes())
+    for entry, line in zip(list_recipes(), lines, strict=True):
+        assert line.split()[:2] == [entry.name, entry.evidence]
+        assert line.endswith(entry.about)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "star-shape"), "unknown recipe 'star-shape'; did you mean 'star-shapes'?"),
+        (("train", "missing.yaml"), "missing.yaml: no such recipe file"),
+        (("train",), "train: name a recipe"),
+        (("train", "--resume"), "train: name a recipe"),
+        (("train", "--resume", "toy.yaml"), "--resume toy.yaml: neither a run directory nor a checkpoint in one"),
+        (("train", "toy.yaml", "--resume"), "--resume: there is no run runs/toy-"),
+        (
+            ("train", "toy.yaml", "--set", "credit.mix=2"),
+            "credit.allocations[0].mix: got 2.0 (float), expected float in [0, 1]",
+        ),
+        (("train", "toy.yaml", "--set", "train.updats=2"), "there is no such field; did you mean 'updates'?"),
+        (("train", "toy.yaml", "--set", "train.group_size=1"), "a group of one has no spread"),
+        (("report", "nowhere"), "nowhere"),
+        (("compare", "star"), "compare: 'star' should read ARM=RUN[,RUN...]"),
+        (("compare", "star=a", "--baseline", "uniform"), "uniform"),
+    ],
+)
+def test_users_get_one_message_and_no_traceback(
+    words: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert message in refusal(capsys, *words)
+
+
+def test_debug_shows_where_it_came_from(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(cli.DEBUG, "1")
+    with pytest.raises(ConfigError):
+        cli.main(["train", "star-shape"])
+
+
+def test_a_missing_package_names_its_extra(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "needy.py").write_text("import rapidocr_not_here\n")
+    (folder / "toy.yaml").write_text(TOY.replace("tests.toy:QuadrantBrightness", "needy.py:X"))
+    assert "Install it with: pip install rapidocr_not_here" in refusal(capsys, "train", "toy.yaml")
+    missing = ModuleNotFoundError("No module named 'rapidocr'", name="rapidocr")
+    assert cli._user_message(missing) == "No module named 'rapidocr'. Install it with: pip install 'rlt2i[ocr]'"
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    assert cli._user_message(TypeError("a bug")) is None
+    assert cli._user_message(ModuleNotFoundError("No module named 'rlt2i.x'", name="rlt2i.x")) is None
+
+
+def test_parts_of_the_working_directory_can_be_named(folder: Path):
+    """The console script does not put the working directory on the path by itself."""
+    (folder / "local_parts.py").write_text("from tests.toy import QuadrantBrightness\n")
+    (folder / "toy.yaml").write_text(TOY.replace("tests.toy:QuadrantBrightness", "local_parts:QuadrantBrightness"))
+    code = (
+        "import sys; sys.path[:] = [p for p in sys.path if p]; from rlt2i.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "toy.yaml", "--set", "train.updates=0"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "train.updates: got 0" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------- run directories
+
+
+def test_run_directories_are_named_after_recipe_hash_and_seed(folder: Path):
+    recipe = toy()
+    assert run_name(recipe) == f"toy-{recipe.hash[:8]}-s0"
+    root = folder / "runs"
+    first = new_run_dir(recipe, root)
+    assert first == root / run_name(recipe)
+    first.mkdir(parents=True)
+    assert new_run_dir(recipe, root) == root / f"{run_name(recipe)}-2"
+
+
+def test_the_newest_run_is_the_one_with_the_highest_number(folder: Path):
+    recipe, root = toy(), folder / "runs"
+    for suffix in ("", "-2", "-10", "-x"):
+        (root / f"{run_name(recipe)}{suffix}").mkdir(parents=True)
+    assert newest_run_dir(recipe, root) == root / f"{run_name(recipe)}-10"
+
+
+def test_runs_with_other_settings_are_pointed_out(folder: Path):
+    other = folder / "runs" / "toy-00000000-s0"
+    other.mkdir(parents=True)
+    (other / "recipe.yaml").write_text(toy().to_yaml())
+    with pytest.raises(ConfigError, match=r"Runs of toy with other settings: toy-00000000-s0; continue one with --run"):
+        newest_run_dir(toy(), folder / "runs")
+
+
+def test_several_processes_must_agree_on_a_directory(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="name the run directory with --run DIR"):
+        new_run_dir(toy())
+
+
+def test_a_checkpoint_knows_its_run(folder: Path):
+    run = folder / "runs" / "a"
+    (run / "checkpoint-000002").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(toy().to_yaml())
+    assert run_dir_of(run / "checkpoint-000002") == run_dir_of(run) == run
+
+
+# -------------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What `train` was called with, in place of training."""
+    import rlt2i.trainer
+
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        rlt2i.trainer, "train", lambda recipe, run_dir, resume=None: seen.append((recipe, run_dir, resume))
+    )
+    return seen
+
+
+def test_train_resolves_recipe_directory_and_checkpoint(folder: Path, calls: list[tuple[Any, ...]]):
+    run = Path("runs") / run_name(toy())
+    assert cli.main(["train", "toy.yaml"]) == 0
+    assert calls[-1] == (toy(), run, None)
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(toy().to_yaml())
+    (run / "checkpoint-000001").mkdir()
+    for words, resume in (
+        (["toy.yaml", "--resume"], "latest"),
+        (["toy.yaml", "--resume", "latest"], "latest"),
+        (["--run", str(run), "--resume"], "latest"),
+        (["--resume", str(run)], "latest"),
+        (["--resume", str(run / "checkpoint-000001")], run / "checkpoint-000001"),
+        (["toy.yaml", "--run", str(run), "--resume", str(run / "checkpoint-000001")], run / "checkpoint-000001"),
+    ):
+        assert cli.main(["train", *words]) == 0
+        assert calls[-1] == (toy(), run, resume), words
+    assert cli.main(["train", "toy.yaml"]) == 0
+    assert calls[-1][1] == run.with_name(f"{run.name}-2")
+    assert cli.main(["train", "toy.yaml", "--run", "elsewhere", "--set", "train.seed=4"]) == 0
+    assert calls[-1][0].train.seed == 4
+    assert calls[-1][1:] == (Path("elsewhere"), None)
+
+
+def test_a_recipe_trains_resumes_and_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["train", "toy.yaml", "--run", "run", "--report"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 prompts x 4 rollouts = 16 images" in shown
+    assert "report: run/report.html" in shown
+    assert Path("run/report.html").is_file()
+    steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
+    assert "already holds a run" in refusal(capsys, "train", "toy.yaml", "--run", "run")
+    assert cli.main(["train", "--run", "run", "--resume", "--set", "train.updates=3"]) == 0
+    assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
+def test_a_run_can_be_looked_at(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["train", "toy.yaml", "--run", "run"]) == 0
+    capsys.readouterr()
+    assert cli.main(["sample", "run", "--prompt", "bright corner", "--count", "2", "--out", "out/sample.png"]) == 0
+    assert cli.main(["maps", "run", "--prompt", "bright corner", "--out", "out/maps.png"]) == 0
+    assert capsys.readouterr().out.split() == ["out/sample.png", "out/maps.png"]
+    assert cli.main(["eval", "run", "--prompts", "6", "--out", "out/eval.json"]) == 0
+    assert "eval/strict" in capsys.readouterr().out
+    assert {"eval/strict", "base/strict", "eval/strict_gain"} <= set(json.loads(Path("out/eval.json").read_text()))
+
+
+def test_dry_run_trains_nothing(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["train", "toy.yaml", "--dry-run"]) == 0
+    assert "4 prompts x 4 rollouts = 16 images" in capsys.readouterr().out
+    assert not Path("runs").exists()
+    assert "cannot be dealt to 3 processes" in refusal(capsys, "train", "toy.yaml", "--dry-run", "--processes", "3")

@@ -1,0 +1,122 @@
+"""No module of the package can run code that came with a file."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import rlt2i
+
+PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+LOADERS = {
+    ("torch", "load"),
+    ("torch", "save"),
+    ("torch.serialization", "load"),
+    ("torch.serialization", "save"),
+}
+UNSAFE = {"trust_remote_code": False, "weights_only": True, "allow_pickle": False, "safe_serialization": True}
+"""Keyword -> the only value that may be written for it."""
+
+
+def violations(source: str) -> list[str]:
+    """What a module does that it must not, as "line: what"."""
+    tree = ast.parse(source)
+    names = {
+        alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    found = []
+    for node in ast.walk(tree):
+        what = _imports(node) + _attribute(node, names) + _settings(node)
+        found += [f"{getattr(node, 'lineno', 0)}: {each}" for each in what]
+    return found
+
+
+def _imports(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [a.name for a in node.names if a.name.split(".")[0] in PICKLERS]
+    if isinstance(node, ast.ImportFrom) and node.module:
+        if node.module.split(".")[0] in PICKLERS:
+            return [node.module]
+        return [f"{node.module}.{a.name}" for a in node.names if (node.module, a.name) in LOADERS]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        return [str(node.args[0].value)] if "import" in name and node.args[0].value in PICKLERS else []
+    return []
+
+
+def _attribute(node: ast.AST, names: dict[str, str]) -> list[str]:
+    if not isinstance(node, ast.Attribute):
+        return []
+    owner, _, rest = ast.unparse(node.value).partition(".")
+    module = ".".join(filter(None, (names.get(owner, owner), rest)))
+    return [f"{module}.{node.attr}"] if (module, node.attr) in LOADERS else []
+
+
+def _settings(node: ast.AST) -> list[str]:
+    pairs: list[tuple[str, ast.expr]] = []
+    if isinstance(node, ast.Call):
+        pairs = [(k.arg, k.value) for k in node.keywords if k.arg]
+    elif isinstance(node, ast.Dict):
+        pairs = [(str(k.value), v) for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant)]
+    elif isinstance(node, ast.Assign):
+        pairs = [(t.id, node.value) for t in node.targets if isinstance(t, ast.Name)]
+    return [
+        f"{name}={ast.unparse(value)}"
+        for name, value in pairs
+        if name in UNSAFE and not (isinstance(value, ast.Constant) and value.value is UNSAFE[name])
+    ]
+
+
+_PACKAGE = Path(rlt2i.__file__).parent
+
+
+@pytest.mark.parametrize("path", sorted(_PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(_PACKAGE)))
+def test_module_neither_pickles_nor_trusts(path):
+    assert violations(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import numpy, dill as d",
+        "from cloudpickle import loads",
+        "from torch import load",
+        "def f():\n    import pickle",
+        "__import__('pickle')",
+        "importlib.import_module('pickle')",
+        "import torch\ntorch.load(path, weights_only=True)",
+        "import torch as t\nt.save(x, path)",
+        "import torch.serialization\ntorch.serialization.load(path)",
+        "f = torch.load",
+        "Model.from_pretrained(name, trust_remote_code=True)",
+        "Model.from_pretrained(name, trust_remote_code=flag)",
+        "options = {'trust_remote_code': True}",
+        "load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "model.save_pretrained(path, safe_serialization=False)",
+    ],
+)
+def test_the_scan_sees(source):
+    assert len(violations(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import json\njson.load(f)",
+        "from safetensors.torch import load_file, save_file",
+        "model.load_state_dict(state)",
+        "self.torch.load(1)",
+        "Model.from_pretrained(name, trust_remote_code=False)",
+        "'import pickle; torch.load(x)'",
+        "np.load(path, allow_pickle=False)",
+    ],
+)
+def test_the_scan_lets_pass(source):
+    assert violations(source) == []

@@ -1,0 +1,144 @@
+"""Runs survive: exact resume after SIGKILL, graceful stops, refused updates, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlt2i.checkpoint import CheckpointError, latest_checkpoint
+from rlt2i.runlog import read_metrics
+from rlt2i.trainer import RunStopped, train
+from tests import toy_recipe
+
+ROOT = Path(__file__).parent.parent
+
+
+def weights(run: Path, update: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    folder = run / f"checkpoint-{update:08d}"
+    return {f"{f.stem}/{k}": v for f in folder.glob("*.safetensors") for k, v in load_file(f).items() if f.stem != "rng"}
+
+
+def assert_equal_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys() and one
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def command(recipe: str, run: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "rlt2i", "train", f"tests.toy_recipe:{recipe}", "--run", str(run), *options]
+
+
+@pytest.mark.parametrize("recipe", ["clipped", "nft"])
+def test_resume_continues_bit_for_bit(tmp_path, recipe):
+    make = getattr(toy_recipe, recipe)
+    train(make(), tmp_path / "whole")
+    train(make(), tmp_path / "half")
+    train(make(), tmp_path / "half", resume=tmp_path / "half" / "checkpoint-00000002")
+    assert_equal_bits(weights(tmp_path / "whole", 4), weights(tmp_path / "half", 4))
+    kept = [{k: v for k, v in r.items() if "seconds" not in k and k != "time"} for r in read_metrics(tmp_path / "whole")]
+    again = [{k: v for k, v in r.items() if "seconds" not in k and k != "time"} for r in read_metrics(tmp_path / "half")]
+    assert kept == again
+
+
+def test_run_killed_without_warning_continues_bit_for_bit(tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    train(toy_recipe.clipped(), tmp_path / "whole")
+    dead = subprocess.run(command("killed", tmp_path / "run"), cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert dead.returncode == -signal.SIGKILL
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-00000002"
+    again = subprocess.run(
+        command("killed", tmp_path / "run", "--resume"),
+        cwd=ROOT,
+        env={**environment, "SPARE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert again.returncode == 0, again.stderr
+    assert_equal_bits(weights(tmp_path / "whole", 4), weights(tmp_path / "run", 4))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_stop_finishes_the_update_saves_and_says_how_to_go_on(tmp_path, number):
+    process = subprocess.Popen(
+        command("slow", tmp_path / "run"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while len(read_metrics(tmp_path / "run")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    done = read_metrics(tmp_path / "run")[-1]["step"]
+    assert 2 <= done < 500
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / f"checkpoint-{done:08d}"
+    assert f"rlt2i train --run {tmp_path / 'run'} --resume" in out
+
+
+def test_nan_reward_is_refused_and_the_last_update_is_there(tmp_path):
+    with pytest.raises(ValueError, match="marked valid"):
+        train(toy_recipe.broken(), tmp_path / "run")
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-00000002"
+
+
+def test_run_stops_when_too_many_rewards_are_invalid(tmp_path):
+    with pytest.raises(RunStopped, match="75% of the rewards are invalid"):
+        train(toy_recipe.failing(), tmp_path / "run")
+    assert not read_metrics(tmp_path / "run")
+
+
+def test_resume_refuses_another_recipe(tmp_path):
+    train(toy_recipe.clipped(updates=1), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another recipe"):
+        train(toy_recipe.clipped(updates=2, learning_rate=0.01), tmp_path / "run", resume="latest")
+    train(toy_recipe.clipped(updates=2), tmp_path / "run", resume="latest")  # more updates are a continuation
+    assert [r["step"] for r in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_every_update_logs_what_a_user_looks_for(tmp_path):
+    train(toy_recipe.clipped(updates=2), tmp_path / "run")
+    first = read_metrics(tmp_path / "run")[0]
+    wanted = {
+        "reward/mean", "reward/spread", "clip/high", "clip/low", "ratio/abs_minus_one_max", "grad_norm", "kl/base",
+        "kl/reference", "map/entropy", "seconds/rollout", "seconds/update", "informative",
+    }  # fmt: skip
+    assert wanted <= first.keys()
+    held_out = read_metrics(tmp_path / "run", "eval")
+    assert [r["step"] for r in held_out] == [0, 2]
+    assert {"eval/strict", "eval/strict_low", "eval/strict_high", "eval/strict_gain"} <= held_out[1].keys()
+    assert (tmp_path / "run" / "images" / "eval-000002.safetensors").exists()
+    assert (tmp_path / "run" / "maps" / "step-000001.safetensors").exists()
+    json.loads((tmp_path / "run" / "versions.json").read_text())
+
+
+@pytest.mark.parametrize("recipe", ["clipped", "nft"])
+def test_two_processes_give_the_update_of_one(tmp_path, recipe):
+    """gloo, two ranks, whole groups each: same rollouts, same advantages, same gradient within float addition."""
+    train(getattr(toy_recipe, recipe)(), tmp_path / "one")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlt2i"]
+    ran = subprocess.run(
+        launch + command(recipe, tmp_path / "two")[3:],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    one, two = weights(tmp_path / "one", 1), weights(tmp_path / "two", 1)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    first, second = read_metrics(tmp_path / "one")[0], read_metrics(tmp_path / "two")[0]
+    for name in ("reward/mean", "reward/spread", "grad_norm", "informative"):
+        assert second[name] == pytest.approx(first[name], rel=1e-4), name
