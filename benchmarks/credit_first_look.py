@@ -96,7 +96,7 @@ def _from_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def jackknife(grams: dict[str, Tensor], baseline: str = "uniform") -> list[dict[str, float | str]]:
-    """A row per credit: SNR, cosine, and the paired difference of the cosine to the baseline, each with its standard error."""
+    """A row per credit: SNR, cosine, and their paired differences to the baseline, each with its standard error."""
     n = len(grams[baseline])
     rows: list[dict[str, float | str]] = []
 
@@ -131,7 +131,16 @@ def jackknife(grams: dict[str, Tensor], baseline: str = "uniform") -> list[dict[
 
 
 def probe(
-    setting: str, *, path: str, direction: str, blocks: str, mix: float, batches: int, prompts: int, group_size: int, seed: int
+    setting: str,
+    *,
+    path: str,
+    direction: str,
+    blocks: str,
+    mix: float,
+    batches: int,
+    prompts: int,
+    group_size: int,
+    seed: int,
 ) -> list[dict[str, float | str]]:
     """Gradients of all credits on `batches` shared batches."""
     sampler, objective = SETTINGS[setting]
@@ -149,7 +158,9 @@ def probe(
     task, started = ShapesTask(), time.perf_counter()
     for batch in range(batches):
         drawn = as_prompts(
-            task.train_prompts(seed=seed, start=batch * prompts, count=prompts), group_size=group_size, start=batch * prompts
+            task.train_prompts(seed=seed, start=batch * prompts, count=prompts),
+            group_size=group_size,
+            start=batch * prompts,
         )
         experience = engine.collect(drawn, progress=batch).experience
         for name in compared:
@@ -174,7 +185,7 @@ class _Everything(CreditAssigner):
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(credit.needs for credit in self.compared.values()))
 
-    def assign(self, context):  # noqa: ANN001, ANN201
+    def assign(self, context):
         self.made = {name: credit.assign(context) for name, credit in self.compared.items()}
         return self.made["uniform"]
 

@@ -48,14 +48,17 @@ class Algorithm:
         if missing:
             sample = ", ".join(sorted(offered)[:8])
             raise ValueError(
-                f"{type(self.credit).__name__} needs the captures {missing}, which neither {type(self.policy).__name__} nor "
-                f"{type(self.sampler).__name__} offers. They offer {sample}, ... Change the credit's blocks or direction, or "
+                f"{type(self.credit).__name__} needs the captures {missing}, which neither "
+                f"{type(self.policy).__name__} nor "
+                f"{type(self.sampler).__name__} offers. They offer {sample}, ... Change the credit's blocks or "
+                "direction, or "
                 "the policy."
             )
 
         if ATTENTION_AUTO in self.captures and "maps" not in self.reward.offers:
             raise ValueError(
-                f"blocks='auto' compares attention with the regions that the reward judged, and {type(self.reward).__name__} "
+                "blocks='auto' compares attention with the regions that the reward judged, and "
+                f"{type(self.reward).__name__} "
                 "knows none. Name the blocks ('middle' is the choice for large models)."
             )
 
@@ -63,15 +66,18 @@ class Algorithm:
         missing = sorted(self.reward_wants - self.reward.offers)
         if missing:
             raise ValueError(
-                f"{type(self.credit).__name__} needs {missing} from the reward, but {type(self.reward).__name__} offers "
-                f"{sorted(self.reward.offers) or 'only scores'}. Use a reward that localises what it judges, or a credit "
+                f"{type(self.credit).__name__} needs {missing} from the reward, but {type(self.reward).__name__} "
+                "offers "
+                f"{sorted(self.reward.offers) or 'only scores'}. Use a reward that localises what it judges, or a "
+                "credit "
                 "that does not ask for it."
             )
 
     def _check_objective(self) -> None:
         if "log_probs" in self.objective.requires and not self.sampler.stochastic_steps(0):
             raise ValueError(
-                f"{type(self.objective).__name__} needs log-probabilities, but {type(self.sampler).__name__} is deterministic. "
+                f"{type(self.objective).__name__} needs log-probabilities, but {type(self.sampler).__name__} is "
+                "deterministic. "
                 "Use a stochastic sampler such as SDE(...), or a forward-process objective such as DiffusionNFT()."
             )
 
@@ -84,6 +90,7 @@ class Algorithm:
         comparing = "groups" in self.credit.needs or "groups" in self.objective.requires or self.reward.scope == "group"
         if comparing and group_size < 2:
             raise ValueError(
-                f"group_size={group_size}: {type(self.credit).__name__} compares the rollouts of one prompt, and a group of "
+                f"group_size={group_size}: {type(self.credit).__name__} compares the rollouts of one prompt, and a "
+                "group of "
                 "one has no spread: every advantage would be 0. Use group_size >= 2 (8 to 24 work well)."
             )

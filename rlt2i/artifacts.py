@@ -30,7 +30,9 @@ def write_evaluation(path: Path, result: Evaluation) -> None:
     tensors = {"images": result.images, "scores": result.scores, "valid": result.valid}
     tensors |= {f"component/{name}": values for name, values in result.components.items()}
     staged = path.with_suffix(".tmp")
-    save_file({k: v.cpu().clone().contiguous() for k, v in tensors.items()}, staged, metadata={"info": json.dumps(info)})
+    save_file(
+        {k: v.cpu().clone().contiguous() for k, v in tensors.items()}, staged, metadata={"info": json.dumps(info)}
+    )
     staged.replace(path)
 
 
@@ -45,7 +47,8 @@ def read_evaluation(path: Path, prompts: Sequence[TaskPrompt]) -> Evaluation:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     if info["prompts"] != [p.text for p in prompts]:
         raise ValueError(
-            f"{path}: made with other held-out prompts than this recipe asks for, so gains cannot be paired. Resume with "
+            f"{path}: made with other held-out prompts than this recipe asks for, so gains cannot be paired. Resume "
+            "with "
             "the recipe of the run directory."
         )
     return Evaluation(

@@ -27,8 +27,8 @@ def asks_for_auto(recipe: Recipe) -> bool:
 def resolve_auto(recipe: Recipe, *, device: torch.device | str = "cpu") -> tuple[Recipe, Localisation | None]:
     """The recipe with every `blocks: auto` replaced by the direction and block that localise best.
 
-    Sampled from *training* prompts of the unchanged policy, with a seed of its own. A direction that the recipe names is
-    kept; `direction: auto` is chosen too.
+    Sampled from *training* prompts of the unchanged policy, with a seed of its own. A direction that the recipe names
+    is kept; `direction: auto` is chosen too.
 
     Returns:
         The resolved recipe, and the measurement, or None where nothing was to be chosen.

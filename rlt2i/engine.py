@@ -13,24 +13,40 @@ from torch import Tensor
 from rlt2i.algorithm import Algorithm
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import CreditContext, Policy, RewardBatch, RewardOutput, Sampler, to_uint8
+from rlt2i.progress import Progress
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.seeds import RolloutNoise, derive_seed, generator
 from rlt2i.types import Conditioning, Experience, Prompts, Rewards, Trajectory
 
 
+def _nothing(count: int) -> None:
+    """Nobody is watching."""
+
+
 @attrs.define
 class Stopwatch:
-    """Seconds by phase; a phase may be entered many times."""
+    """Seconds by phase, and a line on the terminal that shows how far each has come.
+
+    Attributes:
+        seconds: by phase; a phase may be entered many times.
+        device: whose queue is waited for before a phase counts as over.
+        progress: where the line is drawn.
+        advance: to be called after every finished piece of the phase under way.
+    """
 
     seconds: dict[str, float] = attrs.field(factory=dict)
-    device: torch.device = torch.device("cpu")
+    device: torch.device = attrs.field(default="cpu", converter=torch.device)
+    progress: Progress = attrs.field(factory=Progress)
+    advance: Callable[[int], None] = attrs.field(default=_nothing, init=False)
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: str, total: int | None = None) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with self.progress.phase(phase, total) as self.advance:
+                yield
         finally:
+            self.advance = _nothing
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
@@ -55,12 +71,14 @@ def rollout(
     share_initial_noise: bool = False,
     progress: int = 0,
     device: torch.device | str = "cpu",
+    advance: Callable[[int], None] = _nothing,
 ) -> Trajectory:
     """Trajectories of P x G rollouts; a function of (seed, prompt, draw, index) alone, not of the chunks.
 
     Args:
         share_initial_noise: start the rollouts of a group from the same noise.
         progress: number of the rollout batch, for samplers whose window slides.
+        advance: called with the number of rollouts that have been finished.
     """
     device = torch.device(device)
     conditioning = policy.encode(prompts)
@@ -84,6 +102,7 @@ def rollout(
                 progress=progress,
             )
         )
+        advance(len(rows))
     return _concatenate(chunks, conditioning=conditioning, group_size=prompts.group_size)
 
 
@@ -148,7 +167,7 @@ class Engine:
         """
         watch = watch or Stopwatch(device=self.device)
         with torch.no_grad():
-            with watch("rollout"):
+            with watch("rollout", prompts.num_rollouts):
                 trajectory = rollout(
                     self.policy,
                     self.algorithm.sampler,
@@ -160,6 +179,7 @@ class Engine:
                     share_initial_noise=self.share_initial_noise,
                     progress=progress,
                     device=self.device,
+                    advance=watch.advance,
                 )
             with watch("decode"):
                 images = self.images(trajectory.clean_latents)
@@ -227,7 +247,10 @@ class Engine:
 
         def complete(latents: Tensor, step: int, rollouts: Tensor) -> Tensor:
             for i in range(step, trajectory.num_steps):
-                sigma, sigma_next = trajectory.sigmas[i].expand(len(latents)), trajectory.sigmas[i + 1].expand(len(latents))
+                sigma, sigma_next = (
+                    trajectory.sigmas[i].expand(len(latents)),
+                    trajectory.sigmas[i + 1].expand(len(latents)),
+                )
                 velocity = self.policy.velocity(latents, sigma, trajectory.conditioning.take(rollouts))
                 latents = euler(latents, velocity, sigma, sigma_next).mean
             return latents

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from rlt2i.engine import decode, rollout
+from rlt2i.evaluation import Interval, clustered_mean, paired_difference
 from rlt2i.interfaces import Policy, Reward, RewardBatch
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import derive_seed
-from rlt2i.evaluation import Interval, clustered_mean, paired_difference
 from rlt2i.tasks.base import TaskPrompt, as_prompts
 
 
@@ -46,13 +46,13 @@ class Evaluation:
         """Means for the log, with intervals for the headline and, given the base, its paired gain."""
         kept = self.valid
         clusters = [p.text for p, ok in zip(self.prompts, kept.tolist(), strict=True) if ok]
-        found = {"eval/reward": float(self.scores[kept].mean())}
+        found = {"eval/reward": float(self.scores[kept].mean()), "eval/images": float(kept.sum())}
         found |= {f"eval/{name}": float(values[kept].nanmean()) for name, values in self.components.items()}
         name = self.headline
         found |= _interval(f"eval/{name}", clustered_mean(self.values(name)[kept], clusters, seed=0))
         for category in dict.fromkeys(p.category for p in self.prompts):
             rows = torch.tensor([p.category == category for p in self.prompts]) & kept
-            found[f"eval/category/{category}"] = float(self.values(name)[rows].mean())
+            found[f"eval/{category}"] = float(self.values(name)[rows].mean())
         if base is not None:
             both = kept & base.valid
             clusters = [p.text for p, ok in zip(self.prompts, both.tolist(), strict=True) if ok]

@@ -98,7 +98,8 @@ def maps(
     wanted = recipe.algorithm()
     if wanted.reward_wants:
         raise ValueError(
-            f"maps: the credit of {recipe.name!r} needs {sorted(wanted.reward_wants)} from the reward, which a free prompt has "
+            f"maps: the credit of {recipe.name!r} needs {sorted(wanted.reward_wants)} from the reward, which a free "
+            "prompt has "
             "not. Use a recipe whose map comes from the policy, such as star-shapes."
         )
     policy = load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=weights)
@@ -120,7 +121,8 @@ def maps(
     credit = recipe.credit.assign(context)
     if credit.weight.shape[2:] == (1, 1):
         raise ValueError(
-            f"maps: the credit of {recipe.name!r} is uniform in space, so there is no map to draw. Use a recipe with a spatial "
+            f"maps: the credit of {recipe.name!r} is uniform in space, so there is no map to draw. Use a recipe with "
+            "a spatial "
             "allocation, such as star-shapes."
         )
     steps = trajectory.num_steps

@@ -261,7 +261,7 @@ class CreditAssigner(ABC):
     @property
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """Captures, and "reward/maps", "reward/regions" or "groups", that must be there; known before sampling starts."""
+        """Captures, and "reward/maps", "reward/regions" or "groups", that must be there."""
 
     def scored_steps(self, num_steps: int) -> tuple[int, ...]:
         """The steps whose clean prediction is to be rewarded, besides the finished image."""

@@ -88,8 +88,8 @@ class Learner:
     def parameters(self) -> list[torch.nn.Parameter]:
         return list(self.policy.trainable_parameters().values())
 
-    def learn(self, experience: Experience) -> dict[str, float]:
-        """All optimiser updates of one rollout batch.
+    def learn(self, experience: Experience, advance: Callable[[int], None] = lambda count: None) -> dict[str, float]:
+        """All optimiser updates of one rollout batch; `advance` is called after every backward pass.
 
         Raises:
             UpdateRefused: on a NaN or infinite loss or gradient, on every process alike, with weights, optimiser and
@@ -97,11 +97,12 @@ class Learner:
         """
         parts = self._split(experience)
         if len(parts) > 1 and "log_probs" in self.objective.requires:
-            # The first update is on policy by construction; the later ones need log-probs from the same graph and batches.
+            # The first update is on policy by construction; the later ones need log-probs from the same graph and
+            # batches.
             parts = [parts[0]] + [self._replayed(part) for part in parts[1:]]
         averages = Averages()
         for index, part in enumerate(parts):
-            averages.add(self._update(part, on_policy=index == 0))
+            averages.add(self._update(part, advance, on_policy=index == 0))
         if "old" in self.objective.requires:
             self.sets.blend("old", self.objective.old_decay(self.num_updates))
         return averages.result()
@@ -111,7 +112,8 @@ class Learner:
         groups = experience.groups.unique()
         if len(groups) % self.updates_per_rollout:
             raise ValueError(
-                f"updates_per_rollout={self.updates_per_rollout} does not divide the {len(groups)} groups of this process. "
+                f"updates_per_rollout={self.updates_per_rollout} does not divide the {len(groups)} groups of this "
+                "process. "
                 "Choose a divisor, so that every update sees the same number of groups."
             )
         if self.updates_per_rollout == 1:
@@ -149,7 +151,7 @@ class Learner:
             log_probs[rows[rollouts], steps] = trajectory.kernel.log_prob_map(pairs.next_latents, transition)
         return attrs.evolve(experience, trajectory=attrs.evolve(trajectory, log_probs=log_probs))
 
-    def _update(self, experience: Experience, *, on_policy: bool) -> dict[str, Tensor]:
+    def _update(self, experience: Experience, advance: Callable[[int], None], *, on_policy: bool) -> dict[str, Tensor]:
         num_rollouts = self._total(float(experience.rewards.valid.sum()))
         num_groups = self._total(float(len(experience.groups.unique())))
         informative = experience.take(informative_rows(experience))
@@ -163,11 +165,13 @@ class Learner:
                     loss.value.backward()
                     total = total + loss.value.detach()
                     averages.add(loss.metrics, loss.steps)
+                    advance(1)
             norm = self._reduced_gradient_norm()
             value = self._total(float(total))
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise UpdateRefused(
-                    f"update {self.num_updates + 1}: loss={value:g}, gradient norm={norm:g}. The update was not applied. "
+                    f"update {self.num_updates + 1}: loss={value:g}, gradient norm={norm:g}. The update was not "
+                    "applied. "
                     "Look for overflow in the reward or advantages; lower learning_rate or use float32."
                 )
             if norm > 0:

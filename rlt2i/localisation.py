@@ -24,7 +24,9 @@ def area_under_roc(scores: Tensor, inside: Tensor) -> Tensor:
     Returns:
         [N]; nan where a row has no cell on one of the sides.
     """
-    higher = (scores[:, :, None] > scores[:, None, :]).float() + 0.5 * (scores[:, :, None] == scores[:, None, :]).float()
+    higher = (scores[:, :, None] > scores[:, None, :]).float() + 0.5 * (
+        scores[:, :, None] == scores[:, None, :]
+    ).float()
     pairs = inside[:, :, None] & ~inside[:, None, :]
     count = pairs.sum(dim=(1, 2))
     return torch.where(count > 0, (higher * pairs).sum(dim=(1, 2)) / count.clamp_min(1), torch.nan)
@@ -67,7 +69,8 @@ def measure_localisation(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Localisation:
-    """Sample the prompts and compare every block's attention, in both directions, with the regions that the reward found.
+    """Sample the prompts and compare every block's attention, in both directions, with the regions that the reward
+    found.
 
     Args:
         reward: one that offers "maps".
@@ -77,7 +80,8 @@ def measure_localisation(
     """
     if "maps" not in reward.offers:
         raise ValueError(
-            f"{type(reward).__name__} offers no maps, so attention cannot be compared with what it judged. Name the blocks "
+            f"{type(reward).__name__} offers no maps, so attention cannot be compared with what it judged. Name the "
+            "blocks "
             "instead of 'auto' ('middle' is the choice for large models)."
         )
     parsed = {name: parse_attention_name(name) for name in policy.offers if name.startswith("attention/")}

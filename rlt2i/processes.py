@@ -53,7 +53,9 @@ class Processes:
     def mean(self, values: Tensor) -> float:
         """Mean over the finite elements of all processes; nan where there are none."""
         kept = values[torch.isfinite(values)].double()
-        total = self.sum(torch.stack([kept.sum(), torch.tensor(float(kept.numel()), dtype=torch.float64, device=kept.device)]))
+        total = self.sum(
+            torch.stack([kept.sum(), torch.tensor(float(kept.numel()), dtype=torch.float64, device=kept.device)])
+        )
         return float(total[0] / total[1]) if total[1] > 0 else float("nan")
 
     def any(self, flag: bool) -> bool:

@@ -25,6 +25,7 @@ from rlt2i.checkpoint import (
     set_aside_after,
 )
 from rlt2i.config import recipe_hash
+from rlt2i.dry_run import batch_plan
 from rlt2i.engine import Collected, Engine, Stopwatch
 from rlt2i.evaluate import Evaluation, evaluate
 from rlt2i.functional.maps import effective_support, map_entropy
@@ -36,7 +37,6 @@ from rlt2i.progress import summary_line
 from rlt2i.runlog import RunDirectory, RunLog
 from rlt2i.signals import GracefulStop
 from rlt2i.tasks.base import as_prompts, check_metadata
-from rlt2i.train_config import derive_batch
 from rlt2i.weights import ParameterSets
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Trainer:
     start: str
     update: int = 0
     base: Evaluation | None = None
+    mentioned: bool = False
 
     @property
     def policy(self) -> Policy:
@@ -111,15 +112,17 @@ class Trainer:
             self._save()
             raise RunStopped(
                 f"update {self.update + 1}: {invalid:.0%} of the rewards are invalid, more than max_invalid_share="
-                f"{train.max_invalid_share:.0%}. Nothing was learned from this batch and the last update is saved. Mend the "
+                f"{train.max_invalid_share:.0%}. Nothing was learned from this batch and the last update is saved. "
+                "Mend the "
                 f"reward, then resume with --resume latest."
             )
         with watch("update"):
             try:
-                metrics: dict[str, Any] = dict(self.learner.learn(collected.experience))
+                metrics: dict[str, Any] = dict(self.learner.learn(collected.experience, watch.advance))
             except UpdateRefused:
                 self._save()
                 raise
+        self._mention_uniform_prompts(collected)
         metrics |= self._observations(collected) | {f"seconds/{k}": v for k, v in watch.seconds.items()}
         metrics["rewards/invalid"] = invalid
         if train.reference:
@@ -136,6 +139,13 @@ class Trainer:
         prompts = as_prompts(drawn, group_size=train.group_size, start=start)
         with self.learner.sets.use(self.learner.objective.rollout_weights):
             return self.engine.collect(prompts, progress=self.update, watch=watch)
+
+    def _mention_uniform_prompts(self, collected: Collected) -> None:
+        """Say once that a prompt has no word that a map could start from."""
+        texts = prompts_without_core(collected)
+        if texts and self.engine.algorithm.captures and not self.mentioned:
+            self.mentioned = True
+            self.say(f"note: no core word found in {texts[0]!r}; the credit of such prompts is uniform in space")
 
     def _agree(self, error: Exception | None) -> None:
         """Raise on every process when any of them failed, so that nobody waits for a collective that never comes."""
@@ -264,14 +274,13 @@ class Trainer:
             if state[key] != mine:
                 what = "starting weights" if key == "start" else "recipe"
                 raise CheckpointError(
-                    f"{checkpoint.path}: saved with another {what} ({state[key][:12]}, now {mine[:12]}), so the run would not "
-                    "continue but turn into something else. Resume with the recipe.yaml of the run directory, or start a new run."
+                    f"{checkpoint.path}: saved with another {what} ({state[key][:12]}, now {mine[:12]}), so the run "
+                    "would not "
+                    "continue but turn into something else. Resume with the recipe.yaml of the run directory, or "
+                    "start a new run."
                 )
         parameters = self.policy.trainable_parameters()
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(checkpoint.tensors["online"][name])
-        for name in self.learner.sets.names:
+        for name in ("online", *self.learner.sets.names):
             if name != "reference":
                 self.learner.sets.load(name, checkpoint.tensors[name])
         restore_optimizer(self.learner.optimizer, parameters, checkpoint.tensors["optimizer"], state["optimizer"])
@@ -280,6 +289,12 @@ class Trainer:
         first = self.run_dir / "images" / "eval-000000.safetensors"
         if self.recipe.train.eval_prompts and first.exists():
             self.base = read_evaluation(first, self.recipe.task.eval_prompts(self.recipe.train.eval_prompts))
+
+
+def prompts_without_core(collected: Collected) -> list[str]:
+    """The prompts of a batch in whose tokens no core phrase was found."""
+    spans = collected.experience.trajectory.conditioning.token_spans
+    return [text for text, found in zip(collected.prompts.texts, spans, strict=False) if not found]
 
 
 def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) -> None:
@@ -298,12 +313,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
     train = recipe.train
     recipe.algorithm().check_group_size(train.group_size)
     check_metadata(recipe.task, recipe.reward)
-    batch = derive_batch(
-        train,
-        world_size=processes.world_size,
-        num_steps=recipe.sampler.num_steps,
-        trained_steps=len(recipe.sampler.stochastic_steps(0)) or recipe.sampler.num_steps,
-    )
+    batch = batch_plan(recipe, world_size=processes.world_size)
     say: Callable[[str], None] = print if processes.is_main else lambda _: None
     recipe = _resolved(recipe, run_dir if resume is not None else None, processes, say)
     with contextlib.ExitStack() as stack:
@@ -365,7 +375,9 @@ def _logbook(recipe: Recipe, run_dir: Path, resumed: bool, processes: Processes)
 def _checkpoint(run_dir: Path, resume: Path | str) -> Checkpoint:
     path = latest_checkpoint(run_dir) if resume == "latest" else Path(resume)
     if path is None:
-        raise CheckpointError(f"{run_dir}: holds no complete checkpoint to resume from. Start again in a new directory.")
+        raise CheckpointError(
+            f"{run_dir}: holds no complete checkpoint to resume from. Start again in a new directory."
+        )
     return load_checkpoint(path)
 
 
@@ -409,7 +421,11 @@ def _assemble(
     assert isinstance(policy, Policy)
     parameters = policy.trainable_parameters()
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=train.learning_rate, betas=train.betas, eps=train.adam_eps, weight_decay=train.weight_decay
+        parameters.values(),
+        lr=train.learning_rate,
+        betas=train.betas,
+        eps=train.adam_eps,
+        weight_decay=train.weight_decay,
     )
     for group in optimizer.param_groups:
         group["initial_lr"] = train.learning_rate

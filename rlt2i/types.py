@@ -48,7 +48,9 @@ class Prompts:
     def __attrs_post_init__(self) -> None:
         sizes = {"texts": len(self.texts), "metadata": len(self.metadata), "core": len(self.core)}
         if len({*sizes.values(), len(self.draws)}) != 1:
-            raise ValueError(f"Prompts: one entry per prompt is needed in every field, got {sizes}, draws={len(self.draws)}.")
+            raise ValueError(
+                f"Prompts: one entry per prompt is needed in every field, got {sizes}, draws={len(self.draws)}."
+            )
         if self.group_size < 1:
             raise ValueError(f"Prompts(group_size={self.group_size}): at least one rollout per prompt is needed.")
 
@@ -57,7 +59,11 @@ class Prompts:
         """Plain texts without task data, numbered from 0."""
         empty: tuple[Mapping[str, Any], ...] = tuple({} for _ in texts)
         return cls(
-            texts=tuple(texts), group_size=group_size, metadata=empty, core=tuple(() for _ in texts), draws=tuple(range(len(texts)))
+            texts=tuple(texts),
+            group_size=group_size,
+            metadata=empty,
+            core=tuple(() for _ in texts),
+            draws=tuple(range(len(texts))),
         )
 
     @property
@@ -67,7 +73,7 @@ class Prompts:
 
     def take(self, rows: Sequence[int]) -> Prompts:
         """The prompts at the given positions."""
-        pick = lambda field: tuple(field[i] for i in rows)  # noqa: E731
+        pick = lambda field: tuple(field[i] for i in rows)
         return attrs.evolve(
             self, texts=pick(self.texts), metadata=pick(self.metadata), core=pick(self.core), draws=pick(self.draws)
         )
@@ -83,7 +89,8 @@ class TokenSpan:
 
     Attributes:
         phrase: the words, as the prompt writes them.
-        positions: per text stream ("clip", "t5"), indices into the joint text sequence, special and padding tokens excluded.
+        positions: per text stream ("clip", "t5"), indices into the joint text sequence, special and padding tokens
+            excluded.
     """
 
     phrase: str
@@ -108,7 +115,11 @@ class Conditioning:
         axes = Axes("Conditioning")
         axes.check("rows", self.rows, "B")
         for name, tensor in self.tensors.items():
-            axes.check(f"tensors[{name!r}]", tensor.flatten(1) if tensor.ndim > 2 else tensor.reshape(len(tensor), -1), f"P {name}_size")
+            axes.check(
+                f"tensors[{name!r}]",
+                tensor.flatten(1) if tensor.ndim > 2 else tensor.reshape(len(tensor), -1),
+                f"P {name}_size",
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         """[B, ...]: the named tensor, one row per rollout."""
@@ -155,7 +166,8 @@ class Trajectory:
     Attributes:
         latents: [B, T+1, C, H, W] float32; index 0 is the initial noise, index T the clean latents.
         sigmas: [T+1] float32, decreasing to 0.
-        log_probs: [B, T, H, W] float32 at rollout time, channel mean; 0 at deterministic steps. May be a broadcast view.
+        log_probs: [B, T, H, W] float32 at rollout time, channel mean; 0 at deterministic steps. May be a broadcast
+            view.
         stochastic: [T] bool; only these steps have a log-probability.
         captures: name -> [B, T, ...], what the credit asked for, reduced on the fly.
         kernel: the transition of the stochastic steps.
@@ -322,14 +334,16 @@ class Credit:
         if not (torch.isfinite(self.advantage).all() and torch.isfinite(self.weight).all()):
             raise ValueError("Credit: advantage and weight must be finite; mask out what could not be judged.")
         if (self.weight < 0).any():
-            raise ValueError(f"Credit.weight: minimum is {float(self.weight.min()):g}; the sign belongs in the advantage.")
+            raise ValueError(
+                f"Credit.weight: minimum is {float(self.weight.min()):g}; the sign belongs in the advantage."
+            )
 
     @property
     def num_rollouts(self) -> int:
         return self.advantage.shape[0]
 
     def take(self, rows: Tensor) -> Credit:
-        pick = lambda field: field if field.shape[0] == 1 and self.num_rollouts > 1 else field[rows]  # noqa: E731
+        pick = lambda field: field if field.shape[0] == 1 and self.num_rollouts > 1 else field[rows]
         return attrs.evolve(self, advantage=self.advantage[rows], weight=pick(self.weight), mask=pick(self.mask))
 
     def to(self, device: torch.device | str) -> Credit:
@@ -390,7 +404,9 @@ class Experience:
         axes.check("rewards.valid", self.rewards.valid, "B")
         steps = max(self.credit.advantage.shape[1], self.credit.weight.shape[1], self.credit.mask.shape[1])
         if steps not in (1, self.trajectory.num_steps):
-            raise ValueError(f"Experience: credit resolves {steps} steps, the trajectory has {self.trajectory.num_steps}.")
+            raise ValueError(
+                f"Experience: credit resolves {steps} steps, the trajectory has {self.trajectory.num_steps}."
+            )
 
     @property
     def num_rollouts(self) -> int:

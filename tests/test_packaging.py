@@ -134,13 +134,3 @@ def test_the_makefile_has_its_targets():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in ("demo", "test", "lint", "pretrain", "clean"):
         assert re.search(rf"^{target}:", text, flags=re.MULTILINE), target
-
-
-def test_files_stay_short():
-    long = {
-        str(path.relative_to(ROOT)): count
-        for folder in ("rlt2i", "tests")
-        for path in (ROOT / folder).rglob("*.py")
-        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 400
-    }
-    assert not long, f"split these: {long}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -11,10 +14,14 @@ from typing import Any
 import attrs
 import pytest
 
+from rlt2i import interfaces
 from rlt2i.config import ConfigError, load_object, parse_yaml
+from rlt2i.credit.algebra import Advantage, Allocation, Mask
 from rlt2i.recipes import PARTS, Recipe, build_part, list_recipes, load_recipe, recipe_from_mapping
 from rlt2i.recipes.catalogue import FOLDER
+from rlt2i.tasks.base import Task
 from rlt2i.train_config import TrainConfig, derive_batch
+from rlt2i.types import TransitionKernel
 
 ROOT = Path(__file__).resolve().parents[1]
 CURVES = ROOT / "benchmarks" / "curves"
@@ -101,6 +108,27 @@ def test_every_short_name_leads_to_a_part_of_its_kind():
             assert cls.__name__ == name
             assert attrs.has(cls)
             assert kind in {base.__name__ for base in cls.__mro__}, f"{name} is no {kind}"
+
+
+def test_every_part_that_ships_has_a_short_name():
+    kinds = {
+        interfaces.PolicySpec,
+        interfaces.Sampler,
+        interfaces.Reward,
+        interfaces.CreditAssigner,
+        interfaces.Objective,
+    }
+    kinds |= {TransitionKernel, Advantage, Allocation, Mask, Task}
+    unnamed = []
+    for folder in ("samplers", "credit", "objectives", "rewards", "policies", "tasks"):
+        package = importlib.import_module(f"rlt2i.{folder}")
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            for name, cls in vars(importlib.import_module(found.name)).items():
+                if inspect.isclass(cls) and cls.__module__ == found.name and not name.startswith("_"):
+                    bases = {kind.__name__ for kind in kinds if issubclass(cls, kind)} if attrs.has(cls) else set()
+                    if bases and not inspect.isabstract(cls) and not any(name in PARTS.get(b, {}) for b in bases):
+                        unnamed.append(f"{found.name}:{name}")
+    assert not unnamed, f"add to rlt2i/recipes/parts.py: {unnamed}"
 
 
 def test_short_names_are_unique():

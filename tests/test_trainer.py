@@ -25,11 +25,14 @@ ROOT = Path(__file__).parent.parent
 def weights(run: Path, update: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint."""
     folder = run / f"checkpoint-{update:08d}"
-    return {f"{f.stem}/{k}": v for f in folder.glob("*.safetensors") for k, v in load_file(f).items() if f.stem != "rng"}
+    return {
+        f"{f.stem}/{k}": v for f in folder.glob("*.safetensors") for k, v in load_file(f).items() if f.stem != "rng"
+    }
 
 
 def assert_equal_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys() and one
+    assert one.keys() == other.keys()
+    assert one
     for name in one:
         assert torch.equal(one[name], other[name]), name
 
@@ -45,15 +48,21 @@ def test_resume_continues_bit_for_bit(tmp_path, recipe):
     train(make(), tmp_path / "half")
     train(make(), tmp_path / "half", resume=tmp_path / "half" / "checkpoint-00000002")
     assert_equal_bits(weights(tmp_path / "whole", 4), weights(tmp_path / "half", 4))
-    kept = [{k: v for k, v in r.items() if "seconds" not in k and k != "time"} for r in read_metrics(tmp_path / "whole")]
-    again = [{k: v for k, v in r.items() if "seconds" not in k and k != "time"} for r in read_metrics(tmp_path / "half")]
+    kept = [
+        {k: v for k, v in r.items() if "seconds" not in k and k != "time"} for r in read_metrics(tmp_path / "whole")
+    ]
+    again = [
+        {k: v for k, v in r.items() if "seconds" not in k and k != "time"} for r in read_metrics(tmp_path / "half")
+    ]
     assert kept == again
 
 
 def test_run_killed_without_warning_continues_bit_for_bit(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     train(toy_recipe.clipped(), tmp_path / "whole")
-    dead = subprocess.run(command("killed", tmp_path / "run"), cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    dead = subprocess.run(
+        command("killed", tmp_path / "run"), cwd=ROOT, env=environment, capture_output=True, timeout=120
+    )
     assert dead.returncode == -signal.SIGKILL
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-00000002"
     again = subprocess.run(

@@ -53,7 +53,7 @@ class ToyPolicy(Policy):
         # Depends on the state, as real attention does; two concepts.
         pooled = torch.nn.functional.adaptive_avg_pool2d(latents, (height, width)).mean(dim=1).exp()
         maps = torch.stack([pooled, pooled.flip(-1)], dim=1).detach()
-        return self.velocity(latents, sigma, conditioning), {name: maps for name in names}
+        return self.velocity(latents, sigma, conditioning), dict.fromkeys(names, maps)
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(2 * latents)
@@ -65,7 +65,9 @@ class ToyPolicy(Policy):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().contiguous() for k, v in self.trainable_parameters().items()}, folder / "toy.safetensors")
+        save_file(
+            {k: v.detach().contiguous() for k, v in self.trainable_parameters().items()}, folder / "toy.safetensors"
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -118,5 +120,3 @@ class ToyTask(Task):
 
     def eval_prompts(self, count: int) -> list[TaskPrompt]:
         return [TaskPrompt(text=f"bright corner {i % 3}", core=("corner",)) for i in range(count)]
-
-

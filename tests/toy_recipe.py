@@ -25,7 +25,7 @@ STAR = Product(
 
 
 def clipped(**train: object) -> Recipe:
-    """STAR under the clipped surrogate, two optimiser updates per batch, an average and a KL penalty: every kind of state."""
+    """STAR, clipped surrogate, two optimiser steps per batch, an average, a KL penalty: every kind of state."""
     settings = {
         "updates": 4,
         "prompts_per_update": 4,

@@ -1,7 +1,8 @@
 """Credit is an algebra: one signed advantage, any number of non-negative allocations, any number of masks.
 
-STAR is ``Product(advantage=GroupRelative(), allocations=(TextAttention(),))``. Weights multiply *advantages*, after group
-normalisation: maps differ between rollouts, so weighting rewards before normalising would compare what cannot be compared.
+STAR is ``Product(advantage=GroupRelative(), allocations=(TextAttention(),))``. Weights multiply *advantages*, after
+group normalisation: maps differ between rollouts, so weighting rewards before normalising would compare what cannot be
+    compared.
 """
 
 from __future__ import annotations

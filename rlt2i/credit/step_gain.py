@@ -15,8 +15,8 @@ from rlt2i.interfaces import CreditContext
 class StepGain(Advantage):
     """The gain r_{t+1} - r_t of the reward of the one-step clean prediction, normalised in its group per step.
 
-    Stepwise-Flow-GRPO (arXiv 2603.28718) rewards one-step predictions, DenseGRPO (arXiv 2601.20218) full ODE completions;
-    this is the former, which costs T decodes and rewards but no network call.
+    Stepwise-Flow-GRPO (arXiv 2603.28718) rewards one-step predictions, DenseGRPO (arXiv 2601.20218) full ODE
+    completions; this is the former, which costs T decodes and rewards but no network call.
 
     Attributes:
         clip: bound on the absolute advantage.

@@ -1,11 +1,10 @@
-"""Epsilon- and v-prediction models as flow policies, by an exact change of variables; and DDIM with log-probs
-in their own coordinates.
+"""Epsilon- and v-prediction models as flow policies, by an exact change of variables; DDIM in their own coordinates.
 
 A variance-preserving state x_vp = alpha x0 + s eps with alpha^2 = alpha_bar and s^2 = 1 - alpha_bar is a flow
 state times a number:
 
-    k = alpha + s,   x = x_vp / k,   sigma = s / k,   1 - sigma = alpha / k   =>   x = (1 - sigma) x0 + sigma
-    eps
+    k = alpha + s,   x = x_vp / k,   sigma = s / k,   1 - sigma = alpha / k
+    =>   x = (1 - sigma) x0 + sigma eps
 
 The density of a step changes by the constant k^D, which cancels in every ratio.
 """
@@ -20,8 +19,7 @@ from .transitions import Transition
 def scaled_linear_alpha_bars(
     *, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
 ) -> Tensor:
-    """Cumulative products alpha_bar_t of Stable Diffusion's "scaled linear" betas, as diffusers computes
-    them.
+    """Cumulative products alpha_bar_t of Stable Diffusion's "scaled linear" betas, as in diffusers.
 
         beta = linspace(sqrt(beta_start), sqrt(beta_end), M)^2,   alpha_bar = cumprod(1 - beta)
 

@@ -162,8 +162,7 @@ def nft_loss_map(
 
 
 def weighted_matching_loss_map(error: Tensor, advantage: Scalar, *, weight: Scalar = 1.0) -> Tensor:
-    """Reward-weighted regression and supervised fine-tuning, L_p = weight_p A e_p (Flow-GRPO's RWR and SFT
-    baselines).
+    """Reward-weighted regression and supervised fine-tuning, L_p = weight_p A e_p (Flow-GRPO's baselines).
 
     A is the raw reward (RWR, linear as published) or 1[best of group] (SFT).
 

@@ -21,8 +21,7 @@ def dpo_logits(
     weight_winner: Scalar = 1.0,
     weight_loser: Scalar = 1.0,
 ) -> Tensor:
-    """Log-odds that the winner is preferred (Diffusion-DPO, arXiv 2311.12908, for flows as in Flow-GRPO's DPO
-    baseline).
+    """Log-odds that the winner is preferred (Diffusion-DPO, arXiv 2311.12908, in Flow-GRPO's form for flows).
 
         z = -beta/2 mean_p [ w+_p (e_w - e_w^ref)_p - w-_p (e_l - e_l^ref)_p ]
 
@@ -84,8 +83,7 @@ class PreferencePairs(NamedTuple):
 
 
 def best_worst_pairs(rewards: Tensor, group_size: int | Tensor, *, valid: Tensor | None = None) -> PreferencePairs:
-    """Best and worst rollout of each group for online DPO; ties go to the first best and the last worst
-    (verl-omni).
+    """Best and worst rollout of each group for online DPO: the first best and the last worst (verl-omni).
 
     Args:
         rewards: [B].
@@ -105,12 +103,10 @@ def best_worst_pairs(rewards: Tensor, group_size: int | Tensor, *, valid: Tensor
 
 
 def best_worst_signs(rewards: Tensor, group_size: int | Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Flow-GRPO's "dpo" advantage: +1 for the first best, -1 for the first worst of each group, 0 for the
-    others.
+    """Flow-GRPO's "dpo" advantage: +1 for the first best, -1 for the first worst of each group, else 0.
 
-    Where best and worst coincide (all equal), the second rollout gets +1 and the first one -1, as in the
-    published code; filter such groups with `zero_std_ratio` or `PreferencePairs.distinct` if they should not
-    train.
+    Where all rewards are equal, the second rollout gets +1 and the first one -1, as in the published code: leave
+    groups with `group_std` 0 out if they should not train.
 
     Args:
         rewards: [B].

@@ -7,8 +7,9 @@ from .numerics import Scalar, check_same_shape, full_precision, per_sample
 
 
 def dpm_solver_1(x: Tensor, v: Tensor, sigma: Scalar, sigma_next: Scalar) -> Tensor:
-    """First-order DPM-Solver++ in flow coordinates (arXiv 2211.01095), x' = (s'/s) x - (1 - s')(e^{-h} - 1)
-    x0_hat.
+    """First-order DPM-Solver++ in flow coordinates (arXiv 2211.01095).
+
+        x' = (s'/s) x - (1 - s')(e^{-h} - 1) x0_hat
 
     With lambda = log((1 - s) / s) and h = lambda' - lambda the second coefficient is 1 - s'/s, which needs no
     logarithm and is finite at both ends. The step equals Euler's and DDIM's (eta = 0) exactly; it differs in
@@ -32,11 +33,10 @@ def dpm_solver_1(x: Tensor, v: Tensor, sigma: Scalar, sigma_next: Scalar) -> Ten
 def dpm_solver_2m(
     x: Tensor, v: Tensor, sigma: Scalar, sigma_next: Scalar, *, previous_clean: Tensor, sigma_previous: Scalar
 ) -> Tensor:
-    """Second-order multistep DPM-Solver++ in flow coordinates (arXiv 2211.01095), DiffusionNFT's sampler
-    "dpm2".
+    """Second-order multistep DPM-Solver++ in flow coordinates (arXiv 2211.01095): DiffusionNFT's "dpm2".
 
-        x' = (s'/s) x - (1 - s')(e^{-h} - 1)(D0 + D1 / 2),   D0 = x0_hat,   D1 = (D0 - D0_previous) h /
-        h_previous
+        x' = (s'/s) x - (1 - s')(e^{-h} - 1)(D0 + D1 / 2)
+        D0 = x0_hat,   D1 = (D0 - D0_previous) h / h_previous
 
     where h = lambda' - lambda and lambda = log((1 - s) / s). Where s' = 0 (h infinite) or sigma_previous = 1
     (h_previous infinite) the step is first order; so are the first two steps and the last one of a full

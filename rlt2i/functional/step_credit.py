@@ -52,8 +52,7 @@ def coca_advantage(
     eps: float = 1e-4,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Spread a rollout's advantage over its steps by what is still to be contributed (CoCA, arXiv
-    2505.19196).
+    """Spread an advantage over the steps by what is still to be contributed (CoCA, arXiv 2505.19196).
 
         A_t = A ( alpha + (1 - alpha) sum_{j >= t} c_j ),  then normalised per group and step
 
@@ -162,8 +161,9 @@ def turning_point_reward(
     replace: bool = True,
     propagate: bool = False,
 ) -> TurningPointReward:
-    """Step rewards with a bonus at turning points (TP-GRPO, arXiv 2602.06422): reward_t = d_t + eta
-    1[turning] B_t.
+    """Step rewards with a bonus at turning points (TP-GRPO, arXiv 2602.06422).
+
+        reward_t = d_t + eta 1[turning] B_t
 
     Args:
         ode_reward: [B].

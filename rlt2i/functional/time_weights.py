@@ -65,9 +65,8 @@ def relative_l1(latents: Tensor) -> Tensor:
 def chunk_by_relative_l1(change: Tensor, num_chunks: int) -> tuple[int, ...]:
     """Cut a rollout into chunks of steps with similar relative change (GCPO, arXiv 2510.21583).
 
-    The paper reads its cuts off the curve by eye (2, 3, 4, 7 of 16 steps for FLUX); this is the same idea
-    made exact: of all cuts into consecutive chunks, the one with the least squared deviation from the chunk
-    means.
+    The public code takes hand-chosen lengths; this reconstruction chooses, of all cuts into consecutive chunks, the
+    one with the least squared deviation from the chunks' means.
 
     Args:
         change: [T] or [B, T] curve from `relative_l1`; averaged over the batch.

@@ -1,0 +1,1 @@
+"""Objectives: losses that consume credit, one idea a file."""

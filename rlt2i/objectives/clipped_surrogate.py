@@ -22,9 +22,11 @@ from rlt2i.types import Experience, Loss, Pairs
 class ClippedSurrogate(Objective):
     """mean w max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + kl_weight KL(policy || reference).
 
-    PPO's surrogate (arXiv 1707.06347) on denoising steps (Flow-GRPO, arXiv 2505.05470). The weight w of the credit enters
-    at its own resolution: where the ratio is finer than the map, w multiplies the loss of each cell; where it is coarser,
-    w weights the log-probabilities that are pooled into the ratio. On policy both have the gradient A mean_p w_p grad l_p.
+    PPO's surrogate (arXiv 1707.06347) on denoising steps (Flow-GRPO, arXiv 2505.05470). The weight w of the credit
+    enters at its own resolution: where the ratio is finer than the map, w multiplies the loss of each cell; where it is
+        coarser,
+    w weights the log-probabilities that are pooled into the ratio. On policy both have the gradient A mean_p w_p grad
+    l_p.
 
     Attributes:
         clip_range: eps of a ratio per *sample*; a ratio over P cells gets eps sqrt(P), because the noise of a mean
@@ -91,7 +93,13 @@ class ClippedSurrogate(Objective):
         return pool_log_ratio(log_ratio_map, grid), on_grid(weight, grid)
 
     def _kl(
-        self, policy: Policy, experience: Experience, pairs: Pairs, velocity: Tensor, transition: Transition, context: UpdateContext
+        self,
+        policy: Policy,
+        experience: Experience,
+        pairs: Pairs,
+        velocity: Tensor,
+        transition: Transition,
+        context: UpdateContext,
     ) -> Tensor:
         trajectory = experience.trajectory
         with torch.no_grad(), context.weights("reference"):

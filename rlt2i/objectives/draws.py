@@ -26,7 +26,9 @@ class SigmaDraws:
     """
 
     count: int = attrs.field(default=3, validator=validators.ge(1))
-    grid: Literal["rollout", "uniform"] = attrs.field(default="uniform", validator=validators.in_(("rollout", "uniform")))
+    grid: Literal["rollout", "uniform"] = attrs.field(
+        default="uniform", validator=validators.in_(("rollout", "uniform"))
+    )
     low: float = attrs.field(default=0.02, validator=validators.gt(0))
     high: float = attrs.field(default=0.98, validator=validators.le(1))
 
@@ -47,7 +49,10 @@ class SigmaDraws:
         seeds = context.seeds("sigma", keys)
         if self.grid == "uniform":
             within = uniform(seeds, (self.count,), sigmas.device)
-            sigma = self.low + (self.high - self.low) * (torch.arange(self.count, device=sigmas.device) + within) / self.count
+            sigma = (
+                self.low
+                + (self.high - self.low) * (torch.arange(self.count, device=sigmas.device) + within) / self.count
+            )
             step = (sigma[..., None] - sigmas[:-1]).abs().argmin(dim=-1)
             return sigma, step
         usable = max(1, len(sigmas) - 2)

@@ -21,7 +21,8 @@ from rlt2i.types import Experience, Loss
 class DiffusionNFT(Objective):
     """L = clip / beta (r l+ + (1 - r) l-), v+- = v_old +- beta (v - v_old)  (arXiv 2509.16117).
 
-    Needs no trajectory and no likelihood: any sampler will do. At v = v_old the gradient is that of an advantage-weighted
+    Needs no trajectory and no likelihood: any sampler will do. At v = v_old the gradient is that of an
+        advantage-weighted
     flow-matching loss. STAR-NFT is this objective with a text-attention credit; nobody has published it.
 
     Attributes:

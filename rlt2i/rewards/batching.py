@@ -29,7 +29,7 @@ def take_batch(batch: RewardBatch, rows: Sequence[int]) -> RewardBatch:
 
 
 def split_rows(batch: RewardBatch, size: int, *, scope: str = "sample") -> list[list[int]]:
-    """Rows of consecutive chunks of at most `size` images; the images of a group stay together if scores need that.
+    """Rows of consecutive chunks of at most `size` images; groups stay together if scores need that.
 
     Args:
         size: of a chunk; a group that is larger is one chunk.
@@ -52,7 +52,7 @@ def split_rows(batch: RewardBatch, size: int, *, scope: str = "sample") -> list[
 
 
 def failed(count: int, reason: str) -> RewardOutput:
-    """`count` samples that could not be judged. Their score is nan, never 0: a failure must not look like a bad image."""
+    """`count` samples that could not be judged: nan, never 0, because a failure must not look like a bad image."""
     return RewardOutput(
         scores=torch.full((count,), torch.nan),
         valid=torch.zeros(count, dtype=torch.bool),
@@ -63,7 +63,8 @@ def failed(count: int, reason: str) -> RewardOutput:
 def with_reasons(info: Sequence[Mapping[str, Any]] | None, reasons: Sequence[str | None]) -> list[Mapping[str, Any]]:
     """Details with the reasons of invalid samples added; a reason that is already there stays."""
     rows = info or [{} for _ in reasons]
-    return [row if why is None or REASON in row else {**row, REASON: why} for row, why in zip(rows, reasons, strict=True)]
+    pairs = zip(rows, reasons, strict=True)
+    return [row if why is None or REASON in row else {**row, REASON: why} for row, why in pairs]
 
 
 def merge(parts: Sequence[tuple[Sequence[int], RewardOutput]], count: int) -> RewardOutput:
@@ -130,10 +131,11 @@ def configuration(reward: Reward, *, without: Sequence[str] = (), **extra: Any) 
         without: fields that change how fast scores come, not what they are.
         extra: further entries.
     """
-    fields = [field for field in attrs.fields(type(reward)) if field.init and field.name not in without]  # type: ignore[arg-type]
+    fields: tuple[attrs.Attribute[Any], ...] = attrs.fields(type(reward))  # type: ignore[arg-type]
+    kept = [field.name for field in fields if field.init and field.name not in without]
     return {
         "reward": type(reward).__name__,
-        **{field.name: _described(getattr(reward, field.name)) for field in fields},
+        "settings": {name: _described(getattr(reward, name)) for name in kept},
         **extra,
     }
 

@@ -34,8 +34,8 @@ class Cached(Wrapper):
     def __attrs_post_init__(self) -> None:
         if self.reward.scope == "group":
             raise ValueError(
-                f"Cached({type(self.reward).__name__}): its scores compare the images of a group, so an image has no score "
-                "of its own to remember. Use the reward without a cache."
+                f"Cached({type(self.reward).__name__}): its scores compare the images of a group, so an image "
+                "has no score of its own to remember. Use the reward without a cache."
             )
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:

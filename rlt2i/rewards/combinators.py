@@ -12,6 +12,7 @@ import attrs
 import torch
 from attrs import validators
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.references import load_object
@@ -24,9 +25,9 @@ from rlt2i.rewards.wrapper import Wrapper
 class WeightedSum(Reward):
     """sum_k weight_k x score_k, of raw scores: the *scale* of a reward counts as much as its weight.
 
-    Every reward is behind `scored`, and a sample is valid only where all of them are. Components: the raw score of every
-    reward under its name, and its own components under `name/component`. Maps add up with the weights of the rewards
-    that have them (positive weights only); regions of a reward with a negative weight change sign.
+    Every reward is behind `scored`, and a sample is valid only where all of them are. Components: the raw score of
+    every reward under its name, and its own components under `name/component`. Maps add up with the weights of the
+    rewards that have them (positive weights only); regions of a reward with a negative weight change sign.
 
     Attributes:
         rewards: name -> (reward, weight).
@@ -113,8 +114,7 @@ def _add_maps(maps: list[tuple[float, Tensor]]) -> Tensor | None:
     if not kept:
         return None
     size = max((tuple(values.shape[1:]) for _, values in kept), key=lambda shape: shape[0] * shape[1])
-    resize = lambda values: torch.nn.functional.interpolate(values[:, None], size=size, mode="area")[:, 0]  # noqa: E731
-    return torch.stack([weight * resize(values) for weight, values in kept]).sum(dim=0)
+    return sum(weight * interpolate(values[:, None], size=size, mode="area")[:, 0] for weight, values in kept)
 
 
 @attrs.frozen(kw_only=True)
@@ -211,8 +211,8 @@ class Function(Reward):
             scores = torch.tensor([torch.nan if value is None else float(value) for value in returned])
         if scores.shape != (len(batch.prompts),):
             raise ValueError(
-                f"{self.function} returned scores of shape {list(scores.shape)} for {len(batch.prompts)} images; it must "
-                "return one number per image, in their order."
+                f"{self.function} returned scores of shape {list(scores.shape)} for {len(batch.prompts)} images; "
+                "it must return one number per image, in their order."
             )
         valid = torch.isfinite(scores)
         return RewardOutput(scores=torch.where(valid, scores, torch.nan), valid=valid)

@@ -1,5 +1,4 @@
-"""Released checkpoints under transformers' names. Pure functions of state dicts; nothing is downloaded or
-unpickled."""
+"""Released checkpoints under transformers' names: pure functions of state dicts, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -75,8 +74,7 @@ def open_clip_to_transformers(state: State) -> dict[str, Tensor]:
 
 
 def blip_configs() -> tuple[Any, Any]:
-    """(vision, text) configurations of ImageReward: ViT-L/16 at 224 pixels and BERT-base with
-    cross-attention."""
+    """(vision, text) of ImageReward: ViT-L/16 at 224 pixels, BERT-base with cross-attention."""
     from transformers import BlipTextConfig, BlipVisionConfig
 
     vision = BlipVisionConfig(

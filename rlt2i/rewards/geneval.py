@@ -13,6 +13,7 @@ from torch import Tensor
 from rlt2i.functional import geneval as rules
 from rlt2i.functional.geneval import CLASSES, COUNTING_THRESHOLD, RULES, THRESHOLD, Detection, Objects, Rule
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
+from rlt2i.rewards.batching import REASON
 from rlt2i.rewards.clip_family import load_clip
 from rlt2i.rewards.geneval_colour import Cutout, classify_colours
 from rlt2i.rewards.mask2former import Instances, detect, load_detector
@@ -167,16 +168,20 @@ def judge(
             empty = batch.images.new_zeros(batch.images.shape[-2:], dtype=torch.bool)
             maps.append(torch.stack([empty, *masks]).any(0).float())
     scores = {name: torch.tensor([v.score for v in verdicts[name]]) for name in RULES}
+    valid = torch.tensor([f is not None for f in found], dtype=torch.bool)
     return RewardOutput(
-        scores=scores[rule],
-        valid=torch.tensor([f is not None for f in found], dtype=torch.bool),
+        scores=scores[rule].where(valid, torch.nan),
+        valid=valid,
         components={
-            **{name: scores[name] for name in ("dense", "strict", "official")},
+            **{name: scores[name].where(valid, torch.nan) for name in ("dense", "strict", "official")},
             "objects": torch.tensor(counts, dtype=torch.float32),
         },
         regions=regions if "regions" in want else None,
         maps=torch.stack(maps) if "maps" in want else None,
-        info=[{"reason": "; ".join(v.reasons)} for v in verdicts[rule]],
+        info=[
+            {"wrong": list(v.reasons)} if f is not None else {REASON: "the detector returned nan or infinity"}
+            for f, v in zip(found, verdicts[rule], strict=True)
+        ],
     )
 
 

@@ -41,7 +41,10 @@ def scored(reward: Reward, batch: RewardBatch, want: frozenset[str] = frozenset(
         return _all_failed(reward, count, why)
     _LOG.error("%s: %d of %d samples are invalid: %s", _name(reward), count - len(complete), count, why)
     lacking = [row for row in range(count) if missing[row]]
-    parts = [(complete, _scored(reward, take_batch(batch, complete), want)), (lacking, failed(len(lacking), why))]
+    parts = [
+        (complete, _scored(reward, take_batch(batch, complete), want)),
+        (lacking, failed(len(lacking), why)),
+    ]
     return merge(parts, count)
 
 

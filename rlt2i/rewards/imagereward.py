@@ -1,5 +1,4 @@
-"""ImageReward: BLIP reads the prompt while looking at the image, and a head says how much people would like
-it."""
+"""ImageReward: BLIP reads the prompt while looking at the image; a head says how much people like it."""
 
 from __future__ import annotations
 

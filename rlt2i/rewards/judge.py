@@ -134,7 +134,7 @@ class Judge(Reward):
             **self.options(),
         }
         url, content = f"{self.endpoint.url.rstrip('/')}/chat/completions", json.dumps(body).encode()
-        ask = lambda: exchange(  # noqa: E731
+        ask = lambda: exchange(
             client,
             "POST",
             url,

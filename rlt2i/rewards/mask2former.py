@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import attrs
 import torch
@@ -115,24 +115,45 @@ def mask_boxes(masks: Tensor) -> Tensor:
     return torch.stack([x1, y1, x2, y2], dim=1).float()
 
 
+@functools.cache
+def detector_class() -> Any:
+    """Mask2FormerForUniversalSegmentation without its training loss, which would need SciPy."""
+    from transformers.models.mask2former import modeling_mask2former as parts
+
+    class Mask2FormerDetector(parts.Mask2FormerPreTrainedModel):
+        _keys_to_ignore_on_load_unexpected: ClassVar = [r"^criterion\."]
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model = parts.Mask2FormerModel(config)
+            self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
+            self.post_init()
+
+        def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+            """[N, Q, C + 1] class logits and [N, Q, h, w] mask logits of the last decoder layer."""
+            output = self.model(pixel_values=pixel_values, return_dict=True)
+            queries = output.transformer_decoder_intermediate_states[-1].transpose(0, 1)
+            return self.class_predictor(queries), output.masks_queries_logits[-1]
+
+    return Mask2FormerDetector
+
+
 @functools.lru_cache(maxsize=2)
 def load_detector(path: str, device: str) -> Any:
-    """A frozen float32 Mask2FormerForUniversalSegmentation from converted weights or the hub."""
-    from transformers import Mask2FormerForUniversalSegmentation
-
+    """A frozen float32 detector from converted weights or the hub."""
     source = find_weights(path, of="GenEvalReward")
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(source, dtype=torch.float32)
+    model = detector_class().from_pretrained(source, dtype=torch.float32)
     return model.eval().requires_grad_(False).to(device)
 
 
 def detect(model: Any, images: Tensor, *, threshold: float) -> list[Instances | None]:
     """Objects above the threshold in each of [N, 3, H, W] images; None where the network gave no numbers."""
     pixels = network_input(images)
-    output = model(pixel_values=pixels)
+    class_logits, mask_logits = model(pixel_values=pixels)
     original = (images.shape[-2], images.shape[-1])
     padded = (pixels.shape[-2], pixels.shape[-1])
     found: list[Instances | None] = []
-    for classes, masks in zip(output.class_queries_logits, output.masks_queries_logits, strict=True):
+    for classes, masks in zip(class_logits, mask_logits, strict=True):
         if not (torch.isfinite(classes).all() and torch.isfinite(masks).all()):
             found.append(None)
             continue

@@ -60,15 +60,19 @@ class OCRReward(Reward):
         targets = [_target(p, m) for p, m in zip(batch.prompts, batch.metadata, strict=True)]
         with ThreadPoolExecutor(min(self.workers or usable_cores(), len(targets)), thread_name_prefix="ocr") as threads:
             judged = list(threads.map(lambda image, target: self._judge(image, target, localise), images, targets))
-        regions = [_regions(one.characters, images.shape[1:3]) for one in judged] if "regions" in want else None
+        size = images.shape[1:3]
         return RewardOutput(
             scores=torch.tensor([one.score for one in judged]),
             valid=torch.tensor([one.error is None for one in judged]),
-            components={name: torch.tensor([one.components.get(name, math.nan) for one in judged]) for name in COMPONENTS},
-            regions=regions,
-            maps=torch.stack([_map(one.characters, images.shape[1:3]) for one in judged]) if "maps" in want else None,
-            info=[{"read": one.read, "target": target} if one.error is None else {REASON: one.error}
-                  for one, target in zip(judged, targets, strict=True)],
+            components={
+                name: torch.tensor([one.components.get(name, math.nan) for one in judged]) for name in COMPONENTS
+            },
+            regions=[_regions(one.characters, size) for one in judged] if "regions" in want else None,
+            maps=torch.stack([_map(one.characters, size) for one in judged]) if "maps" in want else None,
+            info=[
+                {"read": one.read, "target": target} if one.error is None else {REASON: one.error}
+                for one, target in zip(judged, targets, strict=True)
+            ],
         )
 
     def fingerprint(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 import attrs
 import numpy as np
 
-Quad = tuple[tuple[float, float], ...]
+Point = tuple[float, float]
+Quad = tuple[Point, ...]
 """Four corners in pixels, clockwise from the top left of the writing."""
 
 MODELS = ("*_det_*.onnx", "*_rec_*.onnx")
@@ -115,22 +116,17 @@ def _characters(text: str, quad: Quad, placed: list[Any]) -> tuple[tuple[str, Qu
             placed.pop(0)
             return tuple((letter, _quad(entry[2])) for letter, entry in zip(letters, entries, strict=True))
     top_left, top_right, bottom_right, bottom_left = quad
-    along = lambda start, end, part: tuple(s + (e - s) * part for s, e in zip(start, end, strict=True))  # noqa: E731
-    parts = [(i / len(letters), (i + 1) / len(letters)) for i in range(len(letters))]
-    return tuple(
-        (
-            letter,
-            _quad(
-                (
-                    along(top_left, top_right, start),
-                    along(top_left, top_right, end),
-                    along(bottom_left, bottom_right, end),
-                    along(bottom_left, bottom_right, start),
-                )
-            ),
-        )
-        for letter, (start, end) in zip(letters, parts, strict=True)
-    )
+    placed_evenly = []
+    for i, letter in enumerate(letters):
+        start, end = i / len(letters), (i + 1) / len(letters)
+        upper = _between(top_left, top_right, start), _between(top_left, top_right, end)
+        lower = _between(bottom_left, bottom_right, end), _between(bottom_left, bottom_right, start)
+        placed_evenly.append((letter, (*upper, *lower)))
+    return tuple(placed_evenly)
+
+
+def _between(start: Point, end: Point, part: float) -> Point:
+    return start[0] + (end[0] - start[0]) * part, start[1] + (end[1] - start[1]) * part
 
 
 @cache

@@ -113,7 +113,7 @@ class Pooled(Wrapper):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-# ------------------------------------------------------------------------------------------------- in the worker process
+# ------------------------------------------------------------------------------------ in the worker process
 
 _REWARD: list[Reward] = []
 

@@ -60,16 +60,18 @@ class Rubric:
 
 _NUMBER = r"[\s*]*:[\s*\[]*(-?\d+(?:\.\d+)?)"
 """A colon and a number, in the spaces, asterisks and brackets that chat models put around them."""
+_RANGE = r"\s*(?:\(\s*1\s*-\s*5\s*\))?"
 
 RUBRICS: Mapping[str, Rubric] = MappingProxyType(
     {
         # What UnifiedReward-7b-v1.5 was trained to answer; Flow-GRPO divides the mark by 5.
         "unified-reward": Rubric(
             instructions=(
-                "You are given a text caption and a generated image based on that caption. Your task is to evaluate this "
-                "image based on two key criteria:\n"
-                "1. Alignment with the Caption: Assess how well this image aligns with the provided caption. Consider the "
-                "accuracy of depicted objects, their relationships, and attributes as described in the caption.\n"
+                "You are given a text caption and a generated image based on that caption. Your task is to evaluate "
+                "this image based on two key criteria:\n"
+                "1. Alignment with the Caption: Assess how well this image aligns with the provided caption. "
+                "Consider the accuracy of depicted objects, their relationships, and attributes as described in the "
+                "caption.\n"
                 "2. Overall Image Quality: Examine the visual quality of this image, including clarity, detail "
                 "preservation, color accuracy, and overall aesthetic appeal.\n"
                 "Based on the above criteria, assign a score from 1 to 5 after 'Final Score:'.\n"
@@ -81,8 +83,8 @@ RUBRICS: Mapping[str, Rubric] = MappingProxyType(
         # What UnifiedReward 2 was trained to answer.
         "unified-reward-2": Rubric(
             instructions=(
-                "You are presented with a generated image and its associated text caption. Your task is to analyze the "
-                "image across multiple dimensions in relation to the caption. Specifically:\n"
+                "You are presented with a generated image and its associated text caption. Your task is to analyze "
+                "the image across multiple dimensions in relation to the caption. Specifically:\n"
                 "Provide overall assessments for the image along the following axes (each rated from 1 to 5):\n"
                 "- Alignment Score: How well the image matches the caption in terms of content.\n"
                 "- Coherence Score: How logically consistent the image is (absence of visual glitches, object "
@@ -95,9 +97,7 @@ RUBRICS: Mapping[str, Rubric] = MappingProxyType(
                 "Your task is provided as follows:\n"
                 "Text Caption: [{prompt}]"
             ),
-            marks={
-                name: rf"{name} score\s*(?:\(\s*1\s*-\s*5\s*\))?{_NUMBER}" for name in ("alignment", "coherence", "style")
-            },
+            marks={name: rf"{name} score{_RANGE}{_NUMBER}" for name in ("alignment", "coherence", "style")},
         ),
         # Ours, for any instruction-following model.
         "alignment": Rubric(

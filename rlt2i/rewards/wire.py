@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -85,8 +85,8 @@ def batch_from_bytes(body: bytes, *, max_images: int = 1 << 16) -> tuple[RewardB
     _check_rows("want", want, str, None)
     batch = RewardBatch(
         images=images,
-        prompts=prompts,  # type: ignore[arg-type] - checked above
-        metadata=metadata,  # type: ignore[arg-type]
+        prompts=cast("list[str]", prompts),
+        metadata=cast("list[dict[str, Any]]", metadata),
         ids=ids,
         groups=None if groups is None else torch.tensor(groups, dtype=torch.long),
     )

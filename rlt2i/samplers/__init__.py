@@ -1,0 +1,1 @@
+"""Samplers: how a trajectory unfolds, and where it is stochastic."""

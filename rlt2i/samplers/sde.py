@@ -17,13 +17,14 @@ class SDE(Sampler):
     """Noise on the steps [first, last), the ODE on all others.
 
     The steps that get noise are the ones that can be trained. A few early steps decide the layout of an image, so a
-    narrow window concentrates the learning signal, and the ODE tail leaves no residual noise for the reward to trip over.
+    narrow window concentrates the learning signal, and the ODE tail leaves no residual noise for the reward to trip
+    over.
 
     Attributes:
         num_steps: T.
         kernel: the transition of the stochastic steps.
-        window: (first, last), last exclusive; None stands for all steps but the last, which no recipe trains because its
-            standard deviation is almost nil.
+        window: (first, last), last exclusive; None stands for all steps but the last, which no recipe trains because
+            its standard deviation is almost nil.
     """
 
     num_steps: int = attrs.field(default=10, validator=validators.ge(1))

@@ -4,8 +4,9 @@
     GET  /v1/info    what is served, for how many images at a time
     GET  /health     whether the server is alive; needs no token
 
-Errors are JSON `{"error": text}`: 400 a body that is no batch, 401 no or a wrong token, 411/413 no length or too large, 415 another
-content type, 429 busy (with Retry-After), 500 a fault of the server, 503 starting or stopping.
+Errors are JSON `{"error": text}`: 400 a body that is no batch, 401 no or a wrong token, 408 a body that does not arrive,
+413 one that is too large, 415 another content type, 429 busy (with Retry-After), 500 a fault of the server, 503 too many
+connections, or stopping.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class Info:
 
     def to_json(self) -> bytes:
         """The body of /v1/info."""
-        plain = {"version": VERSION, **attrs.asdict(self), "requires": sorted(self.requires), "offers": sorted(self.offers)}
+        plain = {"version": VERSION, **attrs.asdict(self)}
+        plain |= {"requires": sorted(self.requires), "offers": sorted(self.offers)}
         return json.dumps(plain, default=repr).encode()
 
     @classmethod

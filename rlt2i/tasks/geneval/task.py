@@ -86,8 +86,8 @@ class GenEvalTask(Task):
         most = min(map(len, by_tag))
         if uneven or per_tag > most:
             raise ValueError(
-                f"GenEvalTask.eval_prompts({count}): use a multiple of {len(prompts)} for the official set, or a "
-                f"multiple of {len(TAGS)} up to {len(TAGS) * most} for equally many of each category."
+                f"GenEvalTask.eval_prompts({count}): use a multiple of {len(prompts)} for the official set, "
+                f"or a multiple of {len(TAGS)} up to {len(TAGS) * most} for equally many of each category."
             )
         return [
             _task_prompt(p)

@@ -18,12 +18,13 @@ from rlt2i.types import Region
 class ShapesReward(Reward):
     """strict_weight x strict + (1 - strict_weight) x partial, in [0, 1].
 
-    Components: `strict` (0 or 1), `partial`, `objects` (how many are in the image), `objects_asked`. Maps mark the pixels of
+    Components: `strict` (0 or 1), `partial`, `objects` (how many are in the image), `objects_asked`. Maps mark the
+        pixels of
     every coloured object: the ground truth of oracle credit.
 
     Attributes:
-        rule: "exclusive" fails an image with any object that was not asked for. "geneval" ignores extras outside counting;
-            under it a policy learns within minutes to fill the image with objects.
+        rule: "exclusive" fails an image with any object that was not asked for. "geneval" ignores extras outside
+            counting; under it a policy learns within minutes to fill the image with objects.
         strict_weight: share of the strict score; the rest is partial credit, which separates near misses.
     """
 

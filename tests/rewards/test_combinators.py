@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import attrs
+import pytest
+import torch
+from tests.rewards.fakes import Broken, Dying, Grey, Needy, batch_of, output_of, raises
+
+from rlt2i.config import build, to_mapping
+from rlt2i.interfaces import Reward, RewardOutput
+from rlt2i.recipes.parts import PARTS
+from rlt2i.rewards.batching import failed, merge, split_rows, take_batch
+from rlt2i.rewards.cached import Cached
+from rlt2i.rewards.combinators import Affine, Clip, Function, WeightedSum
+from rlt2i.rewards.guard import Guarded, scored
+from rlt2i.rewards.pooled import Pooled, usable_cores
+
+FAKES = "tests.rewards.fakes"
+
+
+def assert_same(one: RewardOutput, other: RewardOutput) -> None:
+    torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(one.valid, other.valid)
+    assert one.components.keys() == other.components.keys()
+    for name, values in one.components.items():
+        torch.testing.assert_close(values, other.components[name], rtol=0, atol=0, equal_nan=True)
+    if one.maps is not None or other.maps is not None:
+        assert torch.equal(one.maps, other.maps)
+
+
+# -------------------------------------------------------------------------------------------------------------- sums
+
+
+def test_weighted_sum_by_hand():
+    total = WeightedSum(rewards={"a": (Grey(), 2.0), "b": (Affine(reward=Grey(), scale=1.0, shift=1.0), -1.0)})
+    output = total.score(batch_of(10, 20))
+    # 2 * 10 - 11 and 2 * 20 - 21
+    assert output.scores.tolist() == [9.0, 19.0]
+    assert output.components["a"].tolist() == [10.0, 20.0]
+    assert output.components["b"].tolist() == [11.0, 21.0]
+    assert output.components["a/half"].tolist() == [5.0, 10.0]
+    assert output.components["b/raw"].tolist() == [10.0, 20.0]
+    assert total.span == (0.0 - 256.0, 510.0 - 1.0)
+
+
+def test_a_sum_is_valid_where_all_of_its_rewards_are():
+    nan_first = Broken(act=lambda batch: output_of([math.nan, 0.5]))
+    output = WeightedSum(rewards={"grey": (Grey(), 1.0), "odd": (nan_first, 1.0)}).score(batch_of(1, 2))
+    assert output.valid.tolist() == [False, True]
+    assert math.isnan(output.scores[0])
+    assert output.scores[1] == 2.5
+    assert output.components["grey"].tolist() == [1.0, 2.0]
+    assert output.info[0]["error"].startswith("odd: the score is nan")
+    assert "error" not in output.info[1]
+
+
+def test_a_raising_reward_in_a_sum_never_becomes_zero():
+    total = WeightedSum(rewards={"grey": (Grey(), 1.0), "odd": (Broken(act=raises(RuntimeError("no GPU"))), 0.1)})
+    output = total.score(batch_of(1, 2))
+    assert not output.valid.any()
+    assert output.scores.isnan().all()
+    assert "no GPU" in output.info[0]["error"]
+
+
+def test_sums_know_what_their_rewards_need_and_where_to_look():
+    total = WeightedSum(rewards={"grey": (Grey(), 2.0), "needy": (Needy(), 1.0)})
+    assert total.requires == {"value"}
+    assert total.offers == {"maps", "regions"}
+    assert total.span is None
+    batch = batch_of(3, metadata=[{"value": 1}])
+    output = total.score(batch, frozenset({"maps", "regions"}))
+    assert output.maps.tolist() == [[[6.0, 6.0], [6.0, 6.0]]]
+    assert [region.credit for region in output.regions[0]] == [2.0]
+
+
+@pytest.mark.parametrize("rewards", [{}, {"a": (Grey(), 0.0)}, {"a": (Grey(), math.nan)}])
+def test_a_sum_of_nothing_is_refused(rewards):
+    with pytest.raises(ValueError, match="WeightedSum"):
+        WeightedSum(rewards=rewards)
+
+
+# ------------------------------------------------------------------------------------------------------------- scales
+
+
+def test_affine_by_hand():
+    affine = Affine(reward=Grey(), scale=-0.5, shift=1.0)
+    output = affine.score(batch_of(4), frozenset({"regions"}))
+    assert output.scores.tolist() == [-1.0]
+    assert output.components["raw"].tolist() == [4.0]
+    assert output.regions[0][0].credit == -1.0
+    assert affine.span == (-126.5, 1.0)
+
+
+def test_clip_by_hand():
+    clip = Clip(reward=Grey(), low=5.0, high=10.0)
+    assert clip.score(batch_of(1, 7, 99)).scores.tolist() == [5.0, 7.0, 10.0]
+    assert clip.span == (5.0, 10.0)
+    assert Clip(reward=Grey(), low=-5.0, high=10.0).span == (0.0, 10.0)
+    assert Clip(reward=Needy(), low=-5.0, high=10.0).span == (-5.0, 10.0)
+
+
+def test_clip_does_not_turn_nan_into_a_score():
+    output = Guarded(reward=Clip(reward=Broken(act=lambda b: output_of([math.nan])), low=0.0, high=1.0)).score(
+        batch_of(1)
+    )
+    assert not output.valid.any()
+
+
+def test_senseless_scales_are_refused():
+    with pytest.raises(ValueError, match="scale=0"):
+        Affine(reward=Grey(), scale=0.0)
+    with pytest.raises(ValueError, match="low < high"):
+        Clip(reward=Grey(), low=1.0, high=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- functions
+
+
+def test_a_plain_function_is_a_reward():
+    output = Function(function=f"{FAKES}:mean_grey").score(batch_of(7, 0))
+    assert output.scores[0] == 7.0
+    assert output.valid.tolist() == [True, False]
+
+
+def test_a_function_from_a_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def score(images, prompts, metadata):\n    return [len(p) for p in prompts]\n", encoding="utf-8")
+    reward = Function(function=f"{path}:score", requires=["value"])
+    assert reward.score(batch_of(1, 100)).scores.tolist() == [6.0, 8.0]
+    assert reward.requires == {"value"}
+    assert len(reward.fingerprint()["source"]) == 64
+
+
+def test_a_function_that_returns_too_few_scores_fails_aloud():
+    reward = Function(function=f"{FAKES}:one_too_few")
+    with pytest.raises(ValueError, match="one number per image"):
+        reward.score(batch_of(1, 2))
+    output = scored(reward, batch_of(1, 2))
+    assert not output.valid.any()
+    assert "one number per image" in output.info[0]["error"]
+
+
+def test_a_function_that_does_not_exist_is_refused_at_once():
+    with pytest.raises(ValueError, match="did you mean 'mean_grey'"):
+        Function(function=f"{FAKES}:mean_gray")
+    with pytest.raises(ValueError, match="not a function"):
+        Function(function=f"{FAKES}:__name__")
+
+
+# ------------------------------------------------------------------------------------------------------------- caches
+
+
+def test_a_cache_asks_once_per_image_and_prompt():
+    inner = Grey()
+    cached = Cached(reward=inner)
+    first = cached.score(batch_of(1, 2, 1), frozenset({"maps"}))
+    assert inner.shown == [2]
+    again = cached.score(batch_of(2, 1, 3), frozenset({"maps"}))
+    assert inner.shown == [2, 1]
+    assert_same(first, Grey().score(batch_of(1, 2, 1), frozenset({"maps"})))
+    assert_same(again, Grey().score(batch_of(2, 1, 3), frozenset({"maps"})))
+    assert [row["prompt"] for row in again.info] == ["grey 2", "grey 1", "grey 3"]
+
+
+def test_a_cache_tells_apart_what_could_score_differently():
+    inner = Grey()
+    cached = Cached(reward=inner)
+    batch = batch_of(1)
+    variants = [
+        batch,
+        attrs.evolve(batch, prompts=["other"]),
+        attrs.evolve(batch, metadata=[{"text": "x"}]),
+        attrs.evolve(batch, images=batch.images.flip(-1) + 1),
+        attrs.evolve(batch, images=batch.images.view(1, 3, 2, 8)),
+    ]
+    for variant in variants:
+        cached.score(variant)
+    cached.score(batch, frozenset({"regions"}))
+    assert inner.shown == [1] * 6
+    for variant in variants:
+        cached.score(variant)
+    assert inner.shown == [1] * 6
+
+
+def test_a_cache_forgets_the_oldest():
+    inner = Grey()
+    cached = Cached(reward=inner, size=2)
+    for grey in (1, 2, 1, 3, 1, 2):
+        cached.score(batch_of(grey))
+    assert inner.shown == [1, 1, 1, 1]  # 1, 2, 3, and 2 again: it was the least recently used when 3 came
+
+
+def test_a_cache_does_not_remember_failures():
+    answers = [failed(1, "busy"), output_of([0.5])]
+    cached = Cached(reward=Broken(act=lambda batch: answers.pop(0)))
+    assert not cached.score(batch_of(1)).valid.any()
+    assert cached.score(batch_of(1)).scores.tolist() == [0.5]
+    assert cached.score(batch_of(1)).scores.tolist() == [0.5]
+
+
+def test_group_rewards_cannot_be_cached():
+    @attrs.frozen
+    class Ranked(Grey):
+        scope = "group"
+
+    with pytest.raises(ValueError, match="compare the images of a group"):
+        Cached(reward=Ranked())
+
+
+# -------------------------------------------------------------------------------------------------------------- pools
+
+
+def test_threads_change_nothing_but_speed():
+    batch = batch_of(*range(20))
+    want = frozenset({"maps", "regions"})
+    inner = Grey()
+    pooled = Pooled(reward=inner, workers=3, chunk=3).score(batch, want)
+    assert_same(pooled, Grey().score(batch, want))
+    assert sorted(inner.shown) == [2, 3, 3, 3, 3, 3, 3]
+    assert len(pooled.regions) == 20
+
+
+def test_a_failing_chunk_leaves_the_others_their_scores():
+    def act(batch):
+        if int(batch.images.max()) == 9:
+            raise RuntimeError("bad chunk")
+        return output_of(batch.images.float().mean(dim=(1, 2, 3)) / 255)
+
+    output = Pooled(reward=Broken(act=act), workers=2, chunk=2).score(batch_of(1, 2, 9, 4, 5, 6))
+    assert output.valid.tolist() == [True, True, False, False, True, True]
+    assert "bad chunk" in output.info[3]["error"]
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_and_survive_a_death():
+    batch, want = batch_of(*range(6)), frozenset({"maps", "regions"})
+    pooled = Pooled(reward=Affine(reward=Grey(), scale=0.5), workers=1, kind="process", chunk=4)
+    try:
+        assert_same(pooled.score(batch, want), Affine(reward=Grey(), scale=0.5).score(batch, want))
+        assert pooled.score(batch, want).regions[0][0].mask.tolist() == [[True, False]]
+    finally:
+        pooled.close()
+    dying = Pooled(reward=Dying(), workers=1, kind="process", chunk=1)
+    try:
+        output = dying.score(batch_of(255))
+        assert not output.valid.any()
+        assert dying.score(batch_of(7)).scores.tolist() == [7.0]
+    finally:
+        dying.close()
+
+
+def test_usable_cores_are_shared_between_ranks(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cores = usable_cores()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
+    assert usable_cores() == 1
+
+
+def test_groups_stay_together_where_scores_need_it():
+    batch = attrs.evolve(batch_of(1, 2, 3, 4, 5), groups=torch.tensor([0, 0, 0, 1, 1]))
+    assert split_rows(batch, 2) == [[0, 1], [2, 3], [4]]
+    assert split_rows(batch, 2, scope="group") == [[0, 1, 2], [3, 4]]
+    assert split_rows(batch, 5, scope="group") == [[0, 1, 2, 3, 4]]
+
+
+def test_merge_puts_rows_back_and_misses_none():
+    batch = batch_of(1, 2, 3)
+    whole = merge([([2, 0], Grey().score(take_batch(batch, [2, 0])))], 3)
+    assert whole.scores[[0, 2]].tolist() == [1.0, 3.0]
+    assert whole.valid.tolist() == [True, False, True]
+    assert "not scored" in whole.info[1]["error"]
+
+
+# -------------------------------------------------------------------------------------------------------------- guard
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (lambda batch: output_of([math.nan, 0.5]), "the score is nan"),
+        (lambda batch: output_of([math.inf, 0.5]), "the score is inf"),
+        (lambda batch: output_of([-math.inf, 0.5]), "the score is -inf"),
+        (lambda batch: output_of([1.2, 0.5]), r"1.2 is outside the documented range \[0, 1\]"),
+        (lambda batch: output_of([-0.1, 0.5]), "outside"),
+        (lambda batch: output_of([0.1, 0.5], maps=torch.tensor([[[-1.0]], [[1.0]]])), "map is negative"),
+        (lambda batch: output_of([0.1, 0.5], maps=torch.tensor([[[math.nan]], [[1.0]]])), "not finite"),
+    ],
+)
+def test_a_bad_sample_is_invalid_and_its_neighbour_is_not(act, reason):
+    output = scored(Broken(act=act), batch_of(1, 2))
+    assert output.valid.tolist() == [False, True]
+    assert math.isnan(output.scores[0])
+    assert output.scores[1] == 0.5
+    assert re.search(reason, output.info[0]["error"])
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (lambda batch: output_of([0.5]), "1 scores for 2 images"),
+        (lambda batch: output_of([0.5, 0.5], components={"x": torch.zeros(2)}, info=[{}]), "1 info for 2 images"),
+        (lambda batch: output_of([0.5, 0.5, 0.5]), "3 scores for 2 images"),
+        (lambda batch: [0.5, 0.5], "returned list"),
+        (lambda batch: RewardOutput(scores=torch.zeros(2), valid=torch.ones(2)), "torch.bool"),
+        (raises(RuntimeError("CUDA out of memory")), "CUDA out of memory"),
+        (raises(KeyError("text")), "KeyError"),
+    ],
+)
+def test_an_untrustworthy_output_is_invalid_as_a_whole(act, reason, caplog):
+    output = scored(Broken(act=act), batch_of(1, 2))
+    assert not output.valid.any()
+    assert output.scores.isnan().all()
+    assert all(reason in row["error"] for row in output.info)
+    assert "Broken" in caplog.text
+
+
+def test_rounding_at_the_edge_of_the_range_is_no_failure():
+    assert scored(Broken(act=lambda batch: output_of([1.00001, -0.00001])), batch_of(1, 2)).valid.all()
+
+
+def test_samples_without_their_metadata_are_invalid_and_the_others_are_scored():
+    output = scored(Needy(), batch_of(1, 2, 3, metadata=[{"value": 1}, {}, {"value": 3}]))
+    assert output.valid.tolist() == [True, False, True]
+    assert output.scores[[0, 2]].tolist() == [1.0, 3.0]
+    assert "missing metadata" in output.info[1]["error"]
+    assert not scored(Needy(), batch_of(1)).valid.any()
+
+
+def test_what_ends_the_process_and_missing_packages_pass_through():
+    with pytest.raises(KeyboardInterrupt):
+        scored(Broken(act=raises(KeyboardInterrupt())), batch_of(1))  # type: ignore[arg-type]
+    with pytest.raises(ImportError):
+        scored(Broken(act=raises(ImportError("rapidocr"))), batch_of(1))
+
+
+def test_components_that_are_not_finite_become_nan():
+    output = scored(Broken(act=lambda b: output_of([0.5], components={"x": torch.tensor([math.inf])})), batch_of(1))
+    assert output.valid.all()
+    assert output.components["x"].isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+def test_combinators_can_be_written_in_a_recipe():
+    mapping = {
+        "type": "WeightedSum",
+        "rewards": {
+            "size": [{"type": "Affine", "reward": "JPEGCompressibility", "scale": 0.002}, 1],
+            "text": [{"type": "Cached", "reward": {"type": "OCRReward", "match": "partial"}}, 0.5],
+            "mine": [{"type": "Function", "function": f"{FAKES}:mean_grey", "span": [0, 255]}, 0.1],
+            "pool": [{"type": "Pooled", "reward": {"type": "Clip", "reward": "OCRReward", "low": 0, "high": 1}}, 1],
+        },
+    }
+    reward = build(Reward, mapping, parts=PARTS)
+    assert build(Reward, json.loads(json.dumps(to_mapping(reward, parts=PARTS))), parts=PARTS) == reward
+    assert reward.rewards["text"][0].reward.match == "partial"
+
+
+def test_fingerprints_hold_what_decides_the_scores():
+    affine = {"reward": "Affine", "settings": {"reward": {"reward": "Grey", "version": 1}, "scale": 2.0, "shift": 0.0}}
+    pool = Pooled(reward=Affine(reward=Grey(), scale=2.0), workers=7)
+    assert pool.fingerprint() == {"reward": "Pooled", "settings": {"reward": affine}}
+    assert json.loads(json.dumps(pool.fingerprint())) == pool.fingerprint()

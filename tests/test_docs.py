@@ -1,0 +1,63 @@
+"""The code in the documentation runs, and what it defines works in an algorithm."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
+from tests.build import collect, toy_algorithm, toy_engine, toy_learner
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def namespace(page: str) -> dict[str, object]:
+    """Everything that the Python blocks of a page define."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+    defined: dict[str, object] = {"__name__": "docs_page"}
+    for block in blocks:
+        exec(compile(block, page, "exec"), defined)
+    return defined
+
+
+@pytest.fixture(scope="module")
+def extending() -> dict[str, object]:
+    return namespace("extending.md")
+
+
+def test_own_credit_weighs_late_steps_more(extending):
+    algorithm = toy_algorithm(ClippedSurrogate(), credit=extending["credit"])
+    weight = collect(toy_engine(algorithm)).experience.credit.weight
+    assert weight.shape == (1, 6, 1, 1)
+    assert weight[0, -1] > weight[0, 0]
+    assert abs(float(weight.mean()) - 1) < 1e-6
+
+
+def test_own_objective_learns(extending):
+    algorithm = toy_algorithm(extending["PlainReinforce"]())
+    engine, learner = toy_engine(algorithm), toy_learner(algorithm, learning_rate=0.1)
+    rewards = []
+    for update in range(8):
+        batch = collect(engine, update=update)
+        assert learner.learn(batch.experience)["grad_norm"] > 0
+        rewards.append(float(batch.scores.scores.mean()))
+    assert rewards[-1] > rewards[0] + 0.01
+
+
+def test_own_reward_scores(extending):
+    import torch
+
+    from rlt2i.interfaces import RewardBatch
+
+    red = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    red[:, 0] = 255
+    batch = RewardBatch(images=red, prompts=["red"], metadata=[{}])
+    assert float(extending["Redness"]().score(batch).scores) == 1.0
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
