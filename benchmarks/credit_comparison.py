@@ -1,6 +1,6 @@
 """STAR's maps against uniform, shuffled and oracle credit: equal samples, paired seeds, one objective.
 
-Arms of one seed share prompts, initial noise and held-out noise; they differ in the weights of the credit and in nothing else.
+Arms of one seed share prompts, initial noise and held-out noise; they differ in the weights of the credit alone.
 Writes a CSV, a plot and an honest sentence.
 
     python -m benchmarks.credit_comparison --objective nft --seeds 3 --updates 16
@@ -69,7 +69,8 @@ def run_all(objective: str, arms: list[str], seeds: list[int], options: argparse
         for process, name in list(running):
             if process.poll() is not None:
                 running.remove((process, name))
-                print(f"{objective} {name}: exit {process.returncode}, {time.perf_counter() - started:.0f} s", flush=True)
+                seconds = time.perf_counter() - started
+                print(f"{objective} {name}: exit {process.returncode}, {seconds:.0f} s", flush=True)
                 if process.returncode:
                     raise SystemExit(f"{name} failed")
         time.sleep(0.5)
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.only:
-        from rlt2i.trainer import train
+        from rlt2i.run import train
 
         recipe = recipe_of(
             options.objective, options.only, seed=options.seed, updates=options.updates, every=options.every

@@ -46,7 +46,7 @@ _HOME = {
     "rlt2i.tasks.shapes.reward": ("ShapesReward",),
     "rlt2i.tasks.shapes.task": ("ShapesTask",),
     "rlt2i.train_config": ("TrainConfig",),
-    "rlt2i.trainer": ("train",),
+    "rlt2i.run": ("train",),
     "rlt2i.types": ("Conditioning", "Credit", "Experience", "Loss", "Prompts", "Rewards", "Trajectory"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

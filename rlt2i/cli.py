@@ -190,7 +190,7 @@ def _train(options: argparse.Namespace) -> None:
         return
     if folder is None:
         folder = newest_run_dir(recipe) if resume else new_run_dir(recipe)
-    from rlt2i.trainer import train
+    from rlt2i.run import train
 
     train(recipe, folder, resume=resume if resume in (None, "latest") else Path(resume))
     if options.report and os.environ.get("RANK", "0") == "0":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,32 +10,27 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.algorithm import Algorithm
+from rlt2i.alarm import hacking_alarms
 from rlt2i.artifacts import read_evaluation, write_evaluation, write_maps
-from rlt2i.auto import asks_for_auto, resolve_auto
 from rlt2i.checkpoint import (
     Checkpoint,
     CheckpointError,
-    clean_staging,
-    latest_checkpoint,
-    load_checkpoint,
     save_checkpoint,
-    set_aside_after,
 )
 from rlt2i.config import recipe_hash
-from rlt2i.dry_run import batch_plan
 from rlt2i.engine import Collected, Engine, Stopwatch
 from rlt2i.evaluate import Evaluation, evaluate
 from rlt2i.functional.maps import effective_support, map_entropy
+from rlt2i.health import health_metrics
 from rlt2i.interfaces import Policy
 from rlt2i.learner import Learner, UpdateRefused
+from rlt2i.logbook import Logbook
 from rlt2i.optimizer_state import optimizer_tensors, restore_optimizer
 from rlt2i.processes import Processes
 from rlt2i.progress import summary_line
-from rlt2i.runlog import RunDirectory, RunLog
+from rlt2i.runlog import read_metrics
 from rlt2i.signals import GracefulStop
-from rlt2i.tasks.base import as_prompts, check_metadata
-from rlt2i.weights import ParameterSets
+from rlt2i.tasks.base import as_prompts
 
 if TYPE_CHECKING:
     from rlt2i.recipes import Recipe
@@ -66,7 +59,7 @@ class Trainer:
 
     recipe: Recipe
     run_dir: Path
-    log: _Logbook | None
+    log: Logbook | None
     processes: Processes
     engine: Engine
     learner: Learner
@@ -91,6 +84,7 @@ class Trainer:
             last = self.update == train.updates
             if train.eval_prompts and (last or (train.eval_every and self.update % train.eval_every == 0)):
                 metrics |= self._judge(first=False)
+                self._watch_for_hacking(metrics)
             self._remember(metrics)
             if last or self.update % train.checkpoint_every == 0 or self.processes.any(stop.requested):
                 self._save()
@@ -207,10 +201,23 @@ class Trainer:
         if first:
             self.base = result
         metrics = result.metrics(None if first else self.base) | {"seconds/eval": watch.seconds["eval"]}
+        metrics |= {name: float(value) for name, value in health_metrics(result.images, group_size=1).items()}
         if self.processes.is_main:
             write_evaluation(self.run_dir / "images" / f"eval-{self.update:06d}.safetensors", result)
         self._remember(metrics, phase="eval")
         return metrics
+
+    def _watch_for_hacking(self, metrics: dict[str, Any]) -> None:
+        """Compare with the base and the first update, as they were logged."""
+        if self.log is None or self.base is None:
+            return
+        before = {
+            k: v for phase in ("train", "eval") for k, v in next(iter(read_metrics(self.run_dir, phase)), {}).items()
+        }
+        alarms = hacking_alarms(before, metrics, headline=self.base.headline)
+        metrics["alarms"] = float(len(alarms))
+        if alarms:
+            self.say(f"alarm: the trained reward rose while {'; '.join(alarms)}. Look at the images of the report.")
 
     def _remember(self, metrics: Mapping[str, Any], *, phase: str = "train") -> None:
         if self.log is not None:
@@ -245,7 +252,7 @@ class Trainer:
                 "update": self.update,
                 "num_updates": self.learner.num_updates,
                 "optimizer": hyper,
-                "recipe": _continuity(self.recipe),
+                "recipe": continuity(self.recipe),
                 "start": self.start,
             }
             save_checkpoint(
@@ -270,7 +277,7 @@ class Trainer:
             CheckpointError: when it belongs to other weights or another recipe.
         """
         state = checkpoint.state
-        for key, mine in (("start", self.start), ("recipe", _continuity(self.recipe))):
+        for key, mine in (("start", self.start), ("recipe", continuity(self.recipe))):
             if state[key] != mine:
                 what = "starting weights" if key == "start" else "recipe"
                 raise CheckpointError(
@@ -297,180 +304,12 @@ def prompts_without_core(collected: Collected) -> list[str]:
     return [text for text, found in zip(collected.prompts.texts, spans, strict=False) if not found]
 
 
-def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) -> None:
-    """Train a recipe into a run directory, from the beginning or from a checkpoint.
-
-    Launch it with `accelerate launch` or `torchrun` for several devices; results do not depend on how many.
-
-    Args:
-        resume: None for a new run, "latest", or a checkpoint folder.
-
-    Raises:
-        ValueError: when recipe, batch arithmetic or task do not work out; nothing has been loaded then.
-        RunStopped: when training cannot go on; what was learned is saved.
-    """
-    processes = Processes()
-    train = recipe.train
-    recipe.algorithm().check_group_size(train.group_size)
-    check_metadata(recipe.task, recipe.reward)
-    batch = batch_plan(recipe, world_size=processes.world_size)
-    say: Callable[[str], None] = print if processes.is_main else lambda _: None
-    recipe = _resolved(recipe, run_dir if resume is not None else None, processes, say)
-    with contextlib.ExitStack() as stack:
-        # Only the first process writes; the others learn of its failure to take the directory at the next collective.
-        log = stack.enter_context(_logbook(recipe, run_dir, resume is not None, processes))
-        stop = stack.enter_context(GracefulStop())
-        algorithm = recipe.algorithm().load(processes.device)
-        trainer = _assemble(recipe, algorithm, run_dir, log, processes, say)
-        if resume is None:
-            say(batch.table())
-        else:
-            trainer.restore(_checkpoint(run_dir, resume))
-            if log is not None:
-                log.rewind(trainer.update)
-            say(f"resuming after update {trainer.update} of {train.updates}")
-        trainer.train(stop)
-        if trainer.update < train.updates:
-            say(f"stopped after update {trainer.update}, saved. Go on with: rlt2i train --run {run_dir} --resume")
-
-
-class _Logbook:
-    """Run directory and log of the first process; opened in the right order around a rewind."""
-
-    def __init__(self, recipe: Recipe, run_dir: Path, resumed: bool) -> None:
-        mapping = recipe.mapping()
-        self._run = RunDirectory.open(run_dir) if resumed else RunDirectory.create(run_dir, mapping, recipe.hash)
-        clean_staging(run_dir)
-        self._trackers = recipe.train.trackers
-        self._log: RunLog | None = None
-
-    def rewind(self, update: int) -> None:
-        """Forget what came after `update`, so that no update is logged or kept twice."""
-        set_aside_after(self._run.path, update)
-        self._run.rewind(update)
-
-    def log(self, update: int, metrics: Mapping[str, Any], *, phase: str = "train") -> None:
-        if self._log is None:
-            self._log = RunLog(self._run, trackers=self._trackers)
-        self._log.log(update, metrics, phase=phase)
-
-    def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-        self._run.close()
-
-
-@contextlib.contextmanager
-def _logbook(recipe: Recipe, run_dir: Path, resumed: bool, processes: Processes) -> Iterator[_Logbook | None]:
-    if not processes.is_main:
-        yield None
-        return
-    book = _Logbook(recipe, run_dir, resumed)
-    try:
-        yield book
-    finally:
-        book.close()
-
-
-def _checkpoint(run_dir: Path, resume: Path | str) -> Checkpoint:
-    path = latest_checkpoint(run_dir) if resume == "latest" else Path(resume)
-    if path is None:
-        raise CheckpointError(
-            f"{run_dir}: holds no complete checkpoint to resume from. Start again in a new directory."
-        )
-    return load_checkpoint(path)
-
-
-def _resolved(recipe: Recipe, run_dir: Path | None, processes: Processes, say: Callable[[str], None]) -> Recipe:
-    """The recipe without "auto": measured for a new run, read from the run directory for one that goes on."""
-    if not asks_for_auto(recipe):
-        return recipe
-    if run_dir is not None:
-        from rlt2i.recipes import load_recipe
-
-        return attrs.evolve(recipe, credit=load_recipe(run_dir / "recipe.yaml").credit)
-    resolved, measured = resolve_auto(recipe, device=processes.device)
-    if measured is not None:
-        direction, block = measured.best()
-        say(f"attention maps against known regions, AUC over {measured.images} images:\n{measured.table()}")
-        say(f"chosen: {direction}, block {block}")
-    return resolved
-
-
 # What may differ between a run and its continuation: how long it is and what is recorded of it.
 _FREE_TO_CHANGE = ("updates", "eval_every", "checkpoint_every", "keep_checkpoints", "trackers", "max_invalid_share")
 
 
-def _continuity(recipe: Recipe) -> str:
+def continuity(recipe: Recipe) -> str:
     """SHA-256 of everything that decides the weights after a given number of updates."""
     mapping = recipe.mapping()
     mapping["train"] = {k: v for k, v in mapping["train"].items() if k not in _FREE_TO_CHANGE}
     return recipe_hash(mapping)
-
-
-def _assemble(
-    recipe: Recipe,
-    algorithm: Algorithm,
-    run_dir: Path,
-    log: _Logbook | None,
-    processes: Processes,
-    say: Callable[[str], None],
-) -> Trainer:
-    """Engine, learner and the rest, around a loaded policy."""
-    train, policy = recipe.train, algorithm.policy
-    assert isinstance(policy, Policy)
-    parameters = policy.trainable_parameters()
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=train.learning_rate,
-        betas=train.betas,
-        eps=train.adam_eps,
-        weight_decay=train.weight_decay,
-    )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = train.learning_rate
-    sets = ParameterSets(parameters)
-    if train.reference:
-        sets.add("reference")
-    learner = Learner(
-        policy=policy,
-        objective=algorithm.objective,
-        optimizer=optimizer,
-        sets=sets,
-        sequences_per_chunk=train.sequences_per_device,
-        updates_per_rollout=train.updates_per_rollout,
-        max_grad_norm=train.max_grad_norm,
-        ema_decay=train.ema_decay,
-        seed=train.seed,
-        warmup_updates=train.warmup_updates,
-        reduce_sum=processes.sum if processes.world_size > 1 else None,
-    )
-    engine = Engine(
-        algorithm=algorithm,
-        image_size=train.image_size,
-        images_per_chunk=train.images_per_device,
-        seed=train.seed,
-        share_initial_noise=train.share_initial_noise,
-        device=processes.device,
-        gather=processes.gather,
-        rank=processes.rank,
-    )
-    return Trainer(
-        recipe=recipe,
-        run_dir=run_dir,
-        log=log,
-        processes=processes,
-        engine=engine,
-        learner=learner,
-        say=say,
-        start=_identity(parameters),
-    )
-
-
-def _identity(parameters: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the starting weights."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(parameters.items()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -39,11 +39,11 @@ class Prompts:
             twice differ.
     """
 
-    texts: tuple[str, ...] = attrs.field(converter=tuple)
+    texts: tuple[str, ...]
     group_size: int
-    metadata: tuple[Mapping[str, Any], ...] = attrs.field(converter=tuple)
-    core: tuple[tuple[str, ...], ...] = attrs.field(converter=lambda rows: tuple(tuple(r) for r in rows))
-    draws: tuple[int, ...] = attrs.field(converter=tuple)
+    metadata: tuple[Mapping[str, Any], ...]
+    core: tuple[tuple[str, ...], ...]
+    draws: tuple[int, ...]
 
     def __attrs_post_init__(self) -> None:
         sizes = {"texts": len(self.texts), "metadata": len(self.metadata), "core": len(self.core)}

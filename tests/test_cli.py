@@ -200,11 +200,11 @@ def test_a_checkpoint_knows_its_run(folder: Path):
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What `train` was called with, in place of training."""
-    import rlt2i.trainer
+    import rlt2i.run
 
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
-        rlt2i.trainer, "train", lambda recipe, run_dir, resume=None: seen.append((recipe, run_dir, resume))
+        rlt2i.run, "train", lambda recipe, run_dir, resume=None: seen.append((recipe, run_dir, resume))
     )
     return seen
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from rlt2i.checkpoint import CheckpointError, latest_checkpoint
+from rlt2i.run import train
 from rlt2i.runlog import read_metrics
-from rlt2i.trainer import RunStopped, train
+from rlt2i.trainer import RunStopped
 from tests import toy_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -20,21 +20,33 @@ class SigmaDraws:
 
     Attributes:
         count: draws per image and update.
-        grid: "rollout" draws steps of the sampler without replacement, all but the last, as DiffusionNFT does;
-            "uniform" draws sigma in [low, high], stratified, and reads the credit of the nearest sampler step.
+        grid: "uniform" draws sigma in [low, high], stratified, and reads the credit of the nearest sampler step;
+            "rollout" draws sampler steps without replacement, as DiffusionNFT and DGPO do; "stratified" draws one
+            sampler step in each of `count` equal ranges, as AWM does.
         low, high: bounds of "uniform".
+        steps: (first, last), last exclusive, the sampler steps to draw from; None stands for all but the last.
     """
 
     count: int = attrs.field(default=3, validator=validators.ge(1))
-    grid: Literal["rollout", "uniform"] = attrs.field(
-        default="uniform", validator=validators.in_(("rollout", "uniform"))
+    grid: Literal["rollout", "stratified", "uniform"] = attrs.field(
+        default="uniform", validator=validators.in_(("rollout", "stratified", "uniform"))
     )
     low: float = attrs.field(default=0.02, validator=validators.gt(0))
     high: float = attrs.field(default=0.98, validator=validators.le(1))
+    steps: tuple[int, int] | None = None
 
     def __attrs_post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(f"SigmaDraws(low={self.low}, high={self.high}): low must be below high.")
+        if self.steps is None:
+            return
+        if self.grid == "uniform":
+            raise ValueError(
+                f"SigmaDraws(steps={self.steps}, grid='uniform'): uniform draws are bounded by low and high. "
+                "Use grid='rollout' or 'stratified' to draw sampler steps."
+            )
+        if not 0 <= self.steps[0] < self.steps[1]:
+            raise ValueError(f"SigmaDraws(steps={self.steps}): 0 <= first < last must hold, last exclusive.")
 
     def draw(self, experience: Experience, keys: Tensor, *, context: UpdateContext) -> tuple[Tensor, Tensor]:
         """Noise levels and the sampler steps whose credit applies there.
@@ -55,15 +67,28 @@ class SigmaDraws:
             )
             step = (sigma[..., None] - sigmas[:-1]).abs().argmin(dim=-1)
             return sigma, step
-        usable = max(1, len(sigmas) - 2)
-        if self.count > usable:
-            raise ValueError(
-                f"SigmaDraws(count={self.count}, grid='rollout'): the sampler has {usable} usable steps. "
-                f"Use count <= {usable} or more sampler steps."
-            )
-        order = uniform(seeds, (usable,), sigmas.device).argsort(dim=1)
-        step = order[:, : self.count]
+        first, last = self._range(len(sigmas) - 1)
+        if self.grid == "stratified":
+            bounds = torch.linspace(first, last, self.count + 1, device=sigmas.device).long()
+            within = uniform(seeds, (self.count,), sigmas.device)
+            step = bounds[:-1] + (within * bounds.diff()).long()
+        else:
+            order = uniform(seeds, (last - first,), sigmas.device).argsort(dim=1)
+            step = first + order[:, : self.count]
         return sigmas[step], step
+
+    def _range(self, num_steps: int) -> tuple[int, int]:
+        first, last = self.steps or (0, max(1, num_steps - 1))
+        if last > num_steps:
+            raise ValueError(
+                f"SigmaDraws(steps={self.steps}): the sampler has {num_steps} steps. Use last <= {num_steps}."
+            )
+        if self.grid == "rollout" and self.count > last - first:
+            raise ValueError(
+                f"SigmaDraws(count={self.count}, grid='rollout'): the sampler has {last - first} usable steps. "
+                f"Use count <= {last - first} or more sampler steps."
+            )
+        return first, last
 
 
 def shared_noise(

@@ -10,9 +10,10 @@ import torch
 from attrs import validators
 
 from rlt2i.functional.ema import nft_old_decay
-from rlt2i.functional.matching import nft_label, nft_loss_map, noised
+from rlt2i.functional.matching import nft_label, nft_loss_map
 from rlt2i.interfaces import Objective, Policy, UpdateContext
-from rlt2i.objectives.draws import SigmaDraws, shared_noise
+from rlt2i.objectives.draws import SigmaDraws
+from rlt2i.objectives.forward import noisy_pairs
 from rlt2i.objectives.reduction import masked_mean, on_grid, share, trainable_steps
 from rlt2i.types import Experience, Loss
 
@@ -22,8 +23,8 @@ class DiffusionNFT(Objective):
     """L = clip / beta (r l+ + (1 - r) l-), v+- = v_old +- beta (v - v_old)  (arXiv 2509.16117).
 
     Needs no trajectory and no likelihood: any sampler will do. At v = v_old the gradient is that of an
-        advantage-weighted
-    flow-matching loss. STAR-NFT is this objective with a text-attention credit; nobody has published it.
+    advantage-weighted flow-matching loss. STAR-NFT is this objective with a text-attention credit; nobody has
+    published it.
 
     Attributes:
         beta: mixing strength of the branches.
@@ -58,41 +59,33 @@ class DiffusionNFT(Objective):
         return nft_old_decay(num_updates, self.decay) if self.decay in (0, 1, 2) else float(self.decay)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
-        trajectory = experience.trajectory
-        shape, device = tuple(trajectory.latents.shape[2:]), trajectory.latents.device
-        grid = (shape[1], shape[2])
-        sigma, step = self.sigmas.draw(experience, experience.keys, context=context)
+        keys = experience.keys
+        sigma, step = self.sigmas.draw(experience, keys, context=context)
         kept = trainable_steps(experience, stochastic_only=False).gather(1, step)
 
         for rollouts, draws in context.micro_batches(kept):
-            steps, level = step[rollouts, draws], sigma[rollouts, draws]
-            pairs = experience.pairs(rollouts, steps)
-            clean = pairs.clean_latents
-            noise = shared_noise(context, experience.keys[rollouts], draws, shape, device)
-            state = noised(clean, noise, level)
-
-            velocity = policy.velocity(state, level, pairs.conditioning)
-            with torch.no_grad(), context.weights("old"):
-                old = policy.velocity(state, level, pairs.conditioning)
+            noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=keys, context=context)
+            pairs, grid = noisy.pairs, noisy.grid
+            velocity, old = noisy.velocity(policy), noisy.velocity_under("old", policy, context)
 
             weight, advantage = on_grid(pairs.weight, grid), on_grid(pairs.advantage, grid)
             if self.spatial == "label":
                 advantage, weight = advantage * weight, torch.ones_like(weight)
             label = nft_label(advantage, clip=self.advantage_clip, mode=self.label)
             loss_map = nft_loss_map(
-                velocity, old, clean, noise, level, label, beta=self.beta, clip=self.advantage_clip, weight=weight
-            )
+                velocity, old, pairs.clean_latents, noisy.noise, noisy.sigma, label,
+                beta=self.beta, clip=self.advantage_clip, weight=weight,
+            )  # fmt: skip
             per_pair = masked_mean(loss_map, on_grid(pairs.mask.float(), grid) > 0)
             drift = (velocity - old).pow(2).mean(dim=(1, 2, 3))
             metrics = {"loss/nft": per_pair.detach(), "kl/old_v": drift.detach()}
 
             if self.kl_weight > 0:
-                with torch.no_grad(), context.weights("reference"):
-                    reference = policy.velocity(state, level, pairs.conditioning)
+                reference = noisy.velocity_under("reference", policy, context)
                 divergence = (velocity - reference).pow(2).mean(dim=(1, 2, 3))
                 per_pair = per_pair + self.kl_weight * divergence
                 metrics["kl/reference"] = divergence.detach()
 
             yield Loss(
-                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=steps
+                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=pairs.steps
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from rlt2i.types import Experience
+from rlt2i.types import Experience, Pairs
 
 Granularity = Literal["sample", "token", "location"]
 
@@ -61,3 +61,15 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     kept = mask.expand_as(values)
     total = torch.where(kept, values, torch.zeros_like(values)).sum(dim=(1, 2))
     return total / kept.sum(dim=(1, 2)).clamp_min(1)
+
+
+def weight_and_mask(pairs: Pairs, grid: tuple[int, int]) -> Tensor:
+    """[N, *grid] weight, 0 at masked locations, scaled so that a plain mean over the grid is the mean over the others.
+
+    For objectives whose formula has the mean over locations inside of something that is not linear.
+    """
+    weight = on_grid(pairs.weight, grid)
+    if pairs.mask.shape[1:] == (1, 1):  # pairs are drawn from what is not masked
+        return weight
+    kept = (on_grid(pairs.mask.float(), grid) > 0).to(weight.dtype)
+    return weight * kept / kept.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12)

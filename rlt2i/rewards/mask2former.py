@@ -131,7 +131,7 @@ def detector_class() -> Any:
 
         def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
             """[N, Q, C + 1] class logits and [N, Q, h, w] mask logits of the last decoder layer."""
-            output = self.model(pixel_values=pixel_values, return_dict=True)
+            output = self.model(pixel_values=pixel_values, output_hidden_states=True, return_dict=True)
             queries = output.transformer_decoder_intermediate_states[-1].transpose(0, 1)
             return self.class_predictor(queries), output.masks_queries_logits[-1]
 

@@ -7,7 +7,6 @@ import re
 import attrs
 import pytest
 import torch
-from tests.rewards.fakes import Broken, Dying, Grey, Needy, batch_of, output_of, raises
 
 from rlt2i.config import build, to_mapping
 from rlt2i.interfaces import Reward, RewardOutput
@@ -17,6 +16,7 @@ from rlt2i.rewards.cached import Cached
 from rlt2i.rewards.combinators import Affine, Clip, Function, WeightedSum
 from rlt2i.rewards.guard import Guarded, scored
 from rlt2i.rewards.pooled import Pooled, usable_cores
+from tests.rewards.fakes import Broken, Dying, Grey, Needy, batch_of, output_of, raises
 
 FAKES = "tests.rewards.fakes"
 

@@ -13,6 +13,7 @@ from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.ocr.prompts import CATEGORIES, draw_prompt, read_prompts
 from rlt2i.tasks.ocr.published import PUBLISHED, fetch_published
 
+MAX_EVAL = 4096
 _EVAL_SEED = 417
 
 
@@ -44,6 +45,8 @@ class OCRTask(Task):
 
     def eval_prompts(self, count: int) -> list[TaskPrompt]:
         """All different; the first n are the same for every count of at least n."""
+        if count > MAX_EVAL:
+            raise ValueError(f"OCRTask.eval_prompts({count}): there are {MAX_EVAL} held-out prompts to draw from.")
         prompts: dict[str, TaskPrompt] = {}
         number = 0
         while len(prompts) < count:

@@ -1,6 +1,6 @@
 """Trains the embedded pipeline from nothing: an autoencoder, then text encoders and transformer together.
 
-    python -m rlt2i.tasks.shapes.pretrain --out DIR --steps 8000 --seed 0
+    python -m rlt2i.tasks.shapes.pretrain --out DIR --steps 11000 --seed 0
 
 The result is deliberately a mediocre model: training stops near a strict score of one half, which leaves
 reinforcement learning something to do. Every random draw is a function of (seed, purpose, step), so a run
@@ -475,7 +475,7 @@ def pretrain(
     out_dir: Path,
     *,
     seed: int = 0,
-    steps: int = 8_000,
+    steps: int = 11_000,
     autoencoder_steps: int = 2_400,
     batch_size: int = 64,
     learning_rate: float = 1.5e-3,
@@ -605,7 +605,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of `pretrain`."""
     parser = argparse.ArgumentParser(prog="python -m rlt2i.tasks.shapes.pretrain", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="pipeline directory to write")
-    parser.add_argument("--steps", type=int, default=8_000, help="updates at most (default 8000)")
+    parser.add_argument("--steps", type=int, default=11_000, help="updates at most (default 11000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", type=float, default=0.55, help="strict score to stop at (default 0.55)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")

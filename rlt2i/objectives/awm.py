@@ -1,0 +1,110 @@
+"""Advantage weighted matching: flow-matching errors as log-likelihoods in a surrogate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+from attrs import validators
+from torch import Tensor
+
+from rlt2i.functional.awm import AWMKLWeighting, AWMWeighting, awm_advantage, awm_kl_map, awm_log_likelihood
+from rlt2i.functional.ema import dgpo_reference_decay
+from rlt2i.functional.surrogate import clipped_surrogate, scaled_clip_range
+from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.objectives.draws import SigmaDraws
+from rlt2i.objectives.forward import NoisyPairs, noisy_pairs
+from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, share, trainable_steps
+from rlt2i.objectives.reverse import at_ratio_grid, surrogate_metrics
+from rlt2i.types import Experience, Loss
+
+
+@attrs.frozen(kw_only=True)
+class AWM(Objective):
+    """max(-A' rho, -A' clip(rho, 1 - eps, 1 + eps)), rho = exp(l - l_old), l = -f(sigma, |v - (eps - x_0)|^2).
+
+    Advantage weighted matching (arXiv 2509.25050): the flow-matching error of a finished image stands in for its
+    log-likelihood, so any sampler will do. There is one ratio per rollout and noise level ("exp first").
+
+    Attributes:
+        weighting: f. "uniform" m, "t" sigma m, "t2" sigma^2 m, "huber" about sigma sqrt(m), "ghuber" about
+            sigma m^power / power, which the authors use.
+        power: of "ghuber".
+        ratio: granularity; "sample" is the paper. The Huber forms are not linear in m: finer than a sample they bound
+            the influence of each place instead of that of each image.
+        clip_range: eps of a ratio per sample, widened by sqrt(P) for a ratio over P cells; 1 hardly ever clips.
+        advantage_clip, advantage_scale: A' = clamp(A, +-clip) / clip * scale.
+        kl_weight: weight of the distance to the reference policy.
+        ema_kl_weight: weight of the distance to a slow average of the policy, min(.3, .001 s), refreshed once per rollout
+            batch. It takes the place of the old policy, so a second update on the same rollouts needs 0.
+        kl: form of both distances: mean (v - v')^2, or that divided by 2 s(sigma)^2 ("elbo").
+        sigmas: the noise levels trained at.
+    """
+
+    weighting: AWMWeighting = attrs.field(
+        default="ghuber", validator=validators.in_(("uniform", "t", "t2", "huber", "ghuber"))
+    )
+    power: float = attrs.field(default=0.25, validator=validators.gt(0))
+    ratio: Granularity = attrs.field(default="sample", validator=validators.in_(("sample", "token", "location")))
+    clip_range: float = attrs.field(default=1.0, validator=validators.gt(0))
+    advantage_clip: float = attrs.field(default=5.0, validator=validators.gt(0))
+    advantage_scale: float = attrs.field(default=1.0, validator=validators.gt(0))
+    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    ema_kl_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
+    kl: AWMKLWeighting = attrs.field(default="uniform", validator=validators.in_(("uniform", "elbo")))
+    sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"old", "reference"} if self.kl_weight > 0 else {"old"})
+
+    def old_decay(self, num_updates: int) -> float:
+        return dgpo_reference_decay(num_updates) if self.ema_kl_weight > 0 else 0.0
+
+    def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
+        if not context.on_policy and self.ema_kl_weight > 0:
+            raise ValueError(
+                f"AWM(ema_kl_weight={self.ema_kl_weight}): the old weights are the slow average, so the ratio of a second "
+                "update on the same rollouts cannot be measured. Use updates_per_rollout=1, or ema_kl_weight=0."
+            )
+        keys = experience.keys
+        grid = ratio_grid(self.ratio, experience)
+        clip_range = scaled_clip_range(self.clip_range, grid[0] * grid[1])
+        sigma, step = self.sigmas.draw(experience, keys, context=context)
+        kept = trainable_steps(experience, stochastic_only=False).gather(1, step)
+
+        for rollouts, draws in context.micro_batches(kept):
+            noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=keys, context=context)
+            pairs = noisy.pairs
+            velocity = noisy.velocity(policy)
+            likelihood, weight = self._log_likelihood(noisy, velocity, grid)
+            if context.on_policy:
+                old_likelihood = likelihood.detach()
+            else:
+                old_likelihood, _ = self._log_likelihood(noisy, noisy.velocity_under("old", policy, context), grid)
+
+            log_ratio = likelihood - old_likelihood
+            advantage = awm_advantage(pairs.advantage, clip=self.advantage_clip, scale=self.advantage_scale)
+            mask = on_grid(pairs.mask.float(), grid) > 0
+            surrogate = clipped_surrogate(log_ratio, on_grid(advantage, grid), clip_range, weight=weight)
+            per_pair = masked_mean(surrogate.loss, mask)
+            metrics = surrogate_metrics(surrogate, log_ratio, mask)
+            metrics["log_likelihood"] = likelihood.detach().mean(dim=(1, 2))
+
+            for name, strength in (("reference", self.kl_weight), ("old", self.ema_kl_weight)):
+                if strength > 0:
+                    divergence = self._distance(noisy, velocity, noisy.velocity_under(name, policy, context))
+                    per_pair = per_pair + strength * divergence
+                    metrics[f"kl/{name}"] = divergence.detach()
+
+            yield Loss(
+                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=pairs.steps
+            )
+
+    def _log_likelihood(self, noisy: NoisyPairs, velocity: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """[N, *grid] l of the error pooled to the grid, and the weight that is left for the loss."""
+        error, weight = at_ratio_grid(noisy.error(velocity), noisy.pairs, grid)
+        return awm_log_likelihood(error, noisy.sigma, weighting=self.weighting, power=self.power), weight
+
+    def _distance(self, noisy: NoisyPairs, velocity: Tensor, other: Tensor) -> Tensor:
+        return awm_kl_map(velocity, other, noisy.sigma, weighting=self.kl).mean(dim=(1, 2))

@@ -1,0 +1,105 @@
+"""Centred reward distillation: regress what the policy implicitly rewards on what was rewarded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import attrs
+import torch
+from attrs import validators
+
+from rlt2i.functional.ema import ramp_decay
+from rlt2i.functional.group_matching import CRDForm, crd_kl_weight, crd_loss, crd_reward_map
+from rlt2i.functional.matching import nft_label
+from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.objectives.draws import SigmaDraws
+from rlt2i.objectives.forward import noisy_pairs, whole_groups
+from rlt2i.objectives.reduction import share, trainable_steps, weight_and_mask
+from rlt2i.types import Experience, Loss
+
+
+@attrs.frozen(kw_only=True)
+class CRD(Objective):
+    """clip / beta mean (beta (r - mean r) - (a - mean a))^2, r = mean_p w_p (old error - error)_p, a = A / (2 clip) + 1/2.
+
+    Centred reward distillation (arXiv 2603.14128). r is how much better than the old policy the velocity fits a finished
+    image, an implicit reward up to a constant of the prompt; centring removes that constant. Weight maps sit inside r.
+
+    Attributes:
+        beta: scale of the implicit reward.
+        advantage_clip: the advantage at which the label a saturates.
+        temperature: infinite centres on the mean; finite on the good and on the bad samples in turn, softmax(+-a / T).
+        form: "mse", or "bce" of sigmoids.
+        adaptive: divide each error by its own scale, without gradient.
+        centre: over the rollouts of a prompt, or, as the public code does, over everything in a micro-batch: then
+            results depend on sequences_per_device and on the number of processes.
+        kl_weight: weight of mean (v - v_reference)^2 for the best samples; the worst get 1e-4.
+        sigmas: the noise levels trained at, drawn once per group.
+        decay: of the old policy, "start_step-start_value-slope-end_value".
+        sample_with: which weights sample.
+    """
+
+    beta: float = attrs.field(default=1.0, validator=validators.gt(0))
+    advantage_clip: float = attrs.field(default=5.0, validator=validators.gt(0))
+    temperature: float = attrs.field(default=math.inf, validator=validators.gt(0))
+    form: CRDForm = attrs.field(default="mse", validator=validators.in_(("mse", "bce")))
+    adaptive: bool = True
+    centre: Literal["group", "micro_batch"] = attrs.field(
+        default="group", validator=validators.in_(("group", "micro_batch"))
+    )
+    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
+    decay: str = attrs.field(default="0-0.25-0.005-0.999")
+    sample_with: Literal["online", "old"] = attrs.field(default="old", validator=validators.in_(("online", "old")))
+
+    @decay.validator
+    def _check_decay(self, _: Any, value: str) -> None:
+        ramp_decay(0, value)
+
+    @property
+    def rollout_weights(self) -> Literal["online", "old"]:  # type: ignore[override]
+        return self.sample_with
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"old", "groups"} | ({"reference"} if self.kl_weight > 0 else set()))
+
+    def old_decay(self, num_updates: int) -> float:
+        return ramp_decay(num_updates, self.decay)
+
+    def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
+        groups, keys = experience.groups, experience.keys
+        sigma, step = self.sigmas.draw(experience, groups, context=context)
+        kept = trainable_steps(experience, stochastic_only=False).gather(1, step)
+
+        for rollouts, draws in whole_groups(experience, kept, context, who="CRD"):
+            noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=keys, context=context)
+            pairs, members = noisy.pairs, groups[rollouts]
+            velocity, old = noisy.velocity(policy), noisy.velocity_under("old", policy, context)
+
+            reward_map = crd_reward_map(velocity, old, pairs.clean_latents, noisy.noise, adaptive=self.adaptive)
+            reward = (weight_and_mask(pairs, noisy.grid) * reward_map).mean(dim=(1, 2))
+            label = nft_label(pairs.advantage.mean(dim=(1, 2)), clip=self.advantage_clip)
+            together = members if self.centre == "group" else torch.zeros_like(members)
+            loss = crd_loss(
+                reward, label, together, beta=self.beta, temperature=self.temperature, form=self.form
+            )
+            per_pair = loss * self.advantage_clip / self.beta
+            metrics = {
+                "loss/crd": per_pair.detach(),
+                "crd/implicit_reward": reward.detach(),
+                "kl/old_v": (velocity - old).detach().pow(2).mean(dim=(1, 2, 3)),
+            }
+
+            if self.kl_weight > 0:
+                reference = noisy.velocity_under("reference", policy, context)
+                divergence = (velocity - reference).pow(2).mean(dim=(1, 2, 3))
+                held = crd_kl_weight(label, kl_beta=self.kl_weight)
+                per_pair = per_pair + self.kl_weight * held * divergence
+                metrics["kl/reference"] = divergence.detach()
+
+            yield Loss(
+                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=pairs.steps
+            )

@@ -1,0 +1,73 @@
+"""Flow-DPPO: no clip on a noisy ratio, but a mask by the exact divergence of the two Gaussian steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+from attrs import validators
+
+from rlt2i.functional.gaussian import KLForm, kl_map
+from rlt2i.functional.surrogate import flow_dppo_surrogate, pool_log_ratio
+from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, share, trainable_steps
+from rlt2i.objectives.reverse import at_ratio_grid, denoising_step, old_transition, reference_kl, surrogate_metrics
+from rlt2i.types import Experience, Loss
+
+
+@attrs.frozen(kw_only=True)
+class FlowDPPO(Objective):
+    """-mean A rho, but 0 where KL(now || old) >= threshold and the update would move even further away.
+
+    Flow-DPPO (arXiv 2606.11025). Both steps are Gaussians of one width, so their divergence is known exactly, while a
+    ratio of one sample is a noisy estimate of it. A divergence per location is exact too, so the threshold is the same
+    at every granularity.
+
+    Attributes:
+        threshold: of the KL per latent coordinate; published 1e-5.
+        ratio: granularity of ratio and mask.
+        kl_weight: beta of the penalty towards the reference policy.
+        kl: its form.
+    """
+
+    threshold: float = attrs.field(default=1e-5, validator=validators.gt(0))
+    ratio: Granularity = attrs.field(default="sample", validator=validators.in_(("sample", "token", "location")))
+    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    kl: KLForm = attrs.field(default="flow_grpo", validator=validators.in_(("flow_grpo", "exact", "v", "x")))
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"log_probs", "old"} | ({"reference"} if self.kl_weight > 0 else set()))
+
+    def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
+        trajectory = experience.trajectory
+        grid = ratio_grid(self.ratio, experience)
+        trainable = trainable_steps(experience, stochastic_only=True)
+
+        for rollouts, steps in context.micro_batches(trainable):
+            pairs = experience.pairs(rollouts, steps)
+            now = denoising_step(policy, trajectory, pairs)
+            old = old_transition(policy, trajectory, pairs, now, context)
+            density = trajectory.kernel.log_prob_map
+            log_ratio_map = density(pairs.next_latents, now.transition) - density(pairs.next_latents, old).detach()
+            divergence = pool_log_ratio(kl_map(now.transition.mean.detach(), old.mean, old.std), grid)
+
+            log_ratio, weight = at_ratio_grid(log_ratio_map, pairs, grid)
+            mask = on_grid(pairs.mask.float(), grid) > 0
+            surrogate = flow_dppo_surrogate(
+                log_ratio, on_grid(pairs.advantage, grid), divergence, self.threshold, weight=weight
+            )
+            per_pair = masked_mean(surrogate.loss, mask)
+            metrics = surrogate_metrics(surrogate, log_ratio, mask)
+            metrics |= {"kl/old": divergence.mean(dim=(1, 2)), "kl/old_max": divergence.amax(dim=(1, 2))}
+
+            if self.kl_weight > 0:
+                distance = reference_kl(policy, trajectory, pairs, now, context, form=self.kl)
+                per_pair = per_pair + self.kl_weight * distance
+                metrics["kl/reference"] = distance.detach()
+
+            yield Loss(
+                value=(per_pair * share(trainable, rollouts, context.num_rollouts)).sum(),
+                metrics=metrics,
+                steps=steps,
+            )

@@ -1,0 +1,109 @@
+"""Clean images, noised again: what objectives on the forward process share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+import torch
+from torch import Tensor
+
+from rlt2i.functional.matching import flow_matching_error, noised
+from rlt2i.interfaces import Policy, UpdateContext
+from rlt2i.objectives.draws import shared_noise
+from rlt2i.types import Experience, Pairs
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class NoisyPairs:
+    """The finished latents of N (rollout, draw) pairs at the noise level of the draw.
+
+    Attributes:
+        pairs: with the credit of the sampler step nearest to that noise level.
+        sigma: [N].
+        noise, state: [N, C, H, W]; state = (1 - sigma) x_0 + sigma noise.
+    """
+
+    pairs: Pairs
+    sigma: Tensor
+    noise: Tensor
+    state: Tensor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of the latents, where these losses live."""
+        return (self.state.shape[2], self.state.shape[3])
+
+    def velocity(self, policy: Policy) -> Tensor:
+        """[N, C, H, W]; gradients flow."""
+        return policy.velocity(self.state, self.sigma, self.pairs.conditioning)
+
+    def velocity_under(self, name: str, policy: Policy, context: UpdateContext) -> Tensor:
+        """[N, C, H, W] of a named parameter set, without gradient."""
+        with torch.no_grad(), context.weights(name):
+            return self.velocity(policy)
+
+    def error(self, velocity: Tensor) -> Tensor:
+        """[N, H, W] flow-matching error of a velocity."""
+        return flow_matching_error(velocity, self.pairs.clean_latents, self.noise)
+
+
+def noisy_pairs(
+    experience: Experience,
+    rollouts: Tensor,
+    draws: Tensor,
+    *,
+    sigma: Tensor,
+    step: Tensor,
+    noise_keys: Tensor,
+    context: UpdateContext,
+) -> NoisyPairs:
+    """Noise N rollouts anew.
+
+    Args:
+        rollouts, draws: [N] long.
+        sigma, step: [B, draws] from `SigmaDraws.draw`.
+        noise_keys: [B] long; equal keys get equal noise at equal draws (`experience.groups` shares it in a group).
+    """
+    trajectory = experience.trajectory
+    shape, device = tuple(trajectory.latents.shape[2:]), trajectory.latents.device
+    pairs, level = experience.pairs(rollouts, step[rollouts, draws]), sigma[rollouts, draws]
+    noise = shared_noise(context, noise_keys[rollouts], draws, shape, device)
+    return NoisyPairs(pairs=pairs, sigma=level, noise=noise, state=noised(pairs.clean_latents, noise, level))
+
+
+def whole_groups(
+    experience: Experience, kept: Tensor, context: UpdateContext, *, who: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Micro-batches (rollouts [N], draws [N]) of one draw each that never split a group.
+
+    Args:
+        kept: [B, draws] bool, the pairs that take part.
+        who: the objective's name, for the error.
+
+    Raises:
+        ValueError: when a group does not fit into a micro-batch.
+    """
+    for draw in range(kept.shape[1]):
+        rows = kept[:, draw].nonzero()[:, 0]
+        rows = rows[experience.groups[rows].argsort(stable=True)]
+        _, sizes = experience.groups[rows].unique_consecutive(return_counts=True)
+        if len(sizes) and int(sizes.max()) > context.max_sequences:
+            raise ValueError(
+                f"{who} compares the rollouts of a group in one forward pass, and a group of {int(sizes.max())} does not "
+                f"fit into {context.max_sequences} sequences. Use sequences_per_device >= {int(sizes.max())}, or a "
+                "smaller group_size."
+            )
+        batch: list[Tensor] = []
+        for group in rows.split(sizes.tolist()):
+            if sum(map(len, batch)) + len(group) > context.max_sequences:
+                yield _one_draw(batch, draw)
+                batch = []
+            batch.append(group)
+        if batch:
+            yield _one_draw(batch, draw)
+
+
+def _one_draw(groups: list[Tensor], draw: int) -> tuple[Tensor, Tensor]:
+    rollouts = torch.cat(groups)
+    return rollouts, torch.full_like(rollouts, draw)

@@ -1,0 +1,64 @@
+"""The plain policy gradient: no ratio, no clip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+from attrs import validators
+
+from rlt2i.functional.gaussian import KLForm
+from rlt2i.functional.surrogate import reinforce
+from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.objectives.reduction import masked_mean, on_grid, ratio_grid, share, trainable_steps
+from rlt2i.objectives.reverse import denoising_step, reference_kl
+from rlt2i.types import Experience, Loss
+
+
+@attrs.frozen(kw_only=True)
+class Reinforce(Objective):
+    """-mean w A log p, once per rollout batch (Williams 1992; DDPO's REINFORCE variant, arXiv 2305.13301).
+
+    Its gradient is that of `ClippedSurrogate` on policy, at every granularity. It has no correction for data of an
+    older policy, so a second update on the same rollouts is refused.
+
+    Attributes:
+        kl_weight: beta of the penalty towards the reference policy.
+        kl: its form.
+    """
+
+    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    kl: KLForm = attrs.field(default="flow_grpo", validator=validators.in_(("flow_grpo", "exact", "v", "x")))
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"log_probs", "reference"} if self.kl_weight > 0 else {"log_probs"})
+
+    def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
+        if not context.on_policy:
+            raise ValueError(
+                "Reinforce: the weights are no longer those of the rollout, and without a ratio nothing corrects for it. "
+                "Use updates_per_rollout=1, or ClippedSurrogate()."
+            )
+        trajectory = experience.trajectory
+        grid = ratio_grid("location", experience)
+        trainable = trainable_steps(experience, stochastic_only=True)
+
+        for rollouts, steps in context.micro_batches(trainable):
+            pairs = experience.pairs(rollouts, steps)
+            now = denoising_step(policy, trajectory, pairs)
+            log_prob = trajectory.kernel.log_prob_map(pairs.next_latents, now.transition)
+            loss_map = reinforce(log_prob, on_grid(pairs.advantage, grid), weight=on_grid(pairs.weight, grid))
+            per_pair = masked_mean(loss_map, on_grid(pairs.mask.float(), grid) > 0)
+            metrics = {"loss/reinforce": per_pair.detach(), "log_prob/mean": log_prob.detach().mean(dim=(1, 2))}
+
+            if self.kl_weight > 0:
+                divergence = reference_kl(policy, trajectory, pairs, now, context, form=self.kl)
+                per_pair = per_pair + self.kl_weight * divergence
+                metrics["kl/reference"] = divergence.detach()
+
+            yield Loss(
+                value=(per_pair * share(trainable, rollouts, context.num_rollouts)).sum(),
+                metrics=metrics,
+                steps=steps,
+            )

@@ -1,0 +1,118 @@
+"""One denoising step under some weights, and its log-ratio on a grid: what objectives on the reverse process share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+import torch
+from torch import Tensor
+
+from rlt2i.functional.gaussian import KLForm, reference_kl_map
+from rlt2i.functional.maps import inverted_map
+from rlt2i.functional.surrogate import SurrogateLoss, pool_log_ratio
+from rlt2i.functional.transitions import Transition
+from rlt2i.interfaces import Policy, UpdateContext
+from rlt2i.objectives.reduction import masked_mean, on_grid
+from rlt2i.types import Pairs, Trajectory
+
+KLMap = Literal["uniform", "credit", "inverse"]
+"""Where a penalty holds the policy back: everywhere alike, where the credit's weights are high, or where they are low."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Step:
+    """The denoising steps of N (rollout, step) pairs.
+
+    Attributes:
+        velocity: [N, C, H, W].
+        transition: the Gaussian steps that it makes.
+    """
+
+    velocity: Tensor
+    transition: Transition
+
+
+def denoising_step(policy: Policy, trajectory: Trajectory, pairs: Pairs) -> Step:
+    """The steps that the policy takes from the states of `pairs`; gradients flow."""
+    velocity = policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
+    transition = trajectory.kernel.transition(
+        pairs.latents, velocity, pairs.sigma, pairs.sigma_next, sigma_max=trajectory.sigma_max
+    )
+    return Step(velocity=velocity, transition=transition)
+
+
+def old_transition(
+    policy: Policy, trajectory: Trajectory, pairs: Pairs, now: Step, context: UpdateContext
+) -> Transition:
+    """The steps of the policy that collected the data, without gradient.
+
+    They are made again under the set "old", which an objective without `old_decay` keeps equal to that policy, instead
+    of being stored: T means per rollout are as much memory as the trajectory. On policy they are the steps `now`, bit
+    for bit, so that ratios are 1 and divergences 0.
+    """
+    if context.on_policy:
+        return Transition(now.transition.mean.detach(), now.transition.std, now.transition.scale)
+    with torch.no_grad(), context.weights("old"):
+        return denoising_step(policy, trajectory, pairs).transition
+
+
+def at_ratio_grid(values: Tensor, pairs: Pairs, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pool a map to the grid of the ratio; weight and mask go inside the pool where they are finer than the grid.
+
+    Args:
+        values: [N, H, W] log-ratios or errors.
+        pairs: with weight and mask, [N, 1|h, 1|w].
+        grid: (h, w) of the ratio.
+
+    Returns:
+        [N, *grid] pooled values, and the weight [1|N, 1|h, 1|w] that is left for the loss.
+    """
+    size = (values.shape[1], values.shape[2])
+    weight, inside = on_grid(pairs.weight, grid), None
+    if _finer(pairs.weight, grid):
+        inside, weight = on_grid(pairs.weight, size), values.new_ones(1, 1, 1)
+    if _finer(pairs.mask, grid):
+        kept = on_grid(pairs.mask.float(), size)
+        kept = kept / on_grid(pool_log_ratio(kept, grid), size).clamp_min(1e-12)
+        inside = kept if inside is None else inside * kept
+    return pool_log_ratio(values if inside is None else inside * values, grid), weight
+
+
+def reference_kl(
+    policy: Policy,
+    trajectory: Trajectory,
+    pairs: Pairs,
+    now: Step,
+    context: UpdateContext,
+    *,
+    form: KLForm,
+    where: KLMap = "uniform",
+) -> Tensor:
+    """[N] distance to the reference policy at the steps `now`."""
+    with torch.no_grad(), context.weights("reference"):
+        reference = denoising_step(policy, trajectory, pairs)
+    divergence = reference_kl_map(now.transition, reference.transition, now.velocity, reference.velocity, form=form)
+    return (penalty_weight(pairs, divergence, where) * divergence).mean(dim=(1, 2))
+
+
+def penalty_weight(pairs: Pairs, like: Tensor, where: KLMap) -> Tensor:
+    """The map of a penalty, broadcastable to `like` [N, H, W]."""
+    if where == "uniform":
+        return like.new_ones(1, 1, 1)
+    weight = on_grid(pairs.weight, (like.shape[1], like.shape[2]))
+    return weight if where == "credit" else inverted_map(weight)
+
+
+def surrogate_metrics(surrogate: SurrogateLoss, log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """[N] observations of a surrogate: how far the ratios are from 1, and how often each side is held back."""
+    return {
+        "ratio/abs_minus_one_max": (surrogate.ratio - 1).abs().amax(dim=(1, 2)),
+        "ratio/abs_log": log_ratio.detach().abs().mean(dim=(1, 2)),
+        "clip/high": masked_mean(surrogate.clipped_high.float(), mask),
+        "clip/low": masked_mean(surrogate.clipped_low.float(), mask),
+    }
+
+
+def _finer(field: Tensor, grid: tuple[int, int]) -> bool:
+    return field.shape[1] > grid[0] or field.shape[2] > grid[1]
