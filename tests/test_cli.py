@@ -203,9 +203,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     import rlt2i.run
 
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(
-        rlt2i.run, "train", lambda recipe, run_dir, resume=None: seen.append((recipe, run_dir, resume))
-    )
+    monkeypatch.setattr(rlt2i.run, "train", lambda recipe, run_dir, resume=None: seen.append((recipe, run_dir, resume)))
     return seen
 
 

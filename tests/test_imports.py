@@ -15,18 +15,8 @@ PACKAGE = ROOT / "rlt2i"
 
 LAYERS = (
     {"functional"},
-    {
-        "shapes",
-        "seeds",
-        "captures",
-        "references",
-        "durable",
-        "statistics",
-        "progress",
-        "provenance",
-        "signals",
-        "health",
-    },
+    {"shapes", "seeds", "captures", "references", "durable"},
+    {"progress", "provenance", "signals", "health", "alarm"},
     {"types", "ranges", "overrides"},
     {"interfaces", "config", "train_config"},
     {"samplers", "credit", "objectives", "rewards", "policies", "tasks"},
@@ -34,7 +24,7 @@ LAYERS = (
     {"engine", "learner", "weights", "checkpoint", "runlog", "trackers", "optimizer_state", "processes"},
     {"evaluate", "evaluation", "localisation", "artifacts"},
     {"recipes"},
-    {"rundirs", "report", "serve", "plan", "dry_run", "auto", "trainer", "inspection"},
+    {"rundirs", "report", "serve", "plan", "dry_run", "auto", "logbook", "trainer", "run", "inspection"},
     {"cli"},
     {"__main__", "__init__"},
 )

@@ -145,9 +145,7 @@ def official(objects: Objects, prompt: Mapping[str, Any], colour_of: ColourOf) -
     return Verdict(correct=not reasons, score=float(not reasons), reasons=tuple(reasons))
 
 
-def dense(
-    objects: Objects, prompt: Mapping[str, Any], colour_of: ColourOf, *, repeat_defect: bool = False
-) -> Verdict:
+def dense(objects: Objects, prompt: Mapping[str, Any], colour_of: ColourOf, *, repeat_defect: bool = False) -> Verdict:
     """What the peers train on: the mean over parts of the prompt; counts must be exact.
 
     A clause has a part for its count, `1 - |count - found| / count`, which is negative for many extras, and
@@ -195,9 +193,7 @@ def score(rule: Rule, objects: Objects, prompt: Mapping[str, Any], colour_of: Co
     return attrs.evolve(verdict, score=float(verdict.correct)) if rule == "strict" else verdict
 
 
-def needing_colour(
-    objects: Objects, prompt: Mapping[str, Any], *, everything: bool
-) -> list[tuple[Detection, str]]:
+def needing_colour(objects: Objects, prompt: Mapping[str, Any], *, everything: bool) -> list[tuple[Detection, str]]:
     """The (object, class) pairs whose colour a rule will ask for, or with `everything` also the regions."""
     pairs: dict[tuple[str, int], tuple[Detection, str]] = {}
     for clause in prompt.get("include", ()):
@@ -255,9 +251,7 @@ def check_prompt(prompt: Mapping[str, Any]) -> None:
         )
     for number, clause in enumerate(clauses):
         if clause.get("class") not in CLASSES:
-            raise ValueError(
-                f"GenEval clause {clause!r}: the class is none of COCO's 80, such as {CLASSES[0]!r}."
-            )
+            raise ValueError(f"GenEval clause {clause!r}: the class is none of COCO's 80, such as {CLASSES[0]!r}.")
         if not isinstance(clause.get("count"), int) or clause["count"] < 1:
             raise ValueError(f"GenEval clause {clause!r}: 'count' must be a whole number of at least 1.")
         if "color" in clause and clause["color"] not in COLOURS:

@@ -35,8 +35,8 @@ class AWM(Objective):
         clip_range: eps of a ratio per sample, widened by sqrt(P) for a ratio over P cells; 1 hardly ever clips.
         advantage_clip, advantage_scale: A' = clamp(A, +-clip) / clip * scale.
         kl_weight: weight of the distance to the reference policy.
-        ema_kl_weight: weight of the distance to a slow average of the policy, min(.3, .001 s), refreshed once per rollout
-            batch. It takes the place of the old policy, so a second update on the same rollouts needs 0.
+        ema_kl_weight: weight of the distance to a slow average of the policy, min(.3, .001 s), refreshed once per
+            rollout batch. It takes the place of the old policy, so a second update on the same rollouts needs 0.
         kl: form of both distances: mean (v - v')^2, or that divided by 2 s(sigma)^2 ("elbo").
         sigmas: the noise levels trained at.
     """
@@ -64,8 +64,8 @@ class AWM(Objective):
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         if not context.on_policy and self.ema_kl_weight > 0:
             raise ValueError(
-                f"AWM(ema_kl_weight={self.ema_kl_weight}): the old weights are the slow average, so the ratio of a second "
-                "update on the same rollouts cannot be measured. Use updates_per_rollout=1, or ema_kl_weight=0."
+                f"AWM(ema_kl_weight={self.ema_kl_weight}): the old weights are the slow average, so the ratio of a "
+                "second update on the same rollouts cannot be measured. Use updates_per_rollout=1, or ema_kl_weight=0."
             )
         keys = experience.keys
         grid = ratio_grid(self.ratio, experience)

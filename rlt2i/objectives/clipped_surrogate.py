@@ -62,9 +62,7 @@ class ClippedSurrogate(Objective):
             metrics = surrogate_metrics(surrogate, log_ratio, mask)
 
             if self.kl_weight > 0:
-                divergence = reference_kl(
-                    policy, trajectory, pairs, now, context, form=self.kl, where=self.kl_map
-                )
+                divergence = reference_kl(policy, trajectory, pairs, now, context, form=self.kl, where=self.kl_map)
                 per_pair = per_pair + self.kl_weight * divergence
                 metrics["kl/reference"] = divergence.detach()
 

@@ -22,10 +22,11 @@ from rlt2i.types import Experience, Loss
 
 @attrs.frozen(kw_only=True)
 class CRD(Objective):
-    """clip / beta mean (beta (r - mean r) - (a - mean a))^2, r = mean_p w_p (old error - error)_p, a = A / (2 clip) + 1/2.
+    """mean (beta (r - mean r) - (a - mean a))^2 clip / beta, r = mean_p w_p (error of old - error)_p.
 
-    Centred reward distillation (arXiv 2603.14128). r is how much better than the old policy the velocity fits a finished
-    image, an implicit reward up to a constant of the prompt; centring removes that constant. Weight maps sit inside r.
+    Centred reward distillation (arXiv 2603.14128). r is how much better than the old policy the velocity fits a
+    finished image, an implicit reward up to a constant of the prompt; centring removes that constant. a is
+    DiffusionNFT's label, A / (2 clip) + 1/2 in [0, 1]. Weight maps sit inside r.
 
     Attributes:
         beta: scale of the implicit reward.
@@ -83,9 +84,7 @@ class CRD(Objective):
             reward = (weight_and_mask(pairs, noisy.grid) * reward_map).mean(dim=(1, 2))
             label = nft_label(pairs.advantage.mean(dim=(1, 2)), clip=self.advantage_clip)
             together = members if self.centre == "group" else torch.zeros_like(members)
-            loss = crd_loss(
-                reward, label, together, beta=self.beta, temperature=self.temperature, form=self.form
-            )
+            loss = crd_loss(reward, label, together, beta=self.beta, temperature=self.temperature, form=self.form)
             per_pair = loss * self.advantage_clip / self.beta
             metrics = {
                 "loss/crd": per_pair.detach(),

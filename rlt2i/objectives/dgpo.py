@@ -38,7 +38,9 @@ class DGPO(Objective):
     """
 
     beta: float = attrs.field(default=100.0, validator=validators.gt(0))
-    anchor: Literal["reference", "old"] = attrs.field(default="reference", validator=validators.in_(("reference", "old")))
+    anchor: Literal["reference", "old"] = attrs.field(
+        default="reference", validator=validators.in_(("reference", "old"))
+    )
     clip_range: float | None = attrs.field(default=1e-2, validator=validators.optional(validators.gt(0)))
     kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)

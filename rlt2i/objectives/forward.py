@@ -88,11 +88,11 @@ def whole_groups(
         rows = kept[:, draw].nonzero()[:, 0]
         rows = rows[experience.groups[rows].argsort(stable=True)]
         _, sizes = experience.groups[rows].unique_consecutive(return_counts=True)
-        if len(sizes) and int(sizes.max()) > context.max_sequences:
+        largest = max(sizes.tolist(), default=0)
+        if largest > context.max_sequences:
             raise ValueError(
-                f"{who} compares the rollouts of a group in one forward pass, and a group of {int(sizes.max())} does not "
-                f"fit into {context.max_sequences} sequences. Use sequences_per_device >= {int(sizes.max())}, or a "
-                "smaller group_size."
+                f"{who} compares the rollouts of a group in one forward pass, and a group of {largest} does not fit into "
+                f"{context.max_sequences} sequences. Use sequences_per_device >= {largest}, or a smaller group_size."
             )
         batch: list[Tensor] = []
         for group in rows.split(sizes.tolist()):

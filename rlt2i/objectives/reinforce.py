@@ -37,8 +37,8 @@ class Reinforce(Objective):
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         if not context.on_policy:
             raise ValueError(
-                "Reinforce: the weights are no longer those of the rollout, and without a ratio nothing corrects for it. "
-                "Use updates_per_rollout=1, or ClippedSurrogate()."
+                "Reinforce: the weights are no longer those of the rollout, and without a ratio nothing corrects for "
+                "it. Use updates_per_rollout=1, or ClippedSurrogate()."
             )
         trajectory = experience.trajectory
         grid = ratio_grid("location", experience)

@@ -17,7 +17,7 @@ from rlt2i.objectives.reduction import masked_mean, on_grid
 from rlt2i.types import Pairs, Trajectory
 
 KLMap = Literal["uniform", "credit", "inverse"]
-"""Where a penalty holds the policy back: everywhere alike, where the credit's weights are high, or where they are low."""
+"""Where a penalty holds the policy back: everywhere alike, where the credit's weights are high, or where low."""
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -163,9 +163,7 @@ class CLIPTowers(Towers):
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """[U, D]; the truncated text keeps its end token, at which CLIP pools."""
         limit = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
-        )
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         device = self.model.logit_scale.device
         output = self.model.get_text_features(
             input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)

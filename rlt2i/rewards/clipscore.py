@@ -27,9 +27,7 @@ class CLIPScore(CLIPReward):
     span = (-1.0, 100.0)
 
     path: str = "openai/clip-vit-large-patch14"
-    scale: CLIPScale = attrs.field(
-        default="cosine", validator=validators.in_(("cosine", "hessel", "percent"))
-    )
+    scale: CLIPScale = attrs.field(default="cosine", validator=validators.in_(("cosine", "hessel", "percent")))
 
     def of_cosine(self, cosine: Tensor, scale: Tensor) -> Tensor:
         if self.scale == "cosine":

@@ -104,9 +104,7 @@ def image_reward_to_transformers(
     state: State,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """ImageReward's checkpoint as a BlipVisionModel, a BlipTextModel and the collapsed head."""
-    vision = {
-        _renamed(name, _BLIP_VISION): tensor for name, tensor in _below(state, "blip.visual_encoder.").items()
-    }
+    vision = {_renamed(name, _BLIP_VISION): tensor for name, tensor in _below(state, "blip.visual_encoder.").items()}
     text = {
         name: tensor
         for name, tensor in _below(state, "blip.text_encoder.").items()

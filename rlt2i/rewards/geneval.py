@@ -101,9 +101,7 @@ class GenEvalReward(Reward):
         if asked:
             clip = load_clip(self.colour_model, "main", "", str(batch.images.device))
             cutouts = [
-                Cutout(
-                    image=batch.images[row], mask=_instances(found[row]).masks[d.index], box=d.box, name=name
-                )
+                Cutout(image=batch.images[row], mask=_instances(found[row]).masks[d.index], box=d.box, name=name)
                 for row, d, name in asked
             ]
             for (row, d, name), colour in zip(asked, classify_colours(clip, cutouts), strict=True):
@@ -135,9 +133,7 @@ def named_detections(found: Instances) -> dict[str, list[Detection]]:
     for index, (label, confidence, box) in enumerate(rows):
         if label < len(CLASSES):
             x1, y1, x2, y2 = box
-            named.setdefault(CLASSES[label], []).append(
-                Detection(box=(x1, y1, x2, y2), score=confidence, index=index)
-            )
+            named.setdefault(CLASSES[label], []).append(Detection(box=(x1, y1, x2, y2), score=confidence, index=index))
     return named
 
 

@@ -44,7 +44,8 @@ def verdicts(text: str, target: str, *, anywhere: bool) -> list[Verdict]:
     row, column = len(target), len(text)
     found: list[Verdict] = ["free" if anywhere else "wrong" for _ in text]
     if anywhere:
-        column = min(range(len(text) + 1), key=lambda j: table[row][j])
+        # The last of equals: "hell0" has a wrong character there, rather than a missing one and a free one.
+        column = min(range(len(text) + 1), key=lambda j: (table[row][j], -j))
     while row and column:
         equal = target[row - 1] == text[column - 1]
         if table[row][column] == table[row - 1][column - 1] + (not equal):

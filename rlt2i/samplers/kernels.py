@@ -7,7 +7,7 @@ from attrs import validators
 from torch import Tensor
 
 from rlt2i.functional.gaussian import cps_log_prob_map, log_prob_map
-from rlt2i.functional.transitions import Transition, cps, dance_sde, flow_sde
+from rlt2i.functional.transitions import Transition, cps, dance_sde, flow_ddim, flow_sde
 from rlt2i.types import TransitionKernel
 
 
@@ -76,3 +76,25 @@ class CPS(TransitionKernel):
 
     def log_prob_map(self, next_latents: Tensor, transition: Transition) -> Tensor:
         return cps_log_prob_map(next_latents, transition.mean)
+
+
+@attrs.frozen(kw_only=True)
+class DDIM(TransitionKernel):
+    """DDIM's family of samplers (arXiv 2010.02502) in flow coordinates; the noise level of x' is exactly sigma_next.
+
+    For an epsilon-prediction model that was made a flow by the change of variables this is DDPO's kernel
+    (arXiv 2305.13301), in other coordinates: the density changes by a constant, and no ratio at all.
+
+    Attributes:
+        eta: in (0, 1]; 1 is DDPM's ancestral sampling, as DDPO uses it. 0 would be the ODE.
+    """
+
+    eta: float = attrs.field(default=1.0, validator=[_positive, validators.le(1.0)])
+
+    def transition(
+        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: float
+    ) -> Transition:
+        return flow_ddim(latents, velocity, sigma, sigma_next, eta=self.eta)
+
+    def log_prob_map(self, next_latents: Tensor, transition: Transition) -> Tensor:
+        return log_prob_map(next_latents, transition.mean, transition.std)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from rlt2i.functional.transitions import clean_prediction, euler
 from rlt2i.interfaces import Policy
@@ -13,6 +15,31 @@ from rlt2i.types import Conditioning, Trajectory, TransitionKernel
 
 CLEAN_PREDICTIONS = "clean_predictions"
 """Capture [B, T, C, H, W]: the one-step estimate of x_0 before each step (Tweedie)."""
+
+
+class Solver(Protocol):
+    """A deterministic step; `previous_clean` is the clean prediction of the step before, at `sigma_previous`.
+
+    At the first step there is none: then `sigma_previous` is 1.
+    """
+
+    def __call__(
+        self,
+        x: Tensor,
+        v: Tensor,
+        sigma: Tensor,
+        sigma_next: Tensor,
+        *,
+        previous_clean: Tensor,
+        sigma_previous: Tensor,
+    ) -> Tensor: ...
+
+
+def euler_step(
+    x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, previous_clean: Tensor, sigma_previous: Tensor
+) -> Tensor:
+    """First order: the step before does not matter."""
+    return euler(x, v, sigma, sigma_next).mean
 
 
 @torch.no_grad()
@@ -27,8 +54,9 @@ def denoise(
     noise: RolloutNoise,
     captures: frozenset[str],
     group_size: int,
+    solver: Solver = euler_step,
 ) -> Trajectory:
-    """Roll out B trajectories: `kernel` at the stochastic steps, Euler's ODE step elsewhere.
+    """Roll out B trajectories: `kernel` at the stochastic steps, the `solver` of the ODE elsewhere.
 
     Captures see the state before the step's noise is drawn, so credit made from them is state-measurable.
 
@@ -36,6 +64,7 @@ def denoise(
         conditioning: B rows.
         noise: of B rollouts.
         captures: what to record: `clean_predictions` here, everything else by the policy.
+        solver: of the deterministic steps.
 
     Returns:
         A trajectory of B rollouts with T = `num_steps`; log-probabilities are exact for the latents stored.
@@ -46,7 +75,8 @@ def denoise(
     asked = captures - {CLEAN_PREDICTIONS}
 
     states, log_probs = [latents], []
-    recorded: dict[str, list[torch.Tensor]] = {name: [] for name in captures}
+    recorded: dict[str, list[Tensor]] = {name: [] for name in captures}
+    previous_clean, sigma_previous = torch.zeros_like(latents), torch.ones_like(sigmas[0].expand(num_rollouts))
     for step in range(num_steps):
         sigma, sigma_next = sigmas[step].expand(num_rollouts), sigmas[step + 1].expand(num_rollouts)
         if asked:
@@ -55,16 +85,20 @@ def denoise(
                 recorded[name].append(value)
         else:
             velocity = policy.velocity(latents, sigma, conditioning)
+        clean = clean_prediction(latents, velocity, sigma)
         if CLEAN_PREDICTIONS in captures:
-            recorded[CLEAN_PREDICTIONS].append(clean_prediction(latents, velocity, sigma))
+            recorded[CLEAN_PREDICTIONS].append(clean)
         if step in stochastic_steps:
             transition = kernel.transition(latents, velocity, sigma, sigma_next, sigma_max=float(sigmas[1]))
             latents = transition.mean + transition.std * noise.step(tuple(latents.shape[1:]))
             log_probs.append(kernel.log_prob_map(latents, transition))
         else:
-            latents = euler(latents, velocity, sigma, sigma_next).mean
+            latents = solver(
+                latents, velocity, sigma, sigma_next, previous_clean=previous_clean, sigma_previous=sigma_previous
+            )
             log_probs.append(latents.new_zeros(1, 1, 1).expand(num_rollouts, height, width))
         states.append(latents)
+        previous_clean, sigma_previous = clean, sigma
 
     stochastic = torch.zeros(num_steps, dtype=torch.bool, device=noise.device)
     stochastic[list(stochastic_steps)] = True

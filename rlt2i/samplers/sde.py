@@ -1,19 +1,14 @@
-"""Stochastic samplers: everywhere, or on a window of steps with the ODE elsewhere."""
+"""The stochastic sampler: everywhere, or on a window of steps with the ODE elsewhere."""
 
 from __future__ import annotations
 
 import attrs
-from attrs import validators
 
-from rlt2i.interfaces import Policy, Sampler
-from rlt2i.samplers.kernels import FlowSDE
-from rlt2i.samplers.rollout import denoise
-from rlt2i.seeds import RolloutNoise
-from rlt2i.types import Conditioning, Trajectory, TransitionKernel
+from rlt2i.samplers.stochastic import StochasticSampler
 
 
 @attrs.frozen(kw_only=True)
-class SDE(Sampler):
+class SDE(StochasticSampler):
     """Noise on the steps [first, last), the ODE on all others.
 
     The steps that get noise are the ones that can be trained. A few early steps decide the layout of an image, so a
@@ -27,8 +22,6 @@ class SDE(Sampler):
             its standard deviation is almost nil.
     """
 
-    num_steps: int = attrs.field(default=10, validator=validators.ge(1))
-    kernel: TransitionKernel = attrs.field(factory=FlowSDE)
     window: tuple[int, int] | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -42,26 +35,3 @@ class SDE(Sampler):
     def stochastic_steps(self, progress: int) -> tuple[int, ...]:
         first, last = self.window or (0, max(1, self.num_steps - 1))
         return tuple(range(first, last))
-
-    def rollout(
-        self,
-        policy: Policy,
-        conditioning: Conditioning,
-        *,
-        noise: RolloutNoise,
-        captures: frozenset[str],
-        image_size: int,
-        group_size: int,
-        progress: int,
-    ) -> Trajectory:
-        return denoise(
-            policy,
-            conditioning,
-            kernel=self.kernel,
-            stochastic_steps=self.stochastic_steps(progress),
-            num_steps=self.num_steps,
-            image_size=image_size,
-            noise=noise,
-            captures=captures,
-            group_size=group_size,
-        )

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -14,7 +13,8 @@ from torch import Tensor
 
 SIDE = 512
 DEJAVU = Path("/usr/share/fonts/truetype/dejavu")
-OPENCV = (cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_DUPLEX, cv2.FONT_HERSHEY_COMPLEX, cv2.FONT_HERSHEY_TRIPLEX)
+HERSHEY = (0, 2, 3, 4)
+"""cv2.FONT_HERSHEY_SIMPLEX, DUPLEX, COMPLEX and TRIPLEX."""
 Font = Callable[[str, int], Image.Image]
 
 
@@ -32,7 +32,8 @@ def outline(path: Path | None) -> Font:
 
 
 def stroked(face: int) -> Font:
-    """A font of OpenCV's."""
+    """A font of OpenCV's, which comes with RapidOCR."""
+    import cv2
 
     def draw(text: str, size: int) -> Image.Image:
         scale, thick = size / 30, max(2, size // 14)
@@ -47,7 +48,7 @@ def stroked(face: int) -> Font:
 def fonts() -> list[Font]:
     """Aileron and four of OpenCV's everywhere; DejaVu where its Debian package is installed."""
     files = [DEJAVU / f"DejaVu{name}.ttf" for name in ("Sans", "Sans-Bold", "Serif", "SansMono")]
-    return [outline(None), *(outline(path) for path in files if path.is_file()), *(stroked(face) for face in OPENCV)]
+    return [outline(None), *(outline(path) for path in files if path.is_file()), *(stroked(face) for face in HERSHEY)]
 
 
 def background(kind: str, draw: random.Random) -> Image.Image:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("rapidocr")
-pytest.importorskip("onnxruntime")
-
 from rlt2i.interfaces import RewardBatch
 from rlt2i.rewards.guard import scored
 from rlt2i.rewards.ocr import OCRReward
 from rlt2i.rewards.ocr_engine import Engines
 from rlt2i.tasks.ocr.task import OCRTask
 from tests.rewards.rendering import fonts, outline, written
+
+pytest.importorskip("rapidocr")
+pytest.importorskip("onnxruntime")
 
 AILERON = outline(None)
 

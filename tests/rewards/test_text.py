@@ -76,7 +76,7 @@ def test_squash_and_quotes():
 )
 def test_verdicts_by_hand(text, target, anywhere, signs):
     marks = {"right": "+", "wrong": "-", "free": "."}
-    assert "".join(marks[v] for v in verdicts(text, target, anywhere=anywhere)) in (signs, signs.replace("-.", "..", 1))
+    assert "".join(marks[v] for v in verdicts(text, target, anywhere=anywhere)) == signs
 
 
 @pytest.mark.parametrize("anywhere", [False, True])

@@ -133,7 +133,7 @@ def test_latents_are_normalised(pipeline):
 def test_shipped_base_is_mediocre_on_purpose(pipeline):
     # Enough for every group to get a signal, and room for reinforcement learning to rise.
     scores = evaluate(pipeline, images_per_category=20)
-    assert 0.35 < scores.strict < 0.65
+    assert 0.30 < scores.strict < 0.60
     assert scores.strict_by_category["position"] > 0.1
     assert scores.strict_by_category["color_attr"] > 0.1
     assert abs(scores.objects - scores.objects_wanted) < 0.3
@@ -143,7 +143,7 @@ def test_log_says_what_was_shipped():
     records = [json.loads(line) for line in (PIPELINE_DIR / "pretrain_log.jsonl").read_text().splitlines()]
     shipped = records[-1]
     assert shipped["phase"] == "shipped"
-    assert 0.40 <= shipped["strict"] <= 0.60
+    assert 0.35 <= shipped["strict"] <= 0.60
     assert shipped["strict_by_category"]["position"] > 0.15
     assert shipped["strict_by_category"]["color_attr"] > 0.15
 

@@ -63,9 +63,7 @@ def counting(name: str, number: int) -> GenEvalPrompt:
     """a photo of three benches"""
     words = (NUMBERS[number], name + ("es" if name.endswith("s") else "s"))
     exclude = [_clause(name, number + 1)]
-    return _prompt(
-        "counting", " ".join(words), [_clause(name, number)], words, ("counting", name, number), exclude
-    )
+    return _prompt("counting", " ".join(words), [_clause(name, number)], words, ("counting", name, number), exclude)
 
 
 def colours(name: str, colour: str) -> GenEvalPrompt:
@@ -79,9 +77,7 @@ def position(first: str, relation: str, second: str) -> GenEvalPrompt:
     """a photo of a bench left of a cow"""
     clauses = [_clause(second), _clause(first, position=[relation, 0])]
     text = f"{with_article(first)} {relation} {with_article(second)}"
-    return _prompt(
-        "position", text, clauses, (first, relation, second), ("position", first, relation, second)
-    )
+    return _prompt("position", text, clauses, (first, relation, second), ("position", first, relation, second))
 
 
 def colour_attribution(first: tuple[str, str], second: tuple[str, str]) -> GenEvalPrompt:

@@ -53,9 +53,7 @@ class GenEvalTask(Task):
                 "on. Set single_object to 0."
             )
         if min(value.values(), default=0) < 0 or sum(value.values()) <= 0:
-            raise ValueError(
-                f"GenEvalTask(mix={dict(value)}): shares must be >= 0, and at least one above 0."
-            )
+            raise ValueError(f"GenEvalTask(mix={dict(value)}): shares must be >= 0, and at least one above 0.")
 
     @property
     def provides(self) -> frozenset[str]:
@@ -89,11 +87,7 @@ class GenEvalTask(Task):
                 f"GenEvalTask.eval_prompts({count}): use a multiple of {len(prompts)} for the official set, "
                 f"or a multiple of {len(TAGS)} up to {len(TAGS) * most} for equally many of each category."
             )
-        return [
-            _task_prompt(p)
-            for members in zip(*(tag[:per_tag] for tag in by_tag), strict=True)
-            for p in members
-        ]
+        return [_task_prompt(p) for members in zip(*(tag[:per_tag] for tag in by_tag), strict=True) for p in members]
 
 
 def _task_prompt(prompt: GenEvalPrompt) -> TaskPrompt:

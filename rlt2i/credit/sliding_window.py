@@ -1,0 +1,43 @@
+"""Sliding window: train a few steps at a time, from noisy to clean."""
+
+from __future__ import annotations
+
+import attrs
+from attrs import validators
+from torch import Tensor
+
+from rlt2i.credit.algebra import Mask
+from rlt2i.credit.steps import step_mask, trained_steps
+from rlt2i.functional.windows import sliding_window
+from rlt2i.interfaces import CreditContext
+
+
+@attrs.frozen(kw_only=True)
+class SlidingWindow(Mask):
+    """`width` consecutive steps that move on by `stride` every `period` rollout batches (MixGRPO, arXiv 2507.21802).
+
+    It slides over the steps that the sampler makes stochastic (all steps of a deterministic one) and starts again after
+    the last place, so no window is ever empty. Only the loss is windowed: to save network calls and noise as MixGRPO
+    does, the sampler's own window must move too.
+
+    Attributes:
+        width: steps at once; fewer at the end of a pass.
+        period: rollout batches at each place.
+        stride: how far the window moves.
+    """
+
+    width: int = attrs.field(default=4, validator=validators.ge(1))
+    period: int = attrs.field(default=25, validator=validators.ge(1))
+    stride: int = attrs.field(default=1, validator=validators.ge(1))
+
+    def mask(self, context: CreditContext) -> Tensor:
+        steps = trained_steps(context)
+        places = sliding_window(
+            context.progress,
+            num_steps=len(steps),
+            width=self.width,
+            period=self.period,
+            stride=self.stride,
+            last=len(steps),
+        )
+        return step_mask(tuple(steps[place] for place in places), context)

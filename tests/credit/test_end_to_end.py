@@ -1,0 +1,127 @@
+"""Every part drives a real update of the toy policy, and its recipe and page say what it does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+
+from rlt2i.credit.algebra import Advantage, Allocation, Mask, Product
+from rlt2i.credit.group_relative import GroupRelative
+from rlt2i.interfaces import CreditAssigner, RewardBatch, RewardOutput
+from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
+from rlt2i.objectives.nft import DiffusionNFT
+from rlt2i.recipes import build_part, load_recipe
+from rlt2i.references import parse_yaml
+from rlt2i.samplers.sde import SDE
+from rlt2i.types import Region
+from tests.build import collect, gradients, toy_algorithm, toy_engine, toy_learner
+from tests.credit.test_laws import ALLOCATIONS, COMPARING, LABELS, MASKS, name
+from tests.toy import QuadrantBrightness
+
+DOCS = Path(__file__).parents[2] / "docs" / "algorithms"
+PAGES = [
+    "best-of-group",
+    "coca",
+    "completion-gain",
+    "feature-saliency",
+    "gdpo",
+    "influence",
+    "inverse-dt",
+    "noise-aware",
+    "proportional-dt",
+    "random-subset",
+    "random-window",
+    "region-maps",
+    "relative-l1-chunks",
+    "residual-contrast",
+    "rwr",
+    "sliding-window",
+    "turning-points",
+    "win-rate",
+]
+
+
+@attrs.frozen(kw_only=True)
+class Judged(QuadrantBrightness):
+    """With terms and signed regions."""
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        output = super().score(batch, want)
+        corner = Region(box=(0.0, 0.0, 0.5, 0.5), credit=1.0)
+        rest = Region(box=(0.5, 0.0, 1.0, 1.0), credit=-1.0)
+        return attrs.evolve(
+            output,
+            components={"a": output.scores, "b": -output.scores.square()},
+            regions=[[corner, rest] for _ in batch.prompts] if "regions" in want else None,
+        )
+
+
+def product(part: Advantage | Allocation | Mask) -> Product:
+    if isinstance(part, Advantage):
+        return Product(advantage=part)
+    if isinstance(part, Allocation):
+        return Product(advantage=GroupRelative(), allocations=(part,))
+    return Product(advantage=GroupRelative(), masks=(part,))
+
+
+@pytest.mark.parametrize("objective", [ClippedSurrogate(), DiffusionNFT()], ids=name)
+@pytest.mark.parametrize("part", [*COMPARING, *LABELS, *ALLOCATIONS, *MASKS], ids=name)
+def test_every_part_gives_a_finite_gradient(part: Advantage | Allocation | Mask, objective):
+    sampler = SDE(num_steps=6, window=(0, 4))
+    algorithm = toy_algorithm(objective, credit=product(part), sampler=sampler, reward=Judged())
+    found = gradients(toy_learner(algorithm), collect(toy_engine(algorithm), prompts=2).experience)
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+    assert any((gradient != 0).any() for gradient in found.values())
+
+
+@pytest.mark.parametrize("part", COMPARING, ids=name)
+def test_an_advantage_learns(part: Advantage):
+    sampler = SDE(num_steps=6, window=(0, 3))
+    algorithm = toy_algorithm(ClippedSurrogate(clip_range=1e-2), credit=product(part), sampler=sampler, reward=Judged())
+    engine, learner = toy_engine(algorithm), toy_learner(algorithm, learning_rate=0.1)
+    rewards = []
+    for update in range(8):
+        batch = collect(engine, update=update)
+        learner.learn(batch.experience)
+        rewards.append(float(batch.scores.scores.mean()))
+    assert rewards[-1] > rewards[0] + 0.01, rewards
+
+
+def test_completing_with_the_engine_ends_where_the_rollout_did():
+    # After the last noisy step the rollout is its own completion, so the last gain needs no completion of its own.
+    algorithm = toy_algorithm(ClippedSurrogate(), credit=product(COMPARING[3]), sampler=SDE(num_steps=6, window=(0, 3)))
+    engine = toy_engine(algorithm)
+    ends = []
+    assign = type(algorithm.credit).assign
+
+    def spy(self, context):
+        rows = torch.arange(context.trajectory.num_rollouts)
+        ends.append((context.complete(context.trajectory.latents[:, 3], 3, rows), context.trajectory.clean_latents))
+        return assign(self, context)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Product, "assign", spy)
+        collect(engine, prompts=2)
+    torch.testing.assert_close(*ends[0])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_composition_on_the_page_is_that_of_the_recipe(page: str):
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    recipe = load_recipe(f"{page}-shapes")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert build_part(CreditAssigner, parse_yaml(block)["credit"]) == recipe.credit
+    assert f"{page}-shapes" in text
+    assert "not run yet" in text
+    for field in attrs.fields(type(_own_part(recipe.credit))):
+        assert not field.init or f"`{field.name}`" in text, f"{page}.md does not explain {field.name}"
+
+
+def _own_part(credit: CreditAssigner) -> Advantage | Allocation | Mask:
+    """The part that is not part of the uniform recipe."""
+    assert isinstance(credit, Product)
+    return (*credit.allocations, *credit.masks, credit.advantage)[0]

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rlt2i.recipes.parts import PARTS
+from rlt2i.rewards.combinators import Affine
+from rlt2i.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
+from rlt2i.rewards.selftest import case_for, judge_case, main
+from rlt2i.rewards.selftest_cases import CASES, drawing_case
+from rlt2i.tasks.shapes.reward import ShapesReward
+from tests.rewards.fakes import Broken, Grey, Needy, output_of, raises
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        JPEGCompressibility(),
+        JPEGIncompressibility(),
+        Affine(reward=JPEGCompressibility(), scale=-1.0),
+        ShapesReward(),
+    ],
+)
+def test_rewards_pass_their_own_case(reward):
+    verdict = judge_case(reward, case_for(reward))
+    assert verdict.problems == ()
+    assert verdict.names[0] == "good"
+
+
+def test_the_ocr_reward_passes_its_case():
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
+    from rlt2i.rewards.ocr import OCRReward
+
+    verdict = judge_case(OCRReward(workers=1), case_for(OCRReward()))
+    assert verdict.problems == ()
+    assert verdict.scores[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        (Broken(act=lambda batch: output_of([0.0] * len(batch.prompts))), "not less than the good picture's 0"),
+        (Broken(act=raises(RuntimeError("no weights"))), "no weights"),
+        (Affine(reward=Broken(act=lambda batch: output_of([0.0, 0.5, 0.5]))), "0.5, not less"),
+        (Broken(act=lambda batch: output_of([float("nan"), 0.0, 0.0])), "'good' was not scored"),
+    ],
+)
+def test_the_all_zeros_trap_and_its_kin_are_caught(reward, problem):
+    verdict = judge_case(reward, drawing_case())
+    assert any(problem in found for found in verdict.problems)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_well_formed(name):
+    case = CASES[name]()
+    assert case.bad
+    for picture in (case.good, *case.bad.values()):
+        assert picture.dtype is torch.uint8
+        assert picture.shape == case.good.shape
+        assert not torch.equal(picture, case.good) or picture is case.good
+
+
+def test_rewards_that_need_metadata_ask_for_pictures_of_ones_own():
+    assert case_for(Grey()).prompt.startswith("a red circle")
+    with pytest.raises(ValueError, match=r"needs the metadata \['value'\].*--good FILE"):
+        case_for(Needy())
+
+
+def test_the_command_prints_and_decides(capsys):
+    assert main(["JPEGCompressibility", "--set", "quality=80"], parts=PARTS) == 0
+    out = capsys.readouterr().out
+    assert "s per image" in out
+    assert "as it should be" in out
+    assert main(["tests.rewards.fakes:Grey"]) == 1  # noise is brighter than a red circle's surroundings are not
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_the_command_takes_pictures_of_ones_own(tmp_path, capsys):
+    for name, grey in (("light.png", 250), ("dark.png", 5)):
+        Image.fromarray(np.full((16, 16, 3), grey, np.uint8)).save(tmp_path / name)
+    light, dark = str(tmp_path / "light.png"), str(tmp_path / "dark.png")
+    assert main(["tests.rewards.fakes:Grey", "--good", light, "--bad", dark]) == 0
+    assert main(["tests.rewards.fakes:Grey", "--good", dark, "--bad", light]) == 1
+    value = ["tests.rewards.fakes:Needy", "--good", light, "--bad", dark, "--metadata"]
+    assert main([*value, '{"value": 1}']) == 1
+    for arguments in ([*value, "[1]"], [*value, "{"], ["tests.rewards.fakes:Grey", "--good", light]):
+        with pytest.raises(ValueError, match="reward test"):
+            main(arguments)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["OCRRewards"], "did you mean 'OCRReward'"),
+        (["JPEGCompressibility", "--set", "qualify=3"], "quality"),
+        (["JPEGCompressibility", "--set", "quality"], "field=value"),
+        (["missing.yaml"], "no such file"),
+    ],
+)
+def test_wrong_names_are_explained(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        main(arguments, parts=PARTS)
+
+
+def test_a_reward_can_come_from_a_file(tmp_path, capsys):
+    reward = tmp_path / "reward.yaml"
+    reward.write_text("type: Affine\nreward: JPEGCompressibility\nscale: 0.5\n", encoding="utf-8")
+    assert main([str(reward)], parts=PARTS) == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("policy: x\nreward:\n  type: JPEGIncompressibility\n", encoding="utf-8")
+    assert main([str(recipe), "--set", "quality=50"], parts=PARTS) == 0
+    capsys.readouterr()
