@@ -91,8 +91,9 @@ def whole_groups(
         largest = max(sizes.tolist(), default=0)
         if largest > context.max_sequences:
             raise ValueError(
-                f"{who} compares the rollouts of a group in one forward pass, and a group of {largest} does not fit into "
-                f"{context.max_sequences} sequences. Use sequences_per_device >= {largest}, or a smaller group_size."
+                f"{who} compares the rollouts of a group in one forward pass, and a group of {largest} does not "
+                f"fit into {context.max_sequences} sequences. Use sequences_per_device >= {largest}, or a smaller "
+                "group_size."
             )
         batch: list[Tensor] = []
         for group in rows.split(sizes.tolist()):

@@ -56,7 +56,7 @@ class DiffusionNFT(Objective):
         return frozenset({"old", "reference"} if self.kl_weight > 0 else {"old"})
 
     def old_decay(self, num_updates: int) -> float:
-        return nft_old_decay(num_updates, self.decay) if self.decay in (0, 1, 2) else float(self.decay)
+        return nft_old_decay(num_updates, int(self.decay)) if self.decay in (0, 1, 2) else float(self.decay)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         keys = experience.keys

@@ -163,7 +163,7 @@ class _Service:
             raise _Refused(400, f"{self.info.reward} does not offer {unknown}, only {sorted(self.info.offers)}")
         if batch.ids is None:
             return await self.run(None, batch, want)
-        key = (await asyncio.to_thread(hashlib.blake2b, body)).digest()
+        key = await asyncio.to_thread(_key, batch, want)
         if key in self.remembered:
             self.remembered.move_to_end(key)
             return self.remembered[key]
@@ -186,6 +186,15 @@ class _Service:
         output = scored(self.reward, batch, want)
         reply, tensors = output_to_bytes(output, fingerprint=self.info.fingerprint)
         return reply, BATCH_TYPE if tensors else REPLY_TYPE, bool(output.valid.all())
+
+
+def _key(batch: RewardBatch, want: frozenset[str]) -> bytes:
+    """What is asked, as a hash of its content: the order of entries in a safetensors header is not fixed."""
+    groups = None if batch.groups is None else batch.groups.tolist()
+    asked = [list(batch.ids or ()), list(batch.prompts), list(batch.metadata), groups, sorted(want)]
+    key = hashlib.blake2b(json.dumps([*asked, list(batch.images.shape)], sort_keys=True).encode())
+    key.update(batch.images.numpy().data)
+    return key.digest()
 
 
 def _error(status: int, message: str) -> Response:

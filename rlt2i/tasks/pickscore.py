@@ -20,8 +20,8 @@ class PickScoreTask(Task):
     """Training and held-out prompts for preference rewards; both are fetched at first use and checked by SHA-256.
 
     Attributes:
-        subset: "sfw", filtered by its publishers (15,471 prompts and 1,024 held out), or "full", Flow-GRPO's own (25,415
-            and 2,048), which holds sexual and violent prompts. Scores of one cannot be compared with those of the other.
+        subset: "sfw", filtered by its publishers (15,470 prompts and 1,024 held out), or "full", Flow-GRPO's own
+            (25,432 and 2,048), which holds sexual and violent prompts. Scores of the two cannot be compared.
         image_size: side of the images in pixels.
     """
 

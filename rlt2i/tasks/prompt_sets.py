@@ -61,7 +61,7 @@ PROMPT_SETS: Final[Mapping[str, PromptSet]] = MappingProxyType(
         "pickscore_train": PromptSet(
             url=_FLOW_GRPO + "pickscore/train.txt",
             sha256="2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f",
-            count=25_415,
+            count=25_432,
             licence="MIT (Pick-a-Pic)",
             note="what Flow-GRPO trains on; holds sexual and violent prompts",
         ),

@@ -220,8 +220,7 @@ def test_a_taken_port_is_said_so():
 def test_the_same_ids_are_scored_once():
     inner = Grey()
     with serving(inner) as url:
-        body = batch_to_bytes(batch_of(1, 2, ids=True))
-        first, second = post(url, body), post(url, body)
+        first, second = (post(url, batch_to_bytes(batch_of(1, 2, ids=True))) for _ in range(2))
         assert first.content == second.content
         assert inner.shown == [2]
         post(url, batch_to_bytes(batch_of(1, 3, ids=True)))

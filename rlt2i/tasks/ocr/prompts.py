@@ -15,9 +15,11 @@ HELD_OUT_SHARE = 0.1
 _PATTERNS: dict[str, Callable[[random.Random], str]] = {
     "one_word": lambda draw: draw.choice(NOUNS + ADJECTIVES + VERBS),
     "two_words": lambda draw: f"{draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}",
-    "three_words": lambda draw: f"{draw.choice(VERBS)} the {draw.choice(NOUNS)}"
-    if draw.random() < 0.5
-    else f"{draw.choice(ADJECTIVES)} {draw.choice(NOUNS)} {draw.choice(NOUNS)}",
+    "three_words": lambda draw: (
+        f"{draw.choice(VERBS)} the {draw.choice(NOUNS)}"
+        if draw.random() < 0.5
+        else f"{draw.choice(ADJECTIVES)} {draw.choice(NOUNS)} {draw.choice(NOUNS)}"
+    ),
     "number": lambda draw: draw.choice(FIXED).format(n=draw.randint(10, 99), m=draw.randint(1, 9)),
 }
 CATEGORIES = tuple(_PATTERNS)

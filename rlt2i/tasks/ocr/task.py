@@ -80,7 +80,9 @@ class OCRFileTask(Task):
         held_out = {prompt.text for prompt in _read(self.test)}
         pool = [prompt for prompt in _read(self.train) if prompt.text not in held_out]
         if not pool:
-            raise ValueError(f"OCRFileTask: every prompt of {self.train} is in {self.test}; nothing is left to train on.")
+            raise ValueError(
+                f"OCRFileTask: every prompt of {self.train} is in {self.test}; nothing is left to train on."
+            )
         return [pool[derive_seed("ocr", seed, number) % len(pool)] for number in range(start, start + count)]
 
     def eval_prompts(self, count: int) -> list[TaskPrompt]:

@@ -1,0 +1,163 @@
+"""Download a released checkpoint of a reward model and write what rlt2i loads: safetensors under transformers' names.
+
+    python examples/convert_reward_weights.py mask2former_swin-s_mmdet
+    python examples/convert_reward_weights.py hpsv2.1 --checkpoint HPS_v2.1_compressed.pt
+
+The result goes to $RLT2I_WEIGHTS/NAME (~/.cache/rlt2i/weights/NAME by default), where the reward of that name finds it.
+Checkpoints are read with `weights_only=True`, so nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import tempfile
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import attrs
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlt2i.rewards import convert, mask2former
+from rlt2i.rewards.aesthetic import HEAD_FILE
+from rlt2i.rewards.weights import weights_home
+
+State = Mapping[str, Tensor]
+
+
+@attrs.frozen(kw_only=True)
+class Release:
+    """A released checkpoint.
+
+    Attributes:
+        url: where it is.
+        sha256: of the file, or as much of the beginning as is on record; empty when none is.
+        licence: of the weights.
+        write: (state dict, folder) -> files in the folder.
+    """
+
+    url: str
+    sha256: str
+    licence: str
+    write: Callable[[State, Path], None]
+
+
+def write_mask2former(state: State, folder: Path) -> None:
+    model = mask2former.detector_class()(mask2former.official_config())
+    load(model, mask2former.convert(state), may_miss="swin.layernorm.")
+    model.save_pretrained(folder)
+
+
+def write_hpsv2(state: State, folder: Path) -> None:
+    from transformers import CLIPModel
+
+    model = CLIPModel(convert.vit_h_config())
+    load(model, convert.open_clip_to_transformers(state))
+    model.save_pretrained(folder)
+
+
+def write_image_reward(state: State, folder: Path) -> None:
+    from transformers import BlipTextModel, BlipVisionModel
+
+    vision_state, text_state, head = convert.image_reward_to_transformers(state)
+    vision_config, text_config = convert.blip_configs()
+    vision, text = BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
+    load(vision, vision_state)
+    load(text, text_state)
+    vision.save_pretrained(folder / "vision")
+    text.save_pretrained(folder / "text")
+    save_file(head, folder / HEAD_FILE)
+
+
+def write_aesthetic(state: State, folder: Path) -> None:
+    layers = {name.removeprefix("layers."): tensor for name, tensor in state.items()}
+    save_file(convert.collapse_linear(layers), folder / HEAD_FILE)
+
+
+MMDET = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
+RELEASES = {
+    "mask2former_swin-s_mmdet": Release(
+        url=f"https://download.openmmlab.com/mmdetection/v2.0/mask2former/{MMDET}/{MMDET}_20220504_001756-743b7d99.pth",
+        sha256="743b7d99",
+        licence="Apache-2.0",
+        write=write_mask2former,
+    ),
+    "hpsv2": Release(
+        url="https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2_compressed.pt",
+        sha256="",
+        licence="Apache-2.0",
+        write=write_hpsv2,
+    ),
+    "hpsv2.1": Release(
+        url="https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt",
+        sha256="",
+        licence="Apache-2.0",
+        write=write_hpsv2,
+    ),
+    "imagereward-v1.0": Release(
+        url="https://huggingface.co/zai-org/ImageReward/resolve/main/ImageReward.pt",
+        sha256="",
+        licence="Apache-2.0",
+        write=write_image_reward,
+    ),
+    "aesthetic_sac_logos_ava1_l14": Release(
+        url="https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/"
+        "fe88a163f4661b4ddabba0751ff645e2e620746e/sac%2Blogos%2Bava1-l14-linearMSE.pth",
+        sha256="",
+        licence="Apache-2.0 according to its repository; confirm before redistributing",
+        write=write_aesthetic,
+    ),
+}
+
+
+def load(model: torch.nn.Module, state: State, *, may_miss: str = "\0") -> None:
+    """Load every parameter; refuse a checkpoint that is not the expected one."""
+    missing, unexpected = model.load_state_dict(dict(state), strict=False)
+    missing = [name for name in missing if may_miss not in name]
+    if missing or unexpected:
+        raise SystemExit(
+            f"this is not the expected checkpoint: {len(missing)} parameters missing, such as {missing[:3]}; "
+            f"{len(unexpected)} unknown, such as {unexpected[:3]}"
+        )
+
+
+def read(checkpoint: Path) -> State:
+    """The state dict inside a checkpoint, at whatever depth trainers usually put it."""
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return stored.get("state_dict", stored)
+
+
+def check(checkpoint: Path, expected: str) -> None:
+    with checkpoint.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not found.startswith(expected):
+        raise SystemExit(f"{checkpoint}: SHA-256 is {found}, expected {expected}...; not used")
+    print(f"SHA-256 {found}" + ("" if expected else " (none is on record yet: compare with its publisher)"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(RELEASES))
+    parser.add_argument("--checkpoint", type=Path, help="a file that is already here, instead of a download")
+    parser.add_argument("--sha256", help="what the file must have, instead of what is on record")
+    parser.add_argument("--out", type=Path, help="folder to write; default: where the reward looks")
+    options = parser.parse_args()
+    release = RELEASES[options.name]
+    folder = options.out or weights_home() / options.name
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = options.checkpoint
+        if checkpoint is None:
+            checkpoint = Path(scratch) / "checkpoint"
+            print(f"downloading {release.url}")
+            urllib.request.urlretrieve(release.url, checkpoint)
+        check(checkpoint, release.sha256 if options.sha256 is None else options.sha256)
+        folder.mkdir(parents=True, exist_ok=True)
+        release.write(read(checkpoint), folder)
+    print(f"wrote {folder} (licence of the weights: {release.licence})")
+
+
+if __name__ == "__main__":
+    main()
