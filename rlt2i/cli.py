@@ -83,10 +83,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "recipe",
         nargs="?",
-        help="name, YAML file, run directory, or module:function; not needed with --run and --resume",
+        help="name, YAML file, run directory, or module:function; not needed with --run-dir and --resume",
     )
     _add_set(train)
-    train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default runs/<recipe>-<hash>-s<seed>)")
+    train.add_argument(
+        "--run-dir", type=Path, metavar="DIR", dest="run", help="run directory (default runs/<recipe>-<hash>-s<seed>)"
+    )
     train.add_argument(
         "--resume",
         nargs="?",
@@ -134,6 +136,15 @@ def parser() -> argparse.ArgumentParser:
     pretrain.add_argument(
         "rest", nargs=argparse.REMAINDER, help="options of the task; try: rlt2i pretrain shapes --help"
     )
+
+    serve = add("serve-reward", _serve_reward, "serve a reward over HTTP")
+    serve.add_argument("name", help="short name, module:Class, file.py:Class, or a YAML file with a reward or a recipe")
+    serve.add_argument("rest", nargs=argparse.REMAINDER, help="options; try: rlt2i serve-reward NAME --help")
+
+    reward = add("reward", _reward, "test a reward on good and bad pictures, and time it")
+    reward.add_argument("action", choices=["test"])
+    reward.add_argument("name", help="short name, module:Class, file.py:Class, or a YAML file with a reward or a recipe")
+    reward.add_argument("rest", nargs=argparse.REMAINDER, help="options; try: rlt2i reward test NAME --help")
     return root
 
 
@@ -181,7 +192,9 @@ def _train(options: argparse.Namespace) -> None:
         folder = folder or run_dir_of(Path(resume))
         resume = "latest" if Path(resume) == folder else resume
     if options.recipe is None and not (resume and folder):
-        raise ValueError("train: name a recipe (see `rlt2i list`), or continue a run: rlt2i train --run DIR --resume.")
+        raise ValueError(
+            "train: name a recipe (see `rlt2i list`), or continue a run: rlt2i train --run-dir DIR --resume."
+        )
     recipe = load_recipe(options.recipe or str(folder), options.set)
     if options.dry_run:
         from rlt2i.dry_run import describe_run
@@ -291,6 +304,19 @@ def _pretrain(options: argparse.Namespace) -> None:
     from rlt2i.tasks.shapes.pretrain import main as pretrain_shapes
 
     pretrain_shapes(options.rest)
+
+
+def _serve_reward(options: argparse.Namespace) -> int:
+    from rlt2i.serve.server import main as serve_reward
+
+    return serve_reward([options.name, *options.rest])
+
+
+def _reward(options: argparse.Namespace) -> int:
+    from rlt2i.recipes.parts import PARTS
+    from rlt2i.rewards.selftest import main as test_reward
+
+    return test_reward([options.name, *options.rest], parts=PARTS)
 
 
 if __name__ == "__main__":

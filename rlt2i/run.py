@@ -64,7 +64,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
             say(f"resuming after update {trainer.update} of {train.updates}")
         trainer.train(stop)
         if trainer.update < train.updates:
-            say(f"stopped after update {trainer.update}, saved. Go on with: rlt2i train --run {run_dir} --resume")
+            say(f"stopped after update {trainer.update}, saved. Go on with: rlt2i train --run-dir {run_dir} --resume")
 
 
 def _checkpoint(run_dir: Path, resume: Path | str) -> Checkpoint:

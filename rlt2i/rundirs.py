@@ -26,7 +26,7 @@ def new_run_dir(recipe: Recipe, root: Path = RUNS) -> Path:
         ConfigError: when several processes would each have to choose.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("name the run directory with --run DIR, so that all processes use the same one.")
+        raise ConfigError("name the run directory with --run-dir DIR, so that all processes use the same one.")
     name = run_name(recipe)
     number = 1
     while (path := root / (name if number == 1 else f"{name}-{number}")).exists():
@@ -46,7 +46,7 @@ def newest_run_dir(recipe: Recipe, root: Path = RUNS) -> Path:
         return max(runs, key=lambda path: _number(path.name, name) or 0)
     others = sorted(path.name for path in root.glob(f"{recipe.name}-*") if (path / "recipe.yaml").is_file())
     near = (
-        f" Runs of {recipe.name} with other settings: {', '.join(others)}; continue one with --run." if others else ""
+        f" Runs of {recipe.name} with other settings: {', '.join(others)}; continue one with --run-dir." if others else ""
     )
     raise ConfigError(f"--resume: there is no run {root / name} to continue.{near}")
 

@@ -82,7 +82,7 @@ class RunDirectory:
         try:
             if (path / RECIPE).exists():
                 raise RunDirectoryError(
-                    f"{path}: already holds a run. Continue it with --resume, or choose another with --run."
+                    f"{path}: already holds a run. Continue it with --resume, or choose another with --run-dir."
                 )
             run.recipe_hash = recipe_hash
             (path / IMAGES).mkdir(exist_ok=True)
@@ -295,7 +295,7 @@ def _take_lock(path: Path) -> int:
             raise
         raise RunDirectoryError(
             f"{path}: in use by {owner}. Wait until it ends, stop it with `kill` and that number, or choose "
-            "another folder with --run."
+            "another folder with --run-dir."
         ) from error
     now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
     os.ftruncate(lock, 0)

@@ -183,7 +183,7 @@ def test_runs_with_other_settings_are_pointed_out(folder: Path):
 
 def test_several_processes_must_agree_on_a_directory(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="name the run directory with --run DIR"):
+    with pytest.raises(ConfigError, match="name the run directory with --run-dir DIR"):
         new_run_dir(toy())
 
 
@@ -217,35 +217,35 @@ def test_train_resolves_recipe_directory_and_checkpoint(folder: Path, calls: lis
     for words, resume in (
         (["toy.yaml", "--resume"], "latest"),
         (["toy.yaml", "--resume", "latest"], "latest"),
-        (["--run", str(run), "--resume"], "latest"),
+        (["--run-dir", str(run), "--resume"], "latest"),
         (["--resume", str(run)], "latest"),
         (["--resume", str(run / "checkpoint-000001")], run / "checkpoint-000001"),
-        (["toy.yaml", "--run", str(run), "--resume", str(run / "checkpoint-000001")], run / "checkpoint-000001"),
+        (["toy.yaml", "--run-dir", str(run), "--resume", str(run / "checkpoint-000001")], run / "checkpoint-000001"),
     ):
         assert cli.main(["train", *words]) == 0
         assert calls[-1] == (toy(), run, resume), words
     assert cli.main(["train", "toy.yaml"]) == 0
     assert calls[-1][1] == run.with_name(f"{run.name}-2")
-    assert cli.main(["train", "toy.yaml", "--run", "elsewhere", "--set", "train.seed=4"]) == 0
+    assert cli.main(["train", "toy.yaml", "--run-dir", "elsewhere", "--set", "train.seed=4"]) == 0
     assert calls[-1][0].train.seed == 4
     assert calls[-1][1:] == (Path("elsewhere"), None)
 
 
 def test_a_recipe_trains_resumes_and_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["train", "toy.yaml", "--run", "run", "--report"]) == 0
+    assert cli.main(["train", "toy.yaml", "--run-dir", "run", "--report"]) == 0
     shown = capsys.readouterr().out
     assert "4 prompts x 4 rollouts = 16 images" in shown
     assert "report: run/report.html" in shown
     assert Path("run/report.html").is_file()
     steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 2
-    assert "already holds a run" in refusal(capsys, "train", "toy.yaml", "--run", "run")
-    assert cli.main(["train", "--run", "run", "--resume", "--set", "train.updates=3"]) == 0
+    assert "already holds a run" in refusal(capsys, "train", "toy.yaml", "--run-dir", "run")
+    assert cli.main(["train", "--run-dir", "run", "--resume", "--set", "train.updates=3"]) == 0
     assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
 
 
 def test_a_run_can_be_looked_at(folder: Path, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["train", "toy.yaml", "--run", "run"]) == 0
+    assert cli.main(["train", "toy.yaml", "--run-dir", "run"]) == 0
     capsys.readouterr()
     assert cli.main(["sample", "run", "--prompt", "bright corner", "--count", "2", "--out", "out/sample.png"]) == 0
     assert cli.main(["maps", "run", "--prompt", "bright corner", "--out", "out/maps.png"]) == 0

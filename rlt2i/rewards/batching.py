@@ -52,7 +52,7 @@ def split_rows(batch: RewardBatch, size: int, *, scope: str = "sample") -> list[
 
 
 def failed(count: int, reason: str) -> RewardOutput:
-    """`count` samples that could not be judged: nan, never 0, because a failure must not look like a bad image."""
+    """`count` samples that could not be judged: nan, never 0, so that no failure looks like a bad image."""
     return RewardOutput(
         scores=torch.full((count,), torch.nan),
         valid=torch.zeros(count, dtype=torch.bool),
@@ -123,11 +123,12 @@ def take_output(output: RewardOutput, rows: Sequence[int]) -> RewardOutput:
 
 
 def configuration(reward: Reward, *, without: Sequence[str] = (), **extra: Any) -> dict[str, Any]:
-    """The fingerprint of a reward: its class, what can be set on it, and the fingerprints of rewards inside it.
+    """The fingerprint of a reward: its class, what can be set on it, and the fingerprints of rewards inside
+    it.
 
     Args:
-        reward: an attrs class. What it keeps between calls (workers, connections, caches) is no field to set, and
-            stays out.
+        reward: an attrs class. What it keeps between calls (workers, connections, caches) is no field to set,
+            and stays out.
         without: fields that change how fast scores come, not what they are.
         extra: further entries.
     """

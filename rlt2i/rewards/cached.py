@@ -20,8 +20,9 @@ from rlt2i.rewards.wrapper import Wrapper
 class Cached(Wrapper):
     """Another reward with a memory, in this process and for the life of this object.
 
-    An entry is found by the reward's fingerprint, the pixels, the prompt, the metadata and what was wanted besides the
-    score. Only valid samples are kept: a failure may pass. Equal images within a batch are judged once.
+    An entry is found by the reward's fingerprint, the pixels, the prompt, the metadata and what was wanted
+    besides the score. Only valid samples are kept: a failure may pass. Equal images within a batch are judged
+    once.
 
     Attributes:
         size: samples kept; the least recently used are forgotten first.

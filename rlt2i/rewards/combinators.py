@@ -25,9 +25,10 @@ from rlt2i.rewards.wrapper import Wrapper
 class WeightedSum(Reward):
     """sum_k weight_k x score_k, of raw scores: the *scale* of a reward counts as much as its weight.
 
-    Every reward is behind `scored`, and a sample is valid only where all of them are. Components: the raw score of
-    every reward under its name, and its own components under `name/component`. Maps add up with the weights of the
-    rewards that have them (positive weights only); regions of a reward with a negative weight change sign.
+    Every reward is behind `scored`, and a sample is valid only where all of them are. Components: the raw
+    score of every reward under its name, and its own components under `name/component`. Maps add up with the
+    weights of the rewards that have them (positive weights only); regions of a reward with a negative weight
+    change sign.
 
     Attributes:
         rewards: name -> (reward, weight).
@@ -109,7 +110,7 @@ class WeightedSum(Reward):
 
 
 def _add_maps(maps: list[tuple[float, Tensor]]) -> Tensor | None:
-    """Weighted sum at the finest resolution among them; rewards with a negative weight do not say where to look."""
+    """Weighted sum at the finest resolution; rewards with a negative weight do not say where to look."""
     kept = [(weight, values) for weight, values in maps if weight > 0]
     if not kept:
         return None
@@ -186,8 +187,8 @@ class Clip(Wrapper):
 class Function(Reward):
     """A plain function `(images, prompts, metadata) -> scores` as a reward.
 
-    It is given [B, 3, H, W] uint8 RGB, B texts and B mappings, and returns B numbers (a list, an array or a tensor).
-    None, nan and infinity stand for "could not judge" and make that sample invalid.
+    It is given [B, 3, H, W] uint8 RGB, B texts and B mappings, and returns B numbers (a list, an array or a
+    tensor). None, nan and infinity stand for "could not judge" and make that sample invalid.
 
     Attributes:
         function: `module:function`, or `file.py:function`.

@@ -1,7 +1,7 @@
 """Nothing that a reward does wrong may look like a bad image.
 
-A score that is late, missing, not finite or outside its documented range is *invalid*: it leaves the statistics of its
-group and the loss, and the run stops when too many are. It is never 0.0.
+A score that is late, missing, not finite or outside its documented range is *invalid*: it leaves the
+statistics of its group and the loss, and the run stops when too many are. It is never 0.0.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _LOG = logging.getLogger(__name__)
 def scored(reward: Reward, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
     """`reward.score(batch, want)`, whatever the reward does.
 
-    Samples without the metadata that the reward requires are invalid, and so are those whose score is not finite or
-    outside `reward.span`. An exception, or an output of the wrong length, makes the whole batch invalid. The reason is
-    in `info[i]["error"]` and in the log; the score is nan. Exceptions that end the process pass through, and so does
-    ImportError: a package that is not installed is no fault of the images.
+    Samples without the metadata that the reward requires are invalid, and so are those whose score is not
+    finite or outside `reward.span`. An exception, or an output of the wrong length, makes the whole batch
+    invalid. The reason is in `info[i]["error"]` and in the log; the score is nan. Exceptions that end the
+    process pass through, and so does ImportError: a package that is not installed is no fault of the images.
     """
     count = len(batch.prompts)
     missing = [sorted(reward.requires - metadata.keys()) for metadata in batch.metadata]
@@ -131,7 +131,7 @@ def _name(reward: Reward) -> str:
 
 @attrs.frozen(kw_only=True)
 class Guarded(Wrapper):
-    """Another reward behind `scored`: it never raises, and what it calls valid is finite and within its range."""
+    """Another reward behind `scored`: it never raises, and what it calls valid is finite and in range."""
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         return scored(self.reward, batch, want)

@@ -1,4 +1,4 @@
-"""HTTP requests that neither hang nor give up too early: bounded in time, repeated only where that makes sense."""
+"""HTTP requests that neither hang nor give up too early: bounded in time, repeated where that makes sense."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Backoff:
 
 
 def http_client(timeout_s: float, *, connections: int, headers: dict[str, str] | None = None) -> httpx.Client:
-    """A client that ignores proxies of the environment, keeps connections open and never waits longer than told."""
+    """A client that ignores proxies, keeps connections open and never waits longer than told."""
     import httpx
 
     return httpx.Client(
@@ -178,7 +178,8 @@ def send(ask: Callable[[], Reply], *, patience_s: float) -> Reply:
 
 
 def bearer(variable: str) -> dict[str, str]:
-    """The Authorization header from an environment variable, so that no secret is in a recipe; {} without a name.
+    """The Authorization header from an environment variable, so that no secret is in a recipe; {} without a
+    name.
 
     Raises:
         ValueError: when the variable is named and not set.

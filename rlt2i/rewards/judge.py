@@ -160,9 +160,9 @@ class Judge(Reward):
 class YesNoJudge(Judge):
     """P(yes) / (P(yes) + P(no)) of the first token, in [0, 1]: deterministic, cheap and smooth.
 
-    With the default question this is VQAScore with a judge of your choice. Tokens that differ in case or spaces count
-    together. An answer in which neither is among the likeliest tokens, or both together are unlikely, is invalid.
-    Components: `yes`, `no`, the probabilities.
+    With the default question this is VQAScore with a judge of your choice. Tokens that differ in case or
+    spaces count together. An answer in which neither is among the likeliest tokens, or both together are
+    unlikely, is invalid. Components: `yes`, `no`, the probabilities.
 
     Attributes:
         asks: the question; {prompt} stands for the prompt.
@@ -196,8 +196,8 @@ class YesNoJudge(Judge):
 class RubricJudge(Judge):
     """The mean of the marks that the judge writes, in the unit of the rubric (UnifiedReward: 1 to 5).
 
-    A mark that is missing, or outside the rubric's range, makes the sample invalid. Components: every mark. To bring
-    the score to [0, 1], put it into `Affine`.
+    A mark that is missing, or outside the rubric's range, makes the sample invalid. Components: every mark.
+    To bring the score to [0, 1], put it into `Affine`.
 
     Attributes:
         rubric: name of a preset ("unified-reward", "unified-reward-2", "alignment"), or a rubric of your own.

@@ -15,7 +15,8 @@ def named_reward(name: str, fields: Sequence[str] = (), *, parts: Parts | None =
     """The reward that a name and some fields describe.
 
     Args:
-        name: a short name, `module:Class`, `file.py:Class`, or a YAML file with a reward or with a whole recipe.
+        name: a short name, `module:Class`, `file.py:Class`, or a YAML file with a reward or with a whole
+            recipe.
         fields: `field=value`, or `field.subfield=value`; values are YAML.
         parts: the short names.
 

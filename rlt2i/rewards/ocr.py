@@ -28,20 +28,23 @@ _CREDIT = {"right": 1.0, "wrong": -1.0, "free": 0.0}
 
 @attrs.frozen(kw_only=True)
 class OCRReward(Reward):
-    """1 - min(d, n) / n in [0, 1]: d is the edit distance between what was read and the target of n characters.
+    """1 - min(d, n) / n in [0, 1]: d is the edit distance between what was read and the target of n
+    characters.
 
-    The target is `metadata["text"]` where there is one, else the first text in double quotes; a sample without either
-    is invalid. Case and spaces do not count, as in Flow-GRPO (arXiv 2505.05470), whose reward `match="full"` is.
+    The target is `metadata["text"]` where there is one, else the first text in double quotes; a sample
+    without either is invalid. Case and spaces do not count, as in Flow-GRPO (arXiv 2505.05470), whose reward
+    `match="full"` is.
 
-    Components: `exact`, 1 where the image says the target and nothing else; `edit`, the edit distance between the whole
-    reading and the target, in characters; `extra`, the share of the reading that is more than the target is long:
-    where it rises, the policy has learned to write the target twice; `lines`; `confidence` of the recogniser, nan
-    without text. Regions are characters: credit 1 where right, -1 where it costs, 0 where the score ignores it. Maps
-    mark the characters that count, at 1/8 of the image's resolution, in [0, 1].
+    Components: `exact`, 1 where the image says the target and nothing else; `edit`, the edit distance between
+    the whole reading and the target, in characters; `extra`, the share of the reading that is more than the
+    target is long: where it rises, the policy has learned to write the target twice; `lines`; `confidence` of
+    the recogniser, nan without text. Regions are characters: credit 1 where right, -1 where it costs, 0 where
+    the score ignores it. Maps mark the characters that count, at 1/8 of the image's resolution, in [0, 1].
 
     Attributes:
-        match: "full" compares with everything that was read, except that text around the complete target is free;
-            so a near miss next to other writing can score 0. "partial" compares with the best substring.
+        match: "full" compares with everything that was read, except that text around the complete target is
+            free; so a near miss next to other writing can score 0. "partial" compares with the best
+            substring.
         workers: threads, with an engine each (about 100 MB); 0 means one per usable core.
     """
 

@@ -1,4 +1,4 @@
-"""RapidOCR (PP-OCRv6, Apache-2.0; `pip install 'rlt2i[ocr]'`). Its wheel holds the models, so nothing is downloaded."""
+"""RapidOCR (PP-OCRv6, Apache-2.0; `pip install 'rlt2i[ocr]'`). Its wheel holds the models: no download."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Quad = tuple[Point, ...]
 
 MODELS = ("*_det_*.onnx", "*_rec_*.onnx")
 DETECTION_SIDE = 736
-"""RapidOCR enlarges images to this before it looks for text; twice the time for 512 pixels, and no better there."""
+"""RapidOCR enlarges images to this to look for text: twice the time for 512 pixels, and no better there."""
 
 
 @attrs.frozen(kw_only=True)
@@ -64,7 +64,7 @@ class Engines:
             characters: whether to say where each character is.
         """
         with self.engine(min(image.shape[:2])) as engine:
-            # RapidOCR takes arrays for BGR, and remembers what it is told in a call: say everything in every call.
+            # RapidOCR takes arrays for BGR, and remembers what a call told it: say everything in every call.
             bgr = np.ascontiguousarray(image[:, :, ::-1])
             found = engine(bgr, return_word_box=characters, return_single_char_box=characters)
         if found.txts is None or found.boxes is None:
@@ -107,7 +107,8 @@ def _characters(text: str, quad: Quad, placed: list[Any]) -> tuple[tuple[str, Qu
 
     Args:
         text, quad: of the line.
-        placed: RapidOCR's lines of (character, confidence, corners) that are left; lines without any are missing.
+        placed: RapidOCR's lines of (character, confidence, corners) that are left; lines without any are
+            missing.
     """
     letters = "".join(text.split())
     if placed and isinstance(placed[0], list | tuple):

@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: those of its affinity mask, shared with the other ranks of the machine."""
+    """Cores that this process may use: of its affinity mask, shared with the other ranks of the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)))
 
@@ -35,14 +35,15 @@ def usable_cores() -> int:
 class Pooled(Wrapper):
     """Another reward on several workers; every worker scores some images of the batch.
 
-    A chunk whose worker raises or dies is invalid; the other chunks keep their scores. Scores do not depend on the
-    number of workers. Processes are started with `spawn`, so a script that uses them needs the usual
-    `if __name__ == "__main__":`. They are handed the reward's recipe and safetensors bytes, never pickled objects.
+    A chunk whose worker raises or dies is invalid; the other chunks keep their scores. Scores do not depend
+    on the number of workers. Processes are started with `spawn`, so a script that uses them needs the usual
+    `if __name__ == "__main__":`. They are handed the reward's recipe and safetensors bytes, never pickled
+    objects.
 
     Attributes:
         workers: how many; 0 means one per usable core.
-        kind: threads share the reward, which must allow it, and suit work that releases Python's lock (ONNX, OpenCV,
-            HTTP); processes build a reward each.
+        kind: threads share the reward, which must allow it, and suit work that releases Python's lock (ONNX,
+            OpenCV, HTTP); processes build a reward each.
         chunk: images per piece of work.
     """
 

@@ -19,8 +19,8 @@ class Rubric:
 
     Attributes:
         instructions: the text beside the image; {prompt} stands for the prompt.
-        marks: name -> regular expression whose only group is the number; the last match counts, because judges think
-            aloud before they decide.
+        marks: name -> regular expression whose only group is the number; the last match counts, because
+            judges think aloud before they decide.
         low, high: range of every mark.
     """
 

@@ -103,7 +103,9 @@ def _problems(names: list[str], output: RewardOutput) -> tuple[str, ...]:
         if math.isnan(score):
             problems.append(f"{name!r} was not scored: {details.get(REASON, 'no reason given')}")
         elif name != GOOD and not math.isnan(float(output.scores[0])) and not float(output.scores[0]) > score:
-            problems.append(f"{name!r} scores {score:.4g}, not less than the good picture's {float(output.scores[0]):.4g}")
+            problems.append(
+                f"{name!r} scores {score:.4g}, not less than the good picture's {float(output.scores[0]):.4g}"
+            )
     return tuple(problems)
 
 
@@ -158,7 +160,9 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the reward; may be repeated"
     )
     words.add_argument("--good", type=Path, metavar="FILE", help="a picture of your own that should win")
-    words.add_argument("--bad", type=Path, metavar="FILE", action="append", help="one that should lose; may be repeated")
+    words.add_argument(
+        "--bad", type=Path, metavar="FILE", action="append", help="one that should lose; may be repeated"
+    )
     words.add_argument("--prompt", default="", help="of your own pictures")
     words.add_argument("--metadata", default="{}", metavar="JSON", help="of your own pictures")
     return words

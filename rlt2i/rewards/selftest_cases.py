@@ -50,7 +50,7 @@ def text_case() -> Case:
 
 
 def drawing_case() -> Case:
-    """A red circle, against a blue square and noise: for everything that compares an image with its prompt."""
+    """A red circle, against a blue square and noise: for all that compares an image with its prompt."""
     square = Image.new("RGB", (SIDE, SIDE), _WHITE)
     ImageDraw.Draw(square).rectangle((120, 120, 390, 390), fill=_BLUE)
     circle = Image.new("RGB", (SIDE, SIDE), _WHITE)
@@ -78,7 +78,13 @@ def size_case() -> Case:
 
 def shapes_case() -> Case:
     """One red circle of the shapes world, against a blue one, a red square and nothing."""
-    metadata = {"text": "a red circle", "category": "colors", "objects": [["circle", "red"]], "count": 1, "relation": None}
+    metadata = {
+        "text": "a red circle",
+        "category": "colors",
+        "objects": [["circle", "red"]],
+        "count": 1,
+        "relation": None,
+    }
     blue, square, empty = _shape(_BLUE, "circle"), _shape(_RED, "square"), _shape(None, "circle")
     return Case(
         prompt="a red circle",

@@ -38,7 +38,8 @@ def verdicts(text: str, target: str, *, anywhere: bool) -> list[Verdict]:
         anywhere: whether text before and after the target is free.
 
     Returns:
-        One verdict per character of `text`. Characters of the target that are missing have no place and no verdict.
+        One verdict per character of `text`. Characters of the target that are missing have no place and no
+        verdict.
     """
     table = _table(target, text, anywhere=anywhere)
     row, column = len(target), len(text)

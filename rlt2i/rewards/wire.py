@@ -1,8 +1,8 @@
 """Batches and outputs as bytes that can be read without running anything: safetensors and JSON, no pickle.
 
-A batch is one safetensors file: the tensor `images`, [N, 3, H, W] uint8, and in its metadata the protocol version and
-a JSON text with prompts, metadata, ids, groups and want. An output is a JSON object, and tensors only where it has
-maps or masks. float32 scores survive the trip bit for bit.
+A batch is one safetensors file: the tensor `images`, [N, 3, H, W] uint8, and in its metadata the protocol
+version and a JSON text with prompts, metadata, ids, groups and want. An output is a JSON object, and tensors
+only where it has maps or masks. float32 scores survive the trip bit for bit.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def _regions(rows: Any, tensors: Mapping[str, Tensor], count: int) -> list[list[
 
 
 def _plain(value: Any) -> Any:
-    """JSON-able, at the price of detail: numbers that are not finite become null, unknown objects their text."""
+    """JSON-able, at the price of detail: nan and infinity become null, unknown objects their text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

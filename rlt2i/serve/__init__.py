@@ -1,1 +1,1 @@
-"""Rewards over HTTP: a server for any reward, and the client that is a reward itself. No pickle on the wire."""
+"""Rewards over HTTP: a server for any reward, and a client that is a reward. No pickle on the wire."""

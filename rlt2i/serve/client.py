@@ -1,4 +1,4 @@
-"""A reward on other machines. It behaves like the reward itself, and a machine that fails never scores anything 0."""
+"""A reward on other machines. It behaves like the reward itself; a machine that fails scores nothing 0."""
 
 from __future__ import annotations
 
@@ -58,10 +58,11 @@ class _State:
 class RemoteReward(Reward):
     """A reward served by `rlt2i serve-reward`, on one or several servers.
 
-    The first use asks every server what it serves; they must agree, and what the reward requires, offers and documents
-    is then known here. Images go out in chunks, each to the server with the least to do. A chunk is sent again, there
-    or elsewhere, when a server is unreachable, busy (429) or away (502-504); after a time-out only elsewhere; never
-    after another error, which would come again. What was not scored in time is invalid.
+    The first use asks every server what it serves; they must agree, and what the reward requires, offers and
+    documents is then known here. Images go out in chunks, each to the server with the least to do. A chunk is
+    sent again, there or elsewhere, when a server is unreachable, busy (429) or away (502-504); after a
+    time-out only elsewhere; never after another error, which would come again. What was not scored in time is
+    invalid.
 
     Attributes:
         urls: of the servers, for example http://127.0.0.1:8917.
@@ -69,8 +70,9 @@ class RemoteReward(Reward):
         chunk: images per request, fewer where the server or the size of the images asks for it.
         timeout_s: seconds for one answer.
         patience_s: seconds over which a chunk is tried again: long enough for a server to restart.
-        on_failure: what happens to a chunk that nobody scored. "invalid" marks its samples; a training run stops with a
-            message when they are too many, on all processes together. "raise" raises RemoteRewardError.
+        on_failure: what happens to a chunk that nobody scored. "invalid" marks its samples; a training run
+            stops with a message when they are too many, on all processes together. "raise" raises
+            RemoteRewardError.
         token_variable: environment variable with the bearer token, sent if it is set.
     """
 
@@ -207,8 +209,8 @@ class RemoteReward(Reward):
             return Info.from_json(reply.body)
         except (RequestFailed, WireError) as error:
             raise ValueError(
-                f"RemoteReward: no reward server answers at {url}: {error}. Start one with "
-                f"`rlt2i serve-reward NAME`, check the URL, and set {self.token_variable or TOKEN_VARIABLE} if the server wants a token."
+                f"RemoteReward: no reward server answers at {url}: {error}. Start one with `rlt2i serve-reward "
+                f"NAME`, check the URL, and set {self.token_variable or TOKEN_VARIABLE} if it wants a token."
             ) from error
 
     def _asker(self, method: str, url: str, body: bytes | None) -> Callable[[], Reply]:

@@ -4,9 +4,9 @@
     GET  /v1/info    what is served, for how many images at a time
     GET  /health     whether the server is alive; needs no token
 
-Errors are JSON `{"error": text}`: 400 a body that is no batch, 401 no or a wrong token, 408 a body that does not arrive,
-413 one that is too large, 415 another content type, 429 busy (with Retry-After), 500 a fault of the server, 503 too many
-connections, or stopping.
+Errors are JSON `{"error": text}`: 400 a body that is no batch, 401 no or a wrong token, 408 a body that does
+not arrive, 413 one that is too large, 415 another content type, 429 busy (with Retry-After), 500 a fault of
+the server, 503 too many connections, or stopping.
 """
 
 from __future__ import annotations

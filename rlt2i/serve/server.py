@@ -1,9 +1,9 @@
 """`rlt2i serve-reward NAME`: one reward behind HTTP.
 
-It listens on 127.0.0.1 unless told otherwise, and on any other address only with a bearer token. One batch is scored
-at a time; a few may wait, more are told to come back (429). A request with ids that was answered before is answered
-again from memory, so a client may repeat what got lost. Whatever the reward does, the answer says which samples are
-valid; nothing is scored 0 because it failed.
+It listens on 127.0.0.1 unless told otherwise, and on any other address only with a bearer token. One batch is
+scored at a time; a few may wait, more are told to come back (429). A request with ids that was answered
+before is answered again from memory, so a client may repeat what got lost. Whatever the reward does, the
+answer says which samples are valid; nothing is scored 0 because it failed.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class _Service:
         return bytes(received)
 
     async def answer(self, body: bytes) -> tuple[bytes, str]:
-        """The reply to a batch: from memory, from a run that is under way for the same bytes, or from its own."""
+        """The reply to a batch: from memory, from a run under way for the same question, or from its own."""
         try:
             batch, want = await asyncio.to_thread(batch_from_bytes, body, max_images=self.limits.max_images)
         except WireError as error:
@@ -170,7 +170,8 @@ class _Service:
         if key not in self.running:
             self.running[key] = asyncio.create_task(self.run(key, batch, want))
             self.running[key].add_done_callback(lambda _: self.running.pop(key, None))
-        return await asyncio.shield(self.running[key])  # a client that goes away does not spoil the run for its retry
+        # A client that goes away does not spoil the run for its retry.
+        return await asyncio.shield(self.running[key])
 
     async def run(self, key: bytes | None, batch: RewardBatch, want: frozenset[str]) -> tuple[bytes, str]:
         async with self.gate:
@@ -182,7 +183,7 @@ class _Service:
         return reply, kind
 
     def _judge(self, batch: RewardBatch, want: frozenset[str]) -> tuple[bytes, str, bool]:
-        """The reply, its type, and whether every sample was judged; a failure may pass, so it is not remembered."""
+        """The reply, its type, and whether every sample was judged: a failure may pass, so it is not kept."""
         output = scored(self.reward, batch, want)
         reply, tensors = output_to_bytes(output, fingerprint=self.info.fingerprint)
         return reply, BATCH_TYPE if tensors else REPLY_TYPE, bool(output.valid.all())
@@ -253,7 +254,7 @@ def bind(host: str, port: int, *, token: str) -> socket.socket:
 
 
 def uvicorn_server(app: Starlette, *, max_waiting: int) -> uvicorn.Server:
-    """The HTTP server of an application, with limits of its own: 16 kB of headers, and 503 beyond its connections."""
+    """The HTTP server of an application; it takes 16 kB of headers, and says 503 beyond its connections."""
     import uvicorn
 
     return uvicorn.Server(

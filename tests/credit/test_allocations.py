@@ -53,7 +53,7 @@ def test_noise_aware_weights_by_hand():
     mean = (first + second) / 2
     context = with_sigmas([1.0, 0.8, 0.5, 0.0], [1, 2])
     close(NoiseAware().weight(context).flatten(), [1.0, first / mean, second / mean])
-    with pytest.raises(ValueError, match="NoiseAware: the rollout is deterministic.*such as SDE"):
+    with pytest.raises(ValueError, match=r"NoiseAware: the rollout is deterministic.*such as SDE"):
         NoiseAware().weight(with_sigmas([1.0, 0.5, 0.0], []))
 
 
@@ -65,7 +65,7 @@ def test_chunks_weigh_the_same_whatever_their_length():
     close(RelativeL1Chunks(num_chunks=1).weight(context).flatten(), [1.0] * 4)
     close(RelativeL1Chunks(num_chunks=4).weight(context).flatten(), [1.0] * 4)
     window = make_context([0.0, 1.0], group_size=2, latents=latents, stochastic=(2, 3))
-    with pytest.raises(ValueError, match="2 steps are trained.*Use num_chunks <= 2"):
+    with pytest.raises(ValueError, match=r"2 steps are trained.*Use num_chunks <= 2"):
         RelativeL1Chunks(num_chunks=3).weight(window)
 
 
@@ -90,7 +90,7 @@ def test_random_window_is_the_same_on_every_process():
     assert places == {(0, 1), (1, 2), (2, 3)}
     other = attrs.evolve(context, gather=lambda tensor: torch.tensor([1, int(tensor)]))
     assert RandomWindow(width=2).mask(other).flatten().nonzero().flatten().tolist() == [1, 2]
-    with pytest.raises(ValueError, match="only 4 steps can be trained. Use width <= 4"):
+    with pytest.raises(ValueError, match=r"only 4 steps can be trained. Use width <= 4"):
         RandomWindow(width=5).mask(context)
 
 

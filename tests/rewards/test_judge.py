@@ -146,7 +146,10 @@ def test_a_prompt_with_braces_is_left_alone(judge):
         (200, []),
         (200, b"<html>not JSON</html>"),
         (200, b"\x80\x04K\x01."),
-        (200, {"choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [{"top_logprobs": [{"token": 1}]}]}}]}),
+        (
+            200,
+            {"choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [{"top_logprobs": [{"token": 1}]}]}}]},
+        ),
         (400, {"error": "context too long"}),
         (401, {"error": "who are you"}),
         (500, {"error": "CUDA"}),

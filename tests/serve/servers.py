@@ -1,4 +1,4 @@
-"""Real servers on free ports of this machine: ours in a thread, and one that answers as badly as a test wants."""
+"""Real servers on free ports of this machine: ours in a thread, and one as bad as a test wants it."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_a_wrong_answer_is_invalid_at_once(answer, reason):
 @pytest.mark.parametrize(
     ("text", "valid"),
     [
-        ('[NaN, 2.0]', [False, True]),
+        ("[NaN, 2.0]", [False, True]),
         ("[Infinity, 2.0]", [False, True]),
         ("[-Infinity, 2.0]", [False, True]),
         ("[1e999, 2.0]", [False, True]),
@@ -157,7 +157,9 @@ def test_a_server_that_trickles_is_given_up():
             connection, _ = listening.accept()
             request = connection.recv(1 << 16)
             if request.startswith(b"GET"):
-                connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(info) + info)
+                connection.sendall(
+                    b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(info) + info
+                )
             else:
                 connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
                 while not stop.wait(0.05):
@@ -185,7 +187,7 @@ def test_a_server_that_hangs_up_is_asked_again():
 
 def test_no_server_at_the_start_is_refused_before_anything_else():
     client = remote(f"http://127.0.0.1:{free_port()}", patience_s=0.3)
-    with pytest.raises(ValueError, match="no reward server answers at .*serve-reward"):
+    with pytest.raises(ValueError, match=r"no reward server answers at .*serve-reward"):
         _ = client.requires
 
 
@@ -264,7 +266,11 @@ def test_a_dead_endpoint_is_taken_over_too():
 
 def test_endpoints_must_serve_the_same():
     other = Broken(act=lambda batch: output_of([0.5]))
-    with serving(Grey()) as one, serving(other) as two, pytest.raises(ValueError, match="Start all servers with the same"):
+    with (
+        serving(Grey()) as one,
+        serving(other) as two,
+        pytest.raises(ValueError, match="Start all servers with the same"),
+    ):
         remote(one, two).info()
 
 

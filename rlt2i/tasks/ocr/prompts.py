@@ -63,7 +63,8 @@ def read_prompts(lines: Iterable[str], *, name: str) -> list[TaskPrompt]:
         parts = prompt.split('"')
         if len(parts) < 3 or not parts[1].strip():
             raise ValueError(
-                f'{name}, line {number}: no text in double quotes: {prompt[:80]!r}. Write for example: a sign that says "OPEN".'
+                f"{name}, line {number}: no text in double quotes: {prompt[:80]!r}. "
+                'Write for example: a sign that says "OPEN".'
             )
         prompts.append(as_task_prompt(prompt, parts[1], "all"))
     if not prompts:

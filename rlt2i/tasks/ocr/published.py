@@ -10,7 +10,8 @@ from pathlib import Path
 
 import attrs
 
-_FLOW_GRPO = "https://raw.githubusercontent.com/yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/dataset/ocr"
+_COMMIT = "ac4c86e8cae021841f1fde853d340e0db67690dd"
+_FLOW_GRPO = f"https://raw.githubusercontent.com/yifan123/flow_grpo/{_COMMIT}/dataset/ocr"
 TIMEOUT_S = 60.0
 
 
@@ -66,7 +67,8 @@ def fetch_published(name: str) -> Path:
     """The local copy of a published file, downloaded the first time.
 
     Raises:
-        ValueError: when the name is unknown, the file cannot be fetched, or it is not the one that was published.
+        ValueError: when the name is unknown, the file cannot be fetched, or it is not the one that was
+            published.
     """
     if name not in PUBLISHED:
         raise ValueError(f"{name!r} is no published prompt set. Known: {', '.join(PUBLISHED)}.")
@@ -80,8 +82,8 @@ def fetch_published(name: str) -> Path:
             content = response.read(entry.size_limit + 1)
     except OSError as error:
         raise ValueError(
-            f"{name}: cannot fetch {entry.url} ({error}). Without a network, put the file at {path}, or use OCRTask, which "
-            "draws its own prompts."
+            f"{name}: cannot fetch {entry.url} ({error}). Without a network, put the file at {path}, or use "
+            "OCRTask, which draws its own prompts."
         ) from error
     found = digest_of(content, kind)
     if len(content) > entry.size_limit or found != entry.digest:

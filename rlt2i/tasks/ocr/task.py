@@ -21,7 +21,8 @@ _EVAL_SEED = 417
 class OCRTask(Task):
     """Our own prompts: a scene and a text of one to four words, some with numbers; needs no network.
 
-    Categories are one_word, two_words, three_words and number, in turn. No text of the evaluation is ever trained on.
+    Categories are one_word, two_words, three_words and number, in turn. No text of the evaluation is ever
+    trained on.
 
     Attributes:
         image_size: pixels a side.
@@ -59,7 +60,8 @@ class OCRTask(Task):
 
 @attrs.frozen(kw_only=True)
 class OCRFileTask(Task):
-    """Prompts from files: one a line, the text in double quotes. By default the sets that Flow-GRPO published.
+    """Prompts from files: one a line, the text in double quotes. By default the sets that Flow-GRPO
+    published.
 
     A published set is fetched the first time it is used, and checked by its hash.
 

@@ -3,8 +3,10 @@
     python -m rlt2i.tasks.shapes.pretrain --out DIR --steps 9000 --seed 0
 
 The result is deliberately a mediocre model: training stops when the strict score reaches --target or the steps
-run out, which leaves reinforcement learning something to do. The shipped weights ran out of steps at a score of .40. Every random draw is a function of (seed, purpose, step), so a run
-that was killed continues as if nothing had happened. Files are safetensors and JSON; nothing is pickled.
+run out, which leaves reinforcement learning something to do. The shipped weights ran out of steps, at .40.
+
+Every random draw is a function of (seed, purpose, step), so a run that was killed continues as if nothing had
+happened. Files are safetensors and JSON; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -234,7 +236,7 @@ def pretrain_autoencoder(
     generator = _generator(seed, "autoencoder")
     autoencoder = build_autoencoder(generator).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
-    pool = _draw_images(_draw_prompts(8192, generator), generator)
+    pool = _draw_images(_draw_prompts(min(8192, steps * batch_size), generator), generator)
     start = time.perf_counter()
     for step in range(steps):
         rise, fall = (step + 1) / max(1, steps * 0.05), 0.5 * (1 + math.cos(math.pi * step / steps))
