@@ -153,7 +153,9 @@ def probe(
     sets = ParameterSets(policy.trainable_parameters())
     for name in {"old", "reference"} & objective.requires:
         sets.add(name)
-    engine = Engine(algorithm=widest, image_size=32, images_per_chunk=96, seed=seed, share_initial_noise=True)
+    # Rollouts of a deterministic sampler that start from the same noise would all be the same.
+    shared = bool(sampler.stochastic_steps(0))
+    engine = Engine(algorithm=widest, image_size=32, images_per_chunk=96, seed=seed, share_initial_noise=shared)
     found: dict[str, list[Tensor]] = {name: [] for name in compared}
     task, started = ShapesTask(), time.perf_counter()
     for batch in range(batches):

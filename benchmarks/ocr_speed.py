@@ -50,12 +50,13 @@ def main() -> None:
     options = words.parse_args()
     batch = pictures(options.images, options.side)
     one = OCRReward(workers=1)
+    two = OCRReward(workers=2)
     processes = Pooled(reward=OCRReward(workers=1), workers=2, kind="process", chunk=max(1, options.images // 8))
     want = frozenset({"maps", "regions"})
     arms: dict[str, Callable[[], float]] = {
         "1 thread": lambda: float(one.score(batch).scores.mean()),
         "1 thread, with maps and regions": lambda: float(one.score(batch, want).scores.mean()),
-        "2 threads": lambda two=OCRReward(workers=2): float(two.score(batch).scores.mean()),
+        "2 threads": lambda: float(two.score(batch).scores.mean()),
         "2 processes": lambda: float(processes.score(batch).scores.mean()),
     }
     means = {name: run() for name, run in arms.items()}  # loads the engines

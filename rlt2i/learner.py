@@ -118,10 +118,8 @@ class Learner:
             )
         if self.updates_per_rollout == 1:
             return [experience]
-        order = torch.randperm(
-            len(groups), generator=torch.Generator().manual_seed(derive_seed(self.seed, "split", self.num_updates))
-        )
-        shares = groups[order.to(groups.device)].chunk(self.updates_per_rollout)
+        # In the order of their identities, so that several processes split as one would (see `dealt`).
+        shares = groups.chunk(self.updates_per_rollout)
         return [experience.take(torch.isin(experience.groups, part).nonzero()[:, 0]) for part in shares]
 
     def _context(self, num_rollouts: int, num_groups: int, *, on_policy: bool) -> UpdateContext:

@@ -127,10 +127,16 @@ class Trainer:
 
     def _collect(self, watch: Stopwatch) -> Collected:
         train = self.recipe.train
-        per_process = train.prompts_per_update // self.processes.world_size
-        start = self.update * train.prompts_per_update + self.processes.rank * per_process
-        drawn = self.recipe.task.train_prompts(seed=train.seed, start=start, count=per_process)
-        prompts = as_prompts(drawn, group_size=train.group_size, start=start)
+        first = self.update * train.prompts_per_update
+        mine = dealt(
+            train.prompts_per_update,
+            parts=train.updates_per_rollout,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+        stream = self.recipe.task.train_prompts(seed=train.seed, start=first, count=train.prompts_per_update)
+        prompts = as_prompts([stream[i] for i in mine], group_size=train.group_size)
+        prompts = attrs.evolve(prompts, draws=tuple(first + i for i in mine))
         with self.learner.sets.use(self.learner.objective.rollout_weights):
             return self.engine.collect(prompts, progress=self.update, watch=watch)
 
@@ -296,6 +302,17 @@ class Trainer:
         first = self.run_dir / "images" / "eval-000000.safetensors"
         if self.recipe.train.eval_prompts and first.exists():
             self.base = read_evaluation(first, self.recipe.task.eval_prompts(self.recipe.train.eval_prompts))
+
+
+def dealt(count: int, *, parts: int, rank: int, world_size: int) -> list[int]:
+    """The prompts of one process, of `count` in all.
+
+    The stream is cut into one block per optimiser step first and each block among the processes second, so that every
+    step sees the same prompts however many processes there are.
+    """
+    block = count // parts
+    share = block // world_size
+    return [part * block + rank * share + i for part in range(parts) for i in range(share)]
 
 
 def prompts_without_core(collected: Collected) -> list[str]:

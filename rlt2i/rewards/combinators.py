@@ -115,7 +115,8 @@ def _add_maps(maps: list[tuple[float, Tensor]]) -> Tensor | None:
     if not kept:
         return None
     size = max((tuple(values.shape[1:]) for _, values in kept), key=lambda shape: shape[0] * shape[1])
-    return sum(weight * interpolate(values[:, None], size=size, mode="area")[:, 0] for weight, values in kept)
+    resized = [weight * interpolate(values[:, None], size=size, mode="area")[:, 0] for weight, values in kept]
+    return torch.stack(resized).sum(dim=0)
 
 
 @attrs.frozen(kw_only=True)

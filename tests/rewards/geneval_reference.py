@@ -72,7 +72,9 @@ class Statement:
 
     def everything(self):
         wanted = all(self.fulfilled(i) for i in range(len(self.clauses)))
-        unwanted = [c for c in self.prompt.get("exclude", []) if len(self.scene.objects.get(c["class"], [])) >= c["count"]]
+        unwanted = [
+            c for c in self.prompt.get("exclude", []) if len(self.scene.objects.get(c["class"], [])) >= c["count"]
+        ]
         return wanted and (self.exact or not unwanted)
 
     def parts(self, i, defect):

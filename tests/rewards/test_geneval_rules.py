@@ -92,7 +92,9 @@ def test_a_wrong_place_by_hand_with_and_without_the_peers_defect():
     assert score("dense", wrong, prompt, no_colour).score == pytest.approx(2 / 3)
     assert score("dense_peers", wrong, prompt, no_colour).score == pytest.approx(3 / 4)
     right = {"cow": [at(100, 0)], "dog": [at(0, 0, index=1)]}
-    assert all(score(rule, right, prompt, no_colour).score == 1.0 for rule in ("dense", "dense_peers", "strict", "official"))
+    assert all(
+        score(rule, right, prompt, no_colour).score == 1.0 for rule in ("dense", "dense_peers", "strict", "official")
+    )
     # Without its target a place is wrong, in both readings alike.
     assert score("dense", {"dog": [at(0, 0)]}, prompt, no_colour).score == pytest.approx(1 / 3)
     assert score("dense_peers", {"dog": [at(0, 0)]}, prompt, no_colour).score == pytest.approx(1 / 3)

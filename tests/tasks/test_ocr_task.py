@@ -81,12 +81,12 @@ def test_prompts_from_files(tmp_path):
 
 @pytest.mark.parametrize("line", ["no quotes here", 'one " only', 'empty "" quotes', "single 'quotes'"])
 def test_a_prompt_without_a_text_is_refused_when_it_is_read(line):
-    with pytest.raises(ValueError, match="mine.txt, line 2"):
+    with pytest.raises(ValueError, match=r"mine\.txt, line 2"):
         read_prompts(['fine "X"', line], name="mine.txt")
 
 
 def test_a_file_that_is_not_there_is_said_so():
-    with pytest.raises(ValueError, match="no such file.*flow-grpo/ocr/test"):
+    with pytest.raises(ValueError, match=r"no such file.*flow-grpo/ocr/test"):
         OCRFileTask(train="x.txt", test="nowhere.txt").eval_prompts(1)
 
 

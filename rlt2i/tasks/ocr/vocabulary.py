@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-NOUNS = tuple(
-    """
+_NOUNS = """
     Anchor Apple Arrow Atlas Bakery Banner Beacon Bicycle Biscuit Bridge Butter Cabin Camera Candle Canyon Carpet Castle
     Cellar Cherry Cinema Circus Clover Coffee Comet Compass Coral Cotton Desert Dragon Eagle Engine Falcon Feather
     Ferry Forest Fountain Galaxy Garden Ginger Hammer Harbor Harvest Helmet Honey Island Jacket Jungle Kettle Ladder
     Lantern Lemon Library Magnet Maple Market Meadow Mirror Museum Orchard Orchid Palace Parade Pepper Piano Pirate
     Planet Pocket Puzzle Rabbit Rocket Saddle Sailor Signal Spirit Studio Summit Sunset Temple Thunder Ticket Tiger
     Tunnel Velvet Window
-    """.split()
-)
-ADJECTIVES = tuple(
-    """
+"""
+_ADJECTIVES = """
     Ancient Autumn Better Bitter Blue Bold Brave Bright Calm Clever Cosmic Cozy Crystal Daily Daring Deep Electric
     Endless Fancy Fresh Friendly Gentle Giant Golden Grand Green Happy Hidden Honest Humble Lucky Magic Mellow Midnight
     Modern Mystic Noble Northern Open Orange Perfect Polar Proud Purple Quick Quiet Royal Rustic Secret Silent Silver
     Simple Solar Southern Sunny Swift Tender Urban Vintage Wild
-    """.split()
-)
-VERBS = tuple(
-    """
+"""
+_VERBS = """
     Admire Believe Borrow Bring Build Carry Catch Choose Discover Dream Embrace Enjoy Explore Follow Forgive Gather
     Imagine Invent Keep Learn Listen Mend Open Paint Plant Protect Question Remember Repair Respect Save Share Taste
     Trust Visit Wonder
-    """.split()
-)
+"""
+NOUNS, ADJECTIVES, VERBS = (tuple(words.split()) for words in (_NOUNS, _ADJECTIVES, _VERBS))
 FIXED = (
     "Buy {n} Get {m} Free",
     "Closed Until {n} PM",
