@@ -150,7 +150,7 @@ def attempt(ask: Callable[[], Reply]) -> tuple[Reply | None, str, float | None]:
         return None, f"status {reply.status}", _seconds(reply.headers.get("retry-after", ""))
     if reply.status != 200:
         said = reply.body[:500].decode(errors="replace").strip()
-        raise RequestFailed(f"status {reply.status}: {said}", elsewhere=False)
+        raise RequestFailed(f"status {reply.status}: {said}", elsewhere=reply.status >= 500)
     return reply, "", None
 
 

@@ -60,16 +60,17 @@ class RemoteReward(Reward):
 
     The first use asks every server what it serves; they must agree, and what the reward requires, offers and
     documents is then known here. Images go out in chunks, each to the server with the least to do. A chunk is
-    sent again, there or elsewhere, when a server is unreachable, busy (429) or away (502-504); after a
-    time-out only elsewhere; never after another error, which would come again. What was not scored in time is
-    invalid.
+    sent again, there or elsewhere, when a server is unreachable, busy (429) or away (502-504); after a time-out,
+    a 500 or an answer that makes no sense only elsewhere; never after another error, which would come again.
+    What was not scored in time is invalid.
 
     Attributes:
         urls: of the servers, for example http://127.0.0.1:8917.
         serves: class name of the reward that is expected there; empty accepts any.
         chunk: images per request, fewer where the server or the size of the images asks for it.
         timeout_s: seconds for one answer.
-        patience_s: seconds over which a chunk is tried again: long enough for a server to restart.
+        patience_s: seconds over which a chunk is tried again: long enough for a server to restart, or to score
+            what the other processes of a run sent before.
         on_failure: what happens to a chunk that nobody scored. "invalid" marks its samples; a training run
             stops with a message when they are too many, on all processes together. "raise" raises
             RemoteRewardError.
@@ -80,7 +81,7 @@ class RemoteReward(Reward):
     serves: str = ""
     chunk: int = attrs.field(default=64, validator=validators.ge(1))
     timeout_s: float = attrs.field(default=120.0, validator=validators.gt(0))
-    patience_s: float = attrs.field(default=120.0, validator=validators.ge(0))
+    patience_s: float = attrs.field(default=300.0, validator=validators.ge(0))
     on_failure: Literal["invalid", "raise"] = attrs.field(
         default="invalid", validator=validators.in_(("invalid", "raise"))
     )

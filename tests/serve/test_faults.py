@@ -240,6 +240,7 @@ def test_a_restart_with_another_reward_is_noticed():
         lambda count, body: 1.0,
         lambda count, body: 0.0,
         lambda count, body: (200, {}, b"garbage"),
+        lambda count, body: (500, {}, b"no such package"),
         lambda count, body: saying(fingerprint="other"),
     ],
 )

@@ -215,6 +215,9 @@ def save_pipeline(pipeline: StableDiffusion3Pipeline, directory: Path) -> None:
         for name, part in pipeline.components.items()
         if name not in ("image_encoder", "feature_extractor")
     }
+    for part in ("transformer", "vae"):
+        # diffusers would otherwise write down which directory on this machine they were loaded from.
+        components[part].register_to_config(_name_or_path="")
     StableDiffusion3Pipeline(**components).save_pretrained(directory, safe_serialization=True)
 
 

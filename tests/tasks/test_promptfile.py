@@ -1,0 +1,101 @@
+"""Prompts from files: what is read, what is refused and why, and the stream that comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlt2i.rewards.geneval import GenEvalReward
+from rlt2i.tasks.base import check_metadata
+from rlt2i.tasks.promptfile import PromptFileTask, read_prompts
+
+
+def write(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_a_text_file_is_one_prompt_per_line(tmp_path: Path):
+    file = write(tmp_path / "a.txt", "\ufeffa cow", "", "  a dog ", "an ökö")
+    assert [p.text for p in read_prompts(Path(file))] == ["a cow", "a dog", "an ökö"]
+
+
+def test_rows_carry_metadata_core_phrases_and_a_category(tmp_path: Path):
+    row = {"prompt": "a red cow", "core": ["red cow"], "tag": "colors", "include": [{"class": "cow", "count": 1}]}
+    train = write(tmp_path / "a.jsonl", json.dumps(row))
+    evaluation = write(tmp_path / "b.jsonl", json.dumps({**row, "prompt": "a blue cow", "note": 1}))
+    task = PromptFileTask(train=train, evaluation=evaluation)
+    (prompt,) = task.train_prompts(seed=0, start=0, count=1)
+    assert (prompt.text, prompt.core, prompt.category, prompt.metadata) == ("a red cow", ("red cow",), "colors", row)
+    assert task.provides == {"prompt", "core", "tag", "include"}
+    check_metadata(task, GenEvalReward())
+
+
+def test_a_reward_whose_data_is_missing_is_refused_before_training(tmp_path: Path):
+    task = PromptFileTask(train=write(tmp_path / "a.txt", *(f"prompt {i}" for i in range(20))))
+    with pytest.raises(ValueError, match="add the keys to your prompt file"):
+        check_metadata(task, GenEvalReward())
+
+
+def test_every_pass_shows_each_prompt_once(tmp_path: Path):
+    task = PromptFileTask(train=write(tmp_path / "a.txt", *(f"prompt {i}" for i in range(20))))
+    held_out = {p.text for p in task.eval_prompts(2)}
+    assert held_out == {"prompt 9", "prompt 19"}
+    stream = [p.text for p in task.train_prompts(seed=3, start=0, count=54)]
+    passes = [stream[i : i + 18] for i in (0, 18, 36)]
+    assert all(len(set(texts)) == 18 and not set(texts) & held_out for texts in passes)
+    assert passes[0] != passes[1]
+    assert stream[10:50] == [p.text for p in task.train_prompts(seed=3, start=10, count=40)]
+    assert stream != [p.text for p in task.train_prompts(seed=4, start=0, count=54)]
+
+
+def test_evaluation_takes_categories_in_turn_and_repeats_whole_sets(tmp_path: Path):
+    rows = [
+        json.dumps({"prompt": f"{kind} {i}", "category": kind}) for kind in "ab" for i in range(2 if kind == "a" else 4)
+    ]
+    task = PromptFileTask(train=write(tmp_path / "t.txt", "x"), evaluation=write(tmp_path / "e.jsonl", *rows))
+    assert [p.text for p in task.eval_prompts(5)] == ["a 0", "b 0", "a 1", "b 1", "b 2"]
+    assert [p.text for p in task.eval_prompts(12)] == [p.text for p in task.eval_prompts(6)] * 2
+    with pytest.raises(ValueError, match="6 held-out prompts"):
+        task.eval_prompts(7)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("a.txt", ["cow", "dog", "cow"], r"line 3: 'cow' is already on line 1"),
+        ("a.txt", ["", "  "], "holds no prompt"),
+        ("a.jsonl", ['{"prompt": "cow"}', "{oops"], r"line 2: not JSON"),
+        ("a.jsonl", ['{"text": "cow"}'], r'line 1: expected an object with a text under "prompt"'),
+        ("a.jsonl", ['{"prompt": "cow", "core": "cow"}'], '"core" must be a list'),
+        ("a.csv", ["cow"], "expected .txt"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_its_line(tmp_path: Path, name, lines, message):
+    with pytest.raises(ValueError, match=message):
+        read_prompts(Path(write(tmp_path / name, *lines)))
+
+
+def test_a_prompt_in_both_files_is_refused(tmp_path: Path):
+    task = PromptFileTask(train=write(tmp_path / "a.txt", "x", "y"), evaluation=write(tmp_path / "b.txt", "y"))
+    with pytest.raises(ValueError, match=r"'y'\. Held-out prompts must not be trained on"):
+        task.train_prompts(seed=0, start=0, count=1)
+
+
+def test_a_file_too_small_to_hold_out_from_or_not_there(tmp_path: Path):
+    with pytest.raises(ValueError, match="too few to hold out"):
+        PromptFileTask(train=write(tmp_path / "a.txt", "x")).eval_prompts(1)
+    with pytest.raises(FileNotFoundError, match="no such prompt file"):
+        PromptFileTask(train=str(tmp_path / "gone.txt")).eval_prompts(1)
+    with pytest.raises(ValueError, match=r"expected \.txt"):
+        PromptFileTask(train="prompts.csv")
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    task = PromptFileTask(train=write(path, *(f"prompt {i}" for i in range(10))))
+    assert [p.text for p in task.eval_prompts(1)] == ["prompt 9"]
+    write(path, *(f"other {i}" for i in range(12)))
+    assert [p.text for p in task.eval_prompts(1)] == ["other 9"]

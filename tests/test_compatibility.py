@@ -1,0 +1,54 @@
+"""Every credit x objective x sampler makes one real update, or is refused at construction with what to change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks.compatibility_matrix import PAGE, Cell, compatibility, credits, objectives, page, samplers
+from rlt2i.recipes import PARTS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[Cell]:
+    return compatibility()
+
+
+def combinations() -> Iterator[tuple[str, str, str]]:
+    yield from ((c, o, s) for s in samplers() for c in credits() for o in objectives())
+
+
+def test_no_combination_is_skipped(cells: list[Cell]):
+    assert [(c.credit, c.objective, c.sampler) for c in cells] == list(combinations())
+
+
+@pytest.mark.parametrize("objective", PARTS["Objective"])
+def test_every_combination_updates_or_says_what_to_change(cells: list[Cell], objective: str):
+    for cell in (c for c in cells if c.objective == objective):
+        if not cell.refusal:
+            assert cell.works, f"{cell}: no finite gradient"
+            continue
+        assert re.search(r"\b(Use|Choose|Change|Name)\b", cell.refusal), cell
+        assert cell.objective in cell.refusal or cell.credit.split(" x ")[-1] in cell.refusal, cell
+
+
+def test_only_likelihoods_need_noise(cells: list[Cell]):
+    # Whatever the credit, an objective that needs no log-probability takes every sampler.
+    for cell in cells:
+        if "log_probs" not in objectives()[cell.objective].requires:
+            assert cell.works, cell
+
+
+def test_every_part_is_in_the_matrix():
+    named = " ".join([*credits(), *objectives(), *samplers()])
+    for kind in ("Advantage", "Allocation", "Mask", "Objective", "Sampler", "TransitionKernel"):
+        for name in PARTS.get(kind, {}):
+            assert re.search(rf"\b{name}\b", named), f"{kind} {name} is missing from the matrix"
+
+
+def test_the_page_is_what_the_code_does(cells: list[Cell]):
+    assert PAGE.read_text() == page(cells), "run python -m benchmarks.compatibility_matrix"
