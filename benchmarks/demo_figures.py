@@ -1,6 +1,6 @@
 """The README's figures and sentence, from a run of the demo.
 
-    python -m benchmarks.demo_figures runs/star-nft-shapes-...
+python -m benchmarks.demo_figures runs/star-nft-shapes-...
 """
 
 from __future__ import annotations
@@ -51,10 +51,13 @@ def sentence(run: Path) -> str:
     first, last = read_metrics(run, "eval")[0], read_metrics(run, "eval")[-1]
     seconds = sum(sum(v for k, v in r.items() if k.startswith("seconds/")) for r in read_metrics(run, "train"))
     return (
-        f"held-out strict {first['eval/strict']:.3f} -> {last['eval/strict']:.3f} in {last['step']} updates: paired gain "
-        f"{last['eval/strict_gain']:+.3f} [{last['eval/strict_gain_low']:+.3f}, {last['eval/strict_gain_high']:+.3f}] on "
+        f"held-out strict {first['eval/strict']:.3f} -> {last['eval/strict']:.3f} in {last['step']} updates: paired "
+        "gain "
+        f"{last['eval/strict_gain']:+.3f} [{last['eval/strict_gain_low']:+.3f}, "
+        f"{last['eval/strict_gain_high']:+.3f}] on "
         f"{last['eval/images']:.0f} images; {last['eval/objects']:.2f} objects per image "
-        f"(asked for: {last['eval/objects_asked']:.2f}); {seconds + first['seconds/eval']:.0f} s of sampling and learning"
+        f"(asked for: {last['eval/objects_asked']:.2f}); {seconds + first['seconds/eval']:.0f} s of sampling and "
+        "learning"
     )
 
 

@@ -44,7 +44,7 @@ def resolve_auto(recipe: Recipe, *, device: torch.device | str = "cpu") -> tuple
     train = recipe.train
     prompts = as_prompts(recipe.task.train_prompts(seed=train.seed, start=0, count=PROBES), group_size=1)
     measured = measure_localisation(
-        algorithm.policy,  # type: ignore[arg-type] - loaded above
+        algorithm.policy,  # type: ignore[arg-type]  # loaded above
         recipe.reward,
         prompts,
         num_steps=recipe.sampler.num_steps,

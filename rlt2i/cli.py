@@ -143,7 +143,9 @@ def parser() -> argparse.ArgumentParser:
 
     reward = add("reward", _reward, "test a reward on good and bad pictures, and time it")
     reward.add_argument("action", choices=["test"])
-    reward.add_argument("name", help="short name, module:Class, file.py:Class, or a YAML file with a reward or a recipe")
+    reward.add_argument(
+        "name", help="short name, module:Class, file.py:Class, or a YAML file with a reward or a recipe"
+    )
     reward.add_argument("rest", nargs=argparse.REMAINDER, help="options; try: rlt2i reward test NAME --help")
     return root
 

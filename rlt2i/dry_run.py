@@ -1,4 +1,4 @@
-"""Everything about a run that can be known without its weights: do the parts fit, the batches work out, the memory do?"""
+"""What can be known of a run without its weights: do the parts fit, the batches work out, the memory do?"""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Stopwatch:
     """
 
     seconds: dict[str, float] = attrs.field(factory=dict)
-    device: torch.device = attrs.field(default="cpu", converter=torch.device)
+    device: torch.device = attrs.field(factory=lambda: torch.device("cpu"))
     progress: Progress = attrs.field(factory=Progress)
     advance: Callable[[int], None] = attrs.field(default=_nothing, init=False)
 

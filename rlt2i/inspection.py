@@ -42,7 +42,7 @@ def load_policy(
     assert isinstance(policy, Policy)
     if weights == "base" or (run_dir is None and checkpoint is None):
         return policy
-    path = checkpoint or latest_checkpoint(run_dir)  # type: ignore[arg-type] - one of them is given
+    path = checkpoint or latest_checkpoint(run_dir)  # type: ignore[arg-type]  # one of them is given
     if path is None:
         raise CheckpointError(f"{run_dir}: holds no complete checkpoint. Look at the base with --weights base.")
     saved = load_checkpoint(path).tensors

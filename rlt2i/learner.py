@@ -153,7 +153,7 @@ class Learner:
         num_rollouts = self._total(float(experience.rewards.valid.sum()))
         num_groups = self._total(float(len(experience.groups.unique())))
         informative = experience.take(informative_rows(experience))
-        averages, total = Averages(), 0.0
+        averages, total = Averages(), torch.zeros((), device=self.parameters[0].device)
         self.optimizer.zero_grad(set_to_none=True)
         with contextlib.ExitStack() as undo:
             undo.callback(self.optimizer.zero_grad, set_to_none=True)

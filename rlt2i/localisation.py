@@ -85,7 +85,7 @@ def measure_localisation(
             "instead of 'auto' ('middle' is the choice for large models)."
         )
     parsed = {name: parse_attention_name(name) for name in policy.offers if name.startswith("attention/")}
-    names = {(d, int(b)): name for name, (d, b) in sorted(parsed.items()) if b.isdigit()}
+    names: dict[tuple[str, int], str] = {(d, int(b)): n for n, (d, b) in sorted(parsed.items()) if b.isdigit()}
     trajectory = rollout(
         policy,
         ODE(num_steps=num_steps),

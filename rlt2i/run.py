@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
     recipe.algorithm().check_group_size(train.group_size)
     check_metadata(recipe.task, recipe.reward)
     batch = batch_plan(recipe, world_size=processes.world_size)
-    say: Callable[[str], None] = print if processes.is_main else lambda _: None
+    say: Callable[[str], None] = functools.partial(print, flush=True) if processes.is_main else lambda _: None
     recipe = _resolved(recipe, run_dir if resume is not None else None, processes, say)
     with contextlib.ExitStack() as stack:
         # Only the first process writes; the others learn of its failure to take the directory at the next collective.

@@ -46,7 +46,9 @@ def newest_run_dir(recipe: Recipe, root: Path = RUNS) -> Path:
         return max(runs, key=lambda path: _number(path.name, name) or 0)
     others = sorted(path.name for path in root.glob(f"{recipe.name}-*") if (path / "recipe.yaml").is_file())
     near = (
-        f" Runs of {recipe.name} with other settings: {', '.join(others)}; continue one with --run-dir." if others else ""
+        f" Runs of {recipe.name} with other settings: {', '.join(others)}; continue one with --run-dir."
+        if others
+        else ""
     )
     raise ConfigError(f"--resume: there is no run {root / name} to continue.{near}")
 

@@ -41,7 +41,10 @@ class DGPO(Objective):
     anchor: Literal["reference", "old"] = attrs.field(
         default="reference", validator=validators.in_(("reference", "old"))
     )
-    clip_range: float | None = attrs.field(default=1e-2, validator=validators.optional([validators.gt(0)]))
+    clip_range: float | None = attrs.field(
+        default=1e-2,
+        validator=validators.optional(validators.gt(0.0)),  # type: ignore[arg-type]
+    )
     kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
     sample_with: Literal["online", "old"] = attrs.field(default="online", validator=validators.in_(("online", "old")))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
+from rlt2i.rewards.batching import with_reasons
 from rlt2i.rewards.weights import find_weights, full_precision, weights_identity
 
 MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
@@ -104,7 +105,13 @@ class ImageTextReward(Reward):
             values = self._values(batch.images, batch.prompts, rounded=True)
         scores = values.pop("score")
         valid = torch.isfinite(scores)
-        return RewardOutput(scores=scores, valid=valid, components=values)
+        reasons = [None if ok else f"the model returned {score}" for ok, score in zip(valid, scores, strict=True)]
+        return RewardOutput(
+            scores=scores.where(valid, torch.nan),
+            valid=valid,
+            components=values,
+            info=None if valid.all() else with_reasons(None, reasons),
+        )
 
     def score_tensor(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B] float32 scores of [B, 3, H, W] floats in [0, 1], differentiable in the images.

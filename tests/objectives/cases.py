@@ -78,4 +78,6 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, exactl
         if exactly:
             assert torch.equal(found[name], expected[name]), name
         else:
-            torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name], expected[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )

@@ -102,9 +102,8 @@ def test_linear_awm_is_the_same_at_every_granularity_and_huber_is_not(weighting)
     experience = experience_for(AWM(), STAR)
     reference = gradient(AWM(ratio="sample", weighting=weighting), experience)
     assert_same(gradient(AWM(ratio="location", weighting=weighting), experience), reference)
-    with pytest.raises(AssertionError):
-        sample = gradient(AWM(ratio="sample", weighting="huber"), experience)
-        assert_same(gradient(AWM(ratio="location", weighting="huber"), experience), sample)
+    sample, place = (gradient(AWM(ratio=r, weighting="huber"), experience) for r in ("sample", "location"))
+    assert not torch.allclose(sample["image"], place["image"], rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -147,8 +146,6 @@ def test_masked_places_leave_loss_and_denominator(name: str):
         "guard-location": GRPOGuard(ratio="location"),
         "clipped-sample": ClippedSurrogate(ratio="sample"),
     }.get(name) or ALL[name]
-    if name == "awm-location":  # the error of a place does not depend on how many others there are
-        objective = AWM(ratio="location", weighting="uniform")
     experience = experience_for(objective)
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     mask[..., :4] = True

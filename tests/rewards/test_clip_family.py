@@ -147,6 +147,7 @@ def test_weights_that_are_not_numbers_give_invalid_samples_not_zero(tmp_path: Pa
     head = save_head(tmp_path / "broken", bias=float("nan"))
     output = Aesthetic(path=str(folder / "clip"), head=str(head)).score(batch_of(images_of(2), PROMPTS[:2]))
     assert output.valid.tolist() == [False, False]
+    assert output.info == [{"error": "the model returned nan"}] * 2
 
 
 def test_missing_weights_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

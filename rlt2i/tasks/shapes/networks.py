@@ -210,7 +210,7 @@ def save_pipeline(pipeline: StableDiffusion3Pipeline, directory: Path) -> None:
     """Write `pipeline` as float16 safetensors that stock diffusers can load; its modules stay as they are."""
     from diffusers import StableDiffusion3Pipeline
 
-    components = {
+    components: dict[str, Any] = {
         name: copy.deepcopy(part).half() if isinstance(part, nn.Module) else part
         for name, part in pipeline.components.items()
         if name not in ("image_encoder", "feature_extractor")
