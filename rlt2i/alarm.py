@@ -7,7 +7,7 @@ from collections.abc import Mapping
 HEALTH_TOLERANCE = 0.35
 """Relative fall of a health measure that is worth a word; images of another style move it by less."""
 
-COUNT_TOLERANCE = 0.10
+COUNT_TOLERANCE = 0.15
 """Relative distance of the mean object count from what the prompts ask for."""
 
 

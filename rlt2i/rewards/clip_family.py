@@ -101,7 +101,7 @@ class ImageTextReward(Reward):
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         device = batch.images.device
-        with torch.inference_mode(), full_precision(device):
+        with torch.no_grad(), full_precision(device):
             values = self._values(batch.images, batch.prompts, rounded=True)
         scores = values.pop("score")
         valid = torch.isfinite(scores)

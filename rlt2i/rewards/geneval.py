@@ -62,7 +62,7 @@ class GenEvalReward(Reward):
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         for metadata in batch.metadata:
             rules.check_prompt(metadata)
-        with torch.inference_mode(), full_precision(batch.images.device):
+        with torch.no_grad(), full_precision(batch.images.device):
             found = self.detections(batch.images)
             objects = [self._objects(f, m) for f, m in zip(found, batch.metadata, strict=True)]
             colours = self._colours(batch, found, objects, everything=bool(want))

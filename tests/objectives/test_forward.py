@@ -44,7 +44,7 @@ def evaluate(objective, *, moved: float = 0.0, on_policy: bool = True, group_siz
 
 
 def total(losses) -> float:
-    return sum(float(loss.value) for loss in losses)
+    return sum(float(loss.value.detach()) for loss in losses)
 
 
 def test_dgpo_by_hand():
