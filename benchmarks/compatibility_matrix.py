@@ -8,7 +8,9 @@ The update is one optimiser step of the toy policy of the tests; a test holds th
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ from rlt2i.config import load_object
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.credit.text_attention import TextAttention
-from rlt2i.interfaces import CreditAssigner, Objective, Sampler
+from rlt2i.interfaces import CreditAssigner, Objective, RewardBatch, RewardOutput, Sampler
 from rlt2i.recipes import PARTS
-from rlt2i.types import Experience
+from rlt2i.types import Experience, Region
 from tests.build import collect, toy_engine, toy_learner
 from tests.toy import QuadrantBrightness, ToySpec
 
@@ -32,6 +34,11 @@ ATTENTION = TextAttention(blocks="0", entropy_power=0.0)
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "TextAttention": {"blocks": "0", "entropy_power": 0.0},
+    "GDPO": {"weights": {"inside": 1.0, "outside": -0.5}},
+    "Influence": {"blocks": 2},
+    "RelativeL1Chunks": {"num_chunks": 2},
+    "RandomWindow": {"width": 2},
+    "SlidingWindow": {"width": 2},
     "RandomWindowSDE": {"num_steps": STEPS, "width": 2},
     "SlidingSDE": {"num_steps": STEPS, "width": 2},
     "SDE": {"num_steps": STEPS},
@@ -41,10 +48,42 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 """Part -> arguments, where the defaults do not suit the toy policy."""
 
 
+@attrs.frozen(kw_only=True)
+class Judged(QuadrantBrightness):
+    """The toy reward with everything that a credit may ask for: two terms, and regions with a sign."""
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        output = super().score(batch, want)
+        inside = Region(box=(0.0, 0.0, 0.5, 0.5), credit=1.0)
+        outside = Region(box=(0.5, 0.0, 1.0, 1.0), credit=-1.0)
+        return attrs.evolve(
+            output,
+            components={"inside": output.scores, "outside": output.scores.square()},
+            regions=[[inside, outside] for _ in batch.prompts] if "regions" in want else None,
+        )
+
+
+@cache
+def _tiny_transformer() -> str:
+    """A folder with a random vision transformer, where FeatureSaliency expects a trained one."""
+    import timm
+    from timm.models import save_for_hf
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = timm.create_model("vit_tiny_patch16_224", **sizes)
+    folder = tempfile.mkdtemp()
+    save_for_hf(network, folder, model_args=sizes, safe_serialization=True)
+    return folder
+
+
 def _part(kind: str, name: str, **more: Any) -> Any:
     cls = load_object(PARTS[kind][name])
     if "allocation" in attrs.fields_dict(cls):
         more["allocation"] = ATTENTION
+    if name == "FeatureSaliency":
+        more |= {"model": _tiny_transformer(), "resolution": 32}
     return cls(**OPTIONS.get(name, {}), **more)
 
 
@@ -79,6 +118,7 @@ class Cell:
 
     Attributes:
         refusal: the message it was refused with, or "".
+        late: whether it was refused only when the first batch was judged.
         gradient: norm of the gradient of its update.
     """
 
@@ -86,6 +126,7 @@ class Cell:
     objective: str
     sampler: str
     refusal: str = ""
+    late: bool = False
     gradient: float = math.nan
 
     @property
@@ -98,24 +139,33 @@ def compatibility() -> list[Cell]:
     cells = []
     for sampler_name, sampler in samplers().items():
         for credit_name, credit in credits().items():
-            experience: Experience | None = None
+            collected: Experience | ValueError | None = None
             for objective_name, objective in objectives().items():
                 where = {"credit": credit_name, "objective": objective_name, "sampler": sampler_name}
                 try:
-                    algorithm = _algorithm(credit, objective, sampler)
+                    algorithm = _algorithm(credit, objective, sampler).load()
                 except ValueError as refused:
                     cells.append(Cell(**where, refusal=str(refused)))
                     continue
-                algorithm = algorithm.load()
-                if experience is None:
-                    experience = collect(toy_engine(algorithm), prompts=2, group_size=4).experience
-                metrics = toy_learner(algorithm).learn(experience)
-                cells.append(Cell(**where, gradient=float(metrics["grad_norm"])))
+                if collected is None:
+                    collected = _collected(algorithm)
+                if isinstance(collected, ValueError):
+                    cells.append(Cell(**where, refusal=str(collected), late=True))
+                else:
+                    metrics = toy_learner(algorithm).learn(collected)
+                    cells.append(Cell(**where, gradient=float(metrics["grad_norm"])))
     return cells
 
 
+def _collected(algorithm: Algorithm) -> Experience | ValueError:
+    try:
+        return collect(toy_engine(algorithm), prompts=2, group_size=4).experience
+    except ValueError as refused:
+        return refused
+
+
 def _algorithm(credit: CreditAssigner, objective: Objective, sampler: Sampler) -> Algorithm:
-    return Algorithm(policy=ToySpec(), sampler=sampler, reward=QuadrantBrightness(), credit=credit, objective=objective)
+    return Algorithm(policy=ToySpec(), sampler=sampler, reward=Judged(), credit=credit, objective=objective)
 
 
 # -------------------------------------------------------------------------------------------------------------- page
@@ -133,7 +183,8 @@ def page(cells: list[Cell]) -> str:
         entries = [_entry(by_place[row, column], notes) for column in columns]
         lines.append(f"| **{row}** | {' | '.join(entries)} |")
     names = list(dict.fromkeys(c.credit for c in cells))
-    updated, counts = sum(c.works for c in cells), f"{len(names)} x {len(rows)} x {len(columns)} = {len(cells)}"
+    updated, late = sum(c.works for c in cells), sum(c.late for c in cells)
+    counts = f"{len(names)} x {len(rows)} x {len(columns)} = {len(cells)}"
     return "\n".join(
         [
             "# What goes with what",
@@ -142,8 +193,9 @@ def page(cells: list[Cell]) -> str:
             "",
             "Every credit below was put under every objective, with rollouts of every sampler, on the toy policy of",
             f"the tests: {counts} combinations. {updated} of them made one optimiser update with a finite gradient",
-            f"that is not zero; {len(cells) - updated} were refused when the algorithm was composed, before any weight",
-            "was read.",
+            f"that is not zero; {len(cells) - updated - late} were refused when the algorithm was composed, before any "
+            "weight was read;",
+            f"{late} were refused when the first batch was judged.",
             "",
             "`all` means that every credit made an update; a number in brackets is the message of a refusal. That a",
             "combination runs does not mean that it makes sense: see the page of the objective.",

@@ -37,7 +37,7 @@ def main() -> None:
     rows = []
     for record in read_metrics(options.run, "eval"):
         row = {"recipe": recipe.name, "hash": recipe.hash[:12], "seed": recipe.train.seed, "update": record["step"]}
-        row["commit"] = str(versions.get("git_commit") or versions.get("commit") or "")[:12]
+        row["commit"] = str((versions.get("git") or {}).get("commit", ""))[:12]
         row |= {name: f"{record[name]:.4f}" if name in record else "" for name in COLUMNS}
         reward = trained.get(record["step"], {}).get("reward/mean")
         row["reward/mean"] = "" if reward is None else f"{reward:.4f}"

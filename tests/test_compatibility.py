@@ -37,10 +37,15 @@ def test_every_combination_updates_or_says_what_to_change(cells: list[Cell], obj
 
 
 def test_only_likelihoods_need_noise(cells: list[Cell]):
-    # Whatever the credit, an objective that needs no log-probability takes every sampler.
+    # Whatever the credit, an objective that needs no log-probability takes every sampler that the credit takes.
     for cell in cells:
-        if "log_probs" not in objectives()[cell.objective].requires:
+        if "log_probs" not in objectives()[cell.objective].requires and not cell.late:
             assert cell.works, cell
+
+
+def test_late_refusals_are_those_of_credit_that_needs_noise(cells: list[Cell]):
+    late = {(cell.credit.split(" x ")[-1], cell.sampler) for cell in cells if cell.late}
+    assert late <= {(c, s) for c in ("CompletionGain", "TurningPoints", "Influence") for s in ("ODE", "DPM2")}
 
 
 def test_every_part_is_in_the_matrix():

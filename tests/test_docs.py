@@ -16,6 +16,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 def namespace(page: str) -> dict[str, object]:
     """Everything that the Python blocks of a page define."""
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+    assert blocks, f"{page} shows no Python"
     defined: dict[str, object] = {"__name__": "docs_page"}
     for block in blocks:
         exec(compile(block, page, "exec"), defined)
@@ -61,3 +62,35 @@ def test_links_between_pages_lead_somewhere():
     for page in [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_composition_of_the_readme_is_the_recipe_beside_it():
+    from rlt2i.recipes import load_recipe
+
+    star = namespace("../README.md")["star"]
+    recipe = load_recipe("star-shapes")
+    assert star.sampler == recipe.sampler
+    assert star.objective == recipe.objective
+    assert star.captures == recipe.algorithm().captures
+
+
+def test_the_commands_of_the_readme_parse():
+    from rlt2i.cli import parser
+    from rlt2i.recipes import load_recipe
+
+    text = (DOCS.parent / "README.md").read_text()
+    commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("rlt2i ")]
+    assert len(commands) >= 8
+    for command in commands:
+        words = " ".join(command[1:])
+        quoted = re.findall(r'"[^"]*"|\S+', words)
+        parser().parse_args([word.strip('"') for word in quoted])
+    assert load_recipe("star-shapes", ["credit.mix=0.7"]).credit.allocations[0].mix == 0.7
+
+
+@pytest.mark.parametrize("function", ["star", "placebo"])
+def test_the_python_recipe_of_the_examples_is_one(function):
+    from rlt2i.recipes import load_recipe
+
+    recipe = load_recipe(f"examples/star_in_python.py:{function}")
+    assert recipe.algorithm().captures == {"attention/text_to_image/2"}
