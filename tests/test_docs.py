@@ -94,3 +94,11 @@ def test_the_python_recipe_of_the_examples_is_one(function):
 
     recipe = load_recipe(f"examples/star_in_python.py:{function}")
     assert recipe.algorithm().captures == {"attention/text_to_image/2"}
+
+
+def test_the_credits_of_the_credit_page_are_what_they_say():
+    page = namespace("credit.md")
+    assert page["uniform"].needs == {"groups"}
+    assert page["star"].needs == {"groups", "attention/text_to_image/2"}
+    assert page["placebo"].needs == page["star"].needs
+    assert page["space_and_time"].needs == {"groups", "clean_predictions", "attention/text_to_image/2"}

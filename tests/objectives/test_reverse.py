@@ -51,7 +51,9 @@ def test_guard_by_hand():
         bias = kl_map(mean, old, std).mean(dim=(1, 2))
         ratio = torch.exp((log_ratio + bias) * std.flatten())
         expected += float((-experience.credit.advantage.flatten() * ratio / length).sum()) / (3 * 8)
-    assert sum(float(loss.value.detach()) for loss in losses) == pytest.approx(expected, rel=1e-3)  # the advantages nearly cancel
+    assert sum(float(loss.value.detach()) for loss in losses) == pytest.approx(
+        expected, rel=1e-3
+    )  # the advantages nearly cancel
 
 
 def test_guard_centres_the_log_ratio():
