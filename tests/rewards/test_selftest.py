@@ -80,6 +80,17 @@ def test_the_command_prints_and_decides(capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
+def test_the_command_line_leads_there(capsys, monkeypatch):
+    from rlt2i.cli import main as cli
+
+    monkeypatch.delenv("RLT2I_REWARD_TOKEN", raising=False)
+    assert cli(["reward", "test", "JPEGCompressibility", "--set", "quality=80"]) == 0
+    assert cli(["reward", "test", "JPEGCompression"]) == 2
+    assert "did you mean 'JPEGCompressibility'" in capsys.readouterr().err
+    assert cli(["serve-reward", "JPEGCompressibility", "--host", "0.0.0.0"]) == 2
+    assert "RLT2I_REWARD_TOKEN" in capsys.readouterr().err
+
+
 def test_the_command_takes_pictures_of_ones_own(tmp_path, capsys):
     for name, grey in (("light.png", 250), ("dark.png", 5)):
         Image.fromarray(np.full((16, 16, 3), grey, np.uint8)).save(tmp_path / name)

@@ -16,6 +16,8 @@ from rlt2i.serve.protocol import Info
 from rlt2i.serve.server import Limits, application, bind, uvicorn_server
 
 Answer = tuple[int, Mapping[str, str], bytes]
+OPENED: list[RemoteReward] = []
+"""Clients to close."""
 
 
 @contextmanager
@@ -97,8 +99,9 @@ class Rogue:
 
 
 def remote(*urls: str, **fields: Any) -> RemoteReward:
-    """A client in a hurry."""
-    return RemoteReward(**{"urls": urls, "timeout_s": 5.0, "patience_s": 1.0} | fields)
+    """A client in a hurry; it is closed when its test is over."""
+    OPENED.append(RemoteReward(**{"urls": urls, "timeout_s": 5.0, "patience_s": 1.0} | fields))
+    return OPENED[-1]
 
 
 def free_port() -> int:

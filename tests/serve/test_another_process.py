@@ -17,10 +17,15 @@ from safetensors.torch import load_file
 
 from rlt2i.interfaces import Reward
 from rlt2i.rewards.jpeg import JPEGIncompressibility
+from rlt2i.rewards.wire import batch_from_bytes, output_to_bytes
 from rlt2i.run import train
 from rlt2i.runlog import read_metrics
 from rlt2i.serve.client import RemoteReward
+from rlt2i.serve.protocol import digest
+from rlt2i.trainer import RunStopped
 from tests import toy_recipe
+from tests.rewards.fakes import Grey
+from tests.serve.servers import Answer, Rogue, remote
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
@@ -41,6 +46,21 @@ def served(*arguments: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_a_run_stops_with_a_message_when_its_server_dies(tmp_path):
+    def act(count: int, body: bytes) -> Answer:
+        batch, want = batch_from_bytes(body)
+        reply, _ = output_to_bytes(Grey().score(batch, want), fingerprint=digest(Grey().fingerprint()))
+        return (200, {"content-type": "application/json"}, reply) if count <= 2 else (503, {}, b"")
+
+    with Rogue(Grey(), act) as rogue:
+        recipe = attrs.evolve(toy_recipe.clipped(eval_every=4), reward=remote(rogue.url, patience_s=0.3))
+        with pytest.raises(RunStopped, match=r"100% of the rewards are invalid.*--resume"):
+            train(recipe, tmp_path / "run")
+    means = [line["reward/mean"] for line in read_metrics(tmp_path / "run") if "reward/mean" in line]
+    assert means
+    assert all(mean > 50 for mean in means)
 
 
 @pytest.mark.slow

@@ -77,7 +77,6 @@ def test_a_wrong_answer_is_invalid_at_once(answer, reason):
         client = remote(rogue.url)
         assert_invalid(client.score(batch_of(1, 2)), reason)
         assert rogue.count == 1  # it would be as wrong again
-        client.close()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,6 @@ def test_scores_that_are_not_finite_or_not_in_range_are_invalid(text, valid):
         output = client.score(batch_of(1, 2))
         assert output.valid.tolist() == valid
         assert output.scores.isnan().tolist() == [not ok for ok in valid]
-        client.close()
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
@@ -110,7 +108,6 @@ def test_a_server_that_is_busy_or_away_is_asked_again(status):
         client = remote(rogue.url, patience_s=10.0)
         assert client.score(batch_of(4, 5)).scores.tolist() == [4.0, 5.0]
         assert rogue.count == 3
-        client.close()
 
 
 def test_retry_after_is_honoured():
@@ -124,14 +121,12 @@ def test_retry_after_is_honoured():
         client = remote(rogue.url, patience_s=10.0)
         assert client.score(batch_of(4)).valid.all()
         assert times[1] - times[0] >= 0.9
-        client.close()
 
 
 def test_a_server_that_stays_busy_is_given_up():
     with Rogue(Grey(), lambda count, body: (429, {}, b"")) as rogue:
         client = remote(rogue.url, patience_s=0.5)
         assert_invalid(client.score(batch_of(1)), "gave up after 0.5 s")
-        client.close()
 
 
 def test_a_slow_server_is_given_up_and_not_asked_twice():
@@ -141,7 +136,6 @@ def test_a_slow_server_is_given_up_and_not_asked_twice():
         assert_invalid(client.score(batch_of(1)), "no answer within 0.3 s")
         assert time.monotonic() - start < 2
         assert rogue.count == 1
-        client.close()
 
 
 def test_a_server_that_trickles_is_given_up():
@@ -174,7 +168,6 @@ def test_a_server_that_trickles_is_given_up():
     client.info()
     assert_invalid(client.score(batch_of(1)), "no complete answer within 0.5 s")
     stop.set()
-    client.close()
     listening.close()
 
 
@@ -182,7 +175,6 @@ def test_a_server_that_hangs_up_is_asked_again():
     with Rogue(Grey(), lambda count, body: right(body) if count == 2 else 0.0) as rogue:
         client = remote(rogue.url, patience_s=10.0)
         assert client.score(batch_of(6)).scores.tolist() == [6.0]
-        client.close()
 
 
 def test_no_server_at_the_start_is_refused_before_anything_else():
@@ -196,7 +188,6 @@ def test_a_server_that_dies_later_is_invalid():
         client = remote(url, patience_s=0.5)
         assert client.score(batch_of(1)).valid.all()
     assert_invalid(client.score(batch_of(1, 2)), "gave up")
-    client.close()
 
 
 def test_raise_is_there_for_who_wants_it():
@@ -205,7 +196,6 @@ def test_raise_is_there_for_who_wants_it():
         assert client.score(batch_of(1)).valid.all()
     with pytest.raises(RemoteRewardError, match="2 images were not scored"):
         client.score(batch_of(1, 2))
-    client.close()
 
 
 def test_a_restart_goes_unnoticed():
@@ -220,7 +210,6 @@ def test_a_restart_goes_unnoticed():
     with serving(Grey(), port=port):
         waiting.join(15)
         assert found[0].scores.tolist() == [8.0]
-        client.close()
 
 
 def test_a_restart_with_another_reward_is_noticed():
@@ -230,7 +219,6 @@ def test_a_restart_with_another_reward_is_noticed():
         assert client.score(batch_of(1)).valid.all()
     with serving(Broken(act=lambda batch: output_of([0.5] * len(batch.prompts))), port=port):
         assert_invalid(client.score(batch_of(1)), "another reward")
-        client.close()
 
 
 @pytest.mark.parametrize(
@@ -251,7 +239,6 @@ def test_another_endpoint_takes_over(fault):
         output = client.score(batch_of(1, 2, 3, 4))
         assert output.scores.tolist() == [1.0, 2.0, 3.0, 4.0]
         assert sum(inner.shown) == 4
-        client.close()
 
 
 def test_a_dead_endpoint_is_taken_over_too():
@@ -262,7 +249,6 @@ def test_a_dead_endpoint_is_taken_over_too():
         start = time.monotonic()
         assert client.score(batch_of(*range(10))).scores.tolist() == [float(grey) for grey in range(10)]
         assert time.monotonic() - start < 5
-        client.close()
 
 
 def test_endpoints_must_serve_the_same():
@@ -301,7 +287,6 @@ def test_metadata_that_cannot_be_sent_is_invalid():
     with serving(Grey()) as url:
         client = remote(url)
         assert_invalid(client.score(batch_of(1, metadata=[{"x": torch.zeros(1)}])), "cannot be written as JSON")
-        client.close()
 
 
 def test_a_failing_chunk_leaves_the_others_their_scores():
@@ -314,4 +299,3 @@ def test_a_failing_chunk_leaves_the_others_their_scores():
         output = client.score(batch_of(1, 2, 3, 4, 5, 6))
         assert output.valid.tolist() == [True, True, False, False, True, True]
         assert "boom" in output.info[2]["error"]
-        client.close()

@@ -58,9 +58,8 @@ def test_a_served_reward_is_the_reward():
     with serving(JPEGIncompressibility()) as url:
         client = remote(url, chunk=3)
         assert_same(client.score(batch), JPEGIncompressibility().score(batch))
-        client.close()
+        client.close()  # and it opens again
         assert_same(client.score(batch), JPEGIncompressibility().score(batch))
-        client.close()
 
 
 def test_maps_masks_and_metadata_travel():
@@ -80,7 +79,6 @@ def test_maps_masks_and_metadata_travel():
         assert client.scope == "sample"
         assert_same(client.score(batch, WANT), ShapesReward().score(batch, WANT))
         assert client.fingerprint()["of"] == ShapesReward().fingerprint()
-        client.close()
 
 
 def test_several_servers_share_the_work():
@@ -92,7 +90,6 @@ def test_several_servers_share_the_work():
         assert sum(first.shown) + sum(second.shown) == 40
         assert first.shown
         assert second.shown
-        client.close()
 
 
 def test_chunks_respect_the_servers_limits():
@@ -101,7 +98,6 @@ def test_chunks_respect_the_servers_limits():
         client = remote(url)
         assert client.score(batch_of(*range(8))).valid.all()
         assert sorted(inner.shown) == [2, 3, 3]
-        client.close()
 
 
 def test_groups_arrive_whole_where_scores_compare_them():
@@ -116,7 +112,6 @@ def test_groups_arrive_whole_where_scores_compare_them():
         client.score(batch)
         assert client.scope == "group"
         assert sorted(inner.shown) == [2, 3]
-        client.close()
 
 
 # ------------------------------------------------------------------------------------------------------------ requests
@@ -191,7 +186,6 @@ def test_a_token_opens_the_server(monkeypatch):
         assert post(url, batch_to_bytes(batch_of(1)), authorization="Bearer right").status_code == 200
         client = remote(url)
         assert client.score(batch_of(3)).scores.tolist() == [3.0]
-        client.close()
         monkeypatch.delenv("RLT2I_REWARD_TOKEN")
         with pytest.raises(ValueError, match="status 401"):
             remote(url).info()
@@ -274,7 +268,6 @@ def test_too_many_requests_get_429_and_patient_clients_get_through():
         gate.set()
         assert first.result(10).status_code == 200
         assert patient.result(15).scores.tolist() == [0.5]
-        client.close()
 
 
 # ---------------------------------------------------------------------------------------------- rewards that misbehave
@@ -299,7 +292,6 @@ def test_a_reward_that_fails_on_the_server_is_invalid_at_the_client(act, valid, 
         assert output.valid.tolist() == valid
         assert output.scores[~output.valid].isnan().all()
         assert reason in output.info[0]["error"]
-        client.close()
 
 
 def test_missing_metadata_is_invalid_and_the_others_are_scored():
@@ -309,7 +301,6 @@ def test_missing_metadata_is_invalid_and_the_others_are_scored():
         assert output.valid.tolist() == [True, False]
         assert output.scores[0] == 4.0
         assert "value" in output.info[1]["error"]
-        client.close()
 
 
 def test_a_missing_package_is_an_error_of_the_server():
@@ -319,7 +310,6 @@ def test_a_missing_package_is_an_error_of_the_server():
         output = client.score(batch_of(1))
         assert not output.valid.any()
         assert "status 500" in output.info[0]["error"]
-        client.close()
 
 
 def test_replies_are_standard_json():
