@@ -35,7 +35,8 @@ def clip_pixels(images: Tensor, side: int, *, rounded: bool) -> Tensor:
     Args:
         images: [N, 3, H, W] float in [0, 1].
         side: in pixels.
-        rounded: back to 8 bits after resizing, as the released processors do; has no gradient.
+        rounded: back to 8 bits after resizing rows and again after columns, as Pillow does and with it the
+            released processors; has no gradient.
 
     Returns:
         [N, 3, side, side] float32.
@@ -44,11 +45,12 @@ def clip_pixels(images: Tensor, side: int, *, rounded: bool) -> Tensor:
     height, width = images.shape[-2:]
     short = min(height, width)
     size = [side if edge == short else int(side * edge / short) for edge in (height, width)]
-    if size != [height, width]:
-        images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
-        images = images.clamp(0, 1)
-    if rounded:
-        images = (images * 255).round() / 255
+    for step in ([height, size[1]], size) if rounded else (size,):
+        if step != list(images.shape[-2:]):
+            images = F.interpolate(images, size=step, mode="bicubic", antialias=True, align_corners=False)
+            images = images.clamp(0, 1)
+        if rounded:
+            images = (images * 255).round() / 255
     top, left = (round((edge - side) / 2) for edge in size)
     images = images[..., top : top + side, left : left + side]
     mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))

@@ -134,8 +134,10 @@ def test_pixels_are_those_of_the_released_processor():
         image = images_of(1, height, width)
         expected = processor(image[0], return_tensors="pt")["pixel_values"]
         ours = clip_pixels(image.float() / 255, 32, rounded=True)
-        # One grey level is 0.0151 after normalising.
-        assert (ours - expected).abs().max() < 0.0156
+        # One grey level is 0.0151 after normalising; Pillow and torchvision differ by up to two when enlarging.
+        difference = (ours - expected).abs()
+        assert difference.max() < 0.031
+        assert (difference > 0.0156).float().mean() < 0.001
 
 
 def test_a_sliver_is_not_blown_up():
