@@ -1,6 +1,6 @@
 """What attention capture costs a rollout: with and without in one process, and by operation count for SD3.5-M.
 
-    python -m benchmarks.capture_overhead
+python -m benchmarks.capture_overhead
 """
 
 from __future__ import annotations

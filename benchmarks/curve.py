@@ -1,6 +1,6 @@
 """A run's learning curve as evidence: benchmarks/curves/<recipe>-s<seed>.csv.
 
-    python -m benchmarks.curve runs/...
+python -m benchmarks.curve runs/...
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A recipe in Python: the same record as a YAML file gives, with every part at hand.
 
-    rlt2i train examples/star_in_python.py:star --set train.updates=4
+rlt2i train examples/star_in_python.py:star --set train.updates=4
 """
 
 from rlt2i import (

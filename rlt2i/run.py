@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,10 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
         log = stack.enter_context(open_logbook(recipe, run_dir, resume is not None, processes))
         stop = stack.enter_context(GracefulStop())
         algorithm = recipe.algorithm().load(processes.device)
+        stack.callback(algorithm.reward.close)
+        if processes.is_main:
+            fingerprint = json.dumps(algorithm.reward.fingerprint(), indent=2, sort_keys=True, default=str)
+            (run_dir / "reward.json").write_text(fingerprint + "\n", encoding="utf-8")
         trainer = _assemble(recipe, algorithm, run_dir, log, processes, say)
         if resume is None:
             say(batch.table())

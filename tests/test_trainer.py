@@ -131,6 +131,7 @@ def test_every_update_logs_what_a_user_looks_for(tmp_path):
     assert (tmp_path / "run" / "images" / "eval-000002.safetensors").exists()
     assert (tmp_path / "run" / "maps" / "step-000001.safetensors").exists()
     json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert json.loads((tmp_path / "run" / "reward.json").read_text())["reward"] == "QuadrantBrightness"
 
 
 @pytest.mark.parametrize("recipe", ["clipped", "nft"])
