@@ -22,10 +22,10 @@ from rlt2i.types import Experience, Loss
 class GRPOGuard(Objective):
     """mean max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) / (-dt), log rho = (log p/p_old + b) std, b = KL per coordinate.
 
-    GRPO-Guard (arXiv 2510.22319). The mean of log p/p_old over the noise is -b, so an image that needs a large step is
-    clipped on one side more than on the other; +b removes that, the factor std makes the spread of log rho the same at
-    every step, and 1 / (-dt) makes the gradient of every step about the same size. The log-ratio is that of the true
-    Gaussian density, whatever the kernel's own convention (CPS drops the normaliser).
+    GRPO-Guard (arXiv 2510.22319). The mean of log p/p_old over the noise is -b: good images seldom reach the upper
+    bound that should hold them back, bad ones reach the lower one early. +b removes that, the factor std makes the
+    spread of log rho the same at every step, and 1 / (-dt) makes the gradient of every step about the same size. The
+    log-ratio is that of the true Gaussian density, whatever the kernel's own convention (CPS drops the normaliser).
 
     Attributes:
         clip_range: eps of a ratio per sample, 2e-6 to 4e-6 for SD3.5; widened by sqrt(P) for a ratio over P cells.
