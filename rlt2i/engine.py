@@ -246,12 +246,15 @@ class Engine:
             return self.algorithm.reward.score(batch)
 
         def complete(latents: Tensor, step: int, rollouts: Tensor) -> Tensor:
+            size = self.images_per_chunk
+            chunks = zip(latents.split(size), rollouts.split(size), strict=True)
+            return torch.cat([complete_chunk(part, step, rows) for part, rows in chunks])
+
+        def complete_chunk(latents: Tensor, step: int, rollouts: Tensor) -> Tensor:
+            conditioning = trajectory.conditioning.take(rollouts)
             for i in range(step, trajectory.num_steps):
-                sigma, sigma_next = (
-                    trajectory.sigmas[i].expand(len(latents)),
-                    trajectory.sigmas[i + 1].expand(len(latents)),
-                )
-                velocity = self.policy.velocity(latents, sigma, trajectory.conditioning.take(rollouts))
+                sigma, sigma_next = (level.expand(len(latents)) for level in trajectory.sigmas[i : i + 2])
+                velocity = self.policy.velocity(latents, sigma, conditioning)
                 latents = euler(latents, velocity, sigma, sigma_next).mean
             return latents
 

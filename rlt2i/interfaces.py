@@ -231,7 +231,7 @@ class CreditContext:
         token_grid: (h, w) of the image tokens.
         images: [B, 3, H, W] uint8 finished images.
         progress: number of this rollout batch.
-        generator: for assigners that draw (shuffled controls, random windows); the same on every process.
+        generator: for assigners that draw (shuffled controls); a function of run, batch and process.
         score: (latents [N, C, H, W], rollouts [N]) -> scores of the decoded latents under the rollouts' prompts.
         complete: (latents [N, C, H, W], step, rollouts [N]) -> [N, C, H, W], the deterministic completion from `step`.
         gather: concatenates a [B] tensor over all processes; batch-wide statistics go through it.

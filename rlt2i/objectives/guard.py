@@ -22,8 +22,8 @@ from rlt2i.types import Experience, Loss
 class GRPOGuard(Objective):
     """mean max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) / (-dt), log rho = (log p/p_old + b) std, b = KL per coordinate.
 
-    GRPO-Guard (arXiv 2510.22319). The mean of log p/p_old over the noise is -b: good images seldom reach the upper
-    bound that should hold them back, bad ones reach the lower one early. +b removes that, the factor std makes the
+    GRPO-Guard (arXiv 2510.22319). The mean of log p/p_old over the noise is -b, so good images seldom reach the upper
+    bound that should hold them back and bad ones reach the lower one early: +b removes that. The factor std makes the
     spread of log rho the same at every step, and 1 / (-dt) makes the gradient of every step about the same size. The
     log-ratio is that of the true Gaussian density, whatever the kernel's own convention (CPS drops the normaliser).
 
