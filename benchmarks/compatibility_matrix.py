@@ -164,7 +164,7 @@ def compatibility() -> list[Cell]:
 
 def _collected(algorithm: Algorithm) -> Experience | ValueError:
     try:
-        return collect(toy_engine(algorithm), prompts=2, group_size=4).experience
+        return collect(toy_engine(algorithm), prompts=3, group_size=6).experience
     except ValueError as refused:
         return refused
 

@@ -26,6 +26,7 @@ class Algorithm:
     def __attrs_post_init__(self) -> None:
         self._check_captures()
         self._check_reward()
+        self._check_noise()
         self._check_objective()
 
     def load(self, device: torch.device | str = "cpu") -> Algorithm:
@@ -35,12 +36,16 @@ class Algorithm:
     @property
     def captures(self) -> frozenset[str]:
         """What rollouts must record."""
-        return frozenset(n for n in self.credit.needs if not n.startswith("reward/") and n != "groups")
+        return frozenset(n for n in self.credit.needs if not n.startswith("reward/") and n not in ("groups", "noise"))
 
     @property
     def reward_wants(self) -> frozenset[str]:
-        """What the reward must return besides scores."""
-        return frozenset(n.removeprefix("reward/") for n in self.credit.needs if n.startswith("reward/"))
+        """What `Reward.score` must return besides scores."""
+        return self._of_reward(self.credit.needs) - {"gradient"}
+
+    @staticmethod
+    def _of_reward(needs: frozenset[str]) -> frozenset[str]:
+        return frozenset(n.removeprefix("reward/") for n in needs if n.startswith("reward/"))
 
     def _check_captures(self) -> None:
         offered = self.policy.offers | self.sampler.offers
@@ -48,7 +53,7 @@ class Algorithm:
         if missing:
             sample = ", ".join(sorted(offered)[:8])
             raise ValueError(
-                f"{type(self.credit).__name__} needs the captures {missing}, which neither "
+                f"{self.credit.names(missing[0])} needs the captures {missing}, which neither "
                 f"{type(self.policy).__name__} nor "
                 f"{type(self.sampler).__name__} offers. They offer {sample}, ... Change the credit's blocks or "
                 "direction, or "
@@ -63,14 +68,26 @@ class Algorithm:
             )
 
     def _check_reward(self) -> None:
-        missing = sorted(self.reward_wants - self.reward.offers)
-        if missing:
+        parts = (
+            ("credit", self.credit.needs, lambda name: self.credit.names(f"reward/{name}")),
+            ("objective", self.objective.requires, lambda name: type(self.objective).__name__),
+        )
+        for kind, needs, who in parts:
+            missing = sorted(self._of_reward(needs) - self.reward.offers)
+            if not missing:
+                continue
             raise ValueError(
-                f"{type(self.credit).__name__} needs {missing} from the reward, but {type(self.reward).__name__} "
+                f"{who(missing[0])} needs {missing} from the reward, but {type(self.reward).__name__} "
                 "offers "
-                f"{sorted(self.reward.offers) or 'only scores'}. Use a reward that localises what it judges, or a "
-                "credit "
-                "that does not ask for it."
+                f"{sorted(self.reward.offers) or 'only scores'}. Use a reward that offers it, or another "
+                f"{kind}."
+            )
+
+    def _check_noise(self) -> None:
+        if "noise" in self.credit.needs and not self.sampler.stochastic_steps(0):
+            raise ValueError(
+                f"{self.credit.names('noise')} looks at the noise of single steps, but {type(self.sampler).__name__} "
+                "is deterministic. Use a stochastic sampler such as SDE(...), or a credit that does not need noise."
             )
 
     def _check_objective(self) -> None:
@@ -85,8 +102,10 @@ class Algorithm:
         """Refuse groups that cannot be compared.
 
         Raises:
-            ValueError: when the parts compare rollouts of one prompt and there is only one.
+            ValueError: when the parts compare rollouts of one prompt and there is only one, or when the sampler
+                cannot make such a group.
         """
+        self.sampler.check_group_size(group_size)
         comparing = "groups" in self.credit.needs or "groups" in self.objective.requires or self.reward.scope == "group"
         if comparing and group_size < 2:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlt2i.algorithm import Algorithm
 from rlt2i.functional.transitions import euler
-from rlt2i.interfaces import CreditContext, Policy, RewardBatch, RewardOutput, Sampler, to_uint8
+from rlt2i.interfaces import CreditContext, Policy, RewardBatch, RewardOutput, RolloutRequest, Sampler, to_uint8
 from rlt2i.progress import Progress
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.seeds import RolloutNoise, derive_seed, generator
@@ -58,6 +58,22 @@ def rollout_keys(prompts: Prompts, seed: int) -> list[tuple[int, str, int, int]]
     return [(seed, text, draw, index) for text, draw in named for index in range(prompts.group_size)]
 
 
+def chunk_size(sampler: Sampler, group_size: int, images_per_chunk: int) -> int:
+    """Rollouts per forward pass: as many as may be, in whole groups where the sampler asks for them.
+
+    Raises:
+        ValueError: when not even one group fits.
+    """
+    if not sampler.whole_groups:
+        return images_per_chunk
+    if group_size > images_per_chunk:
+        raise ValueError(
+            f"{type(sampler).__name__} rolls a group out in one piece, and a group of {group_size} does not fit into "
+            f"images_per_device={images_per_chunk}. Use images_per_device >= {group_size}, or smaller groups."
+        )
+    return images_per_chunk // group_size * group_size
+
+
 @torch.no_grad()
 def rollout(
     policy: Policy,
@@ -82,10 +98,11 @@ def rollout(
     """
     device = torch.device(device)
     conditioning = policy.encode(prompts)
-    keys = rollout_keys(prompts, seed)
+    keys, metadata = rollout_keys(prompts, seed), prompts.per_rollout(prompts.metadata)
+    size = chunk_size(sampler, prompts.group_size, images_per_chunk)
     chunks = []
-    for start in range(0, len(keys), images_per_chunk):
-        rows = range(start, min(start + images_per_chunk, len(keys)))
+    for start in range(0, len(keys), size):
+        rows = range(start, min(start + size, len(keys)))
         noise = RolloutNoise(
             [derive_seed("initial", *(keys[i][:3] if share_initial_noise else keys[i])) for i in rows],
             [derive_seed("steps", *keys[i]) for i in rows],
@@ -95,11 +112,14 @@ def rollout(
             sampler.rollout(
                 policy,
                 conditioning.take(torch.tensor(list(rows), device=device)),
-                noise=noise,
-                captures=captures,
-                image_size=image_size,
-                group_size=1,
-                progress=progress,
+                RolloutRequest(
+                    noise=noise,
+                    captures=captures,
+                    image_size=image_size,
+                    group_size=prompts.group_size if sampler.whole_groups else 1,
+                    progress=progress,
+                    metadata=[metadata[i] for i in rows],
+                ),
             )
         )
         advance(len(rows))
@@ -187,8 +207,9 @@ class Engine:
                 scores = self.score(images, prompts, want=self.algorithm.reward_wants)
                 rewards = self._rewards(trajectory, prompts, scores)
             with watch("credit"):
-                credit = self.algorithm.credit.assign(self._context(prompts, trajectory, rewards, images, progress))
-        keys = torch.tensor([derive_seed(*key) for key in rollout_keys(prompts, self.seed)], device=self.device)
+                keys = torch.tensor([derive_seed(*key) for key in rollout_keys(prompts, self.seed)], device=self.device)
+                context = self._context(prompts, trajectory, rewards, images, progress, keys)
+                credit = self.algorithm.credit.assign(context)
         groups = torch.tensor(prompts.per_rollout(prompts.draws), device=self.device)
         experience = Experience(
             trajectory=trajectory,
@@ -234,7 +255,7 @@ class Engine:
         )
 
     def _context(
-        self, prompts: Prompts, trajectory: Trajectory, rewards: Rewards, images: Tensor, progress: int
+        self, prompts: Prompts, trajectory: Trajectory, rewards: Rewards, images: Tensor, progress: int, keys: Tensor
     ) -> CreditContext:
         texts, metadata = prompts.per_rollout(prompts.texts), prompts.per_rollout(prompts.metadata)
 
@@ -265,7 +286,8 @@ class Engine:
             token_grid=self.policy.token_grid(self.image_size),
             images=images,
             progress=progress,
-            generator=generator(self.seed, "credit", progress, self.rank),
+            keys=keys,
+            generator=generator(self.seed, "credit", progress),
             score=score,
             complete=complete,
             gather=self.gather,

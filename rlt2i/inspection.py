@@ -15,7 +15,7 @@ from rlt2i.evaluate import Evaluation, evaluate
 from rlt2i.interfaces import CreditContext, Policy, RewardOutput
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
-from rlt2i.seeds import generator
+from rlt2i.seeds import derive_seed, generator
 from rlt2i.types import Prompts, Rewards, Trajectory
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def maps(
         token_grid=policy.token_grid(image_size),
         images=decode(policy, trajectory.clean_latents, images_per_chunk=per_chunk),
         progress=0,
+        keys=torch.tensor([derive_seed("maps", seed)]),
         generator=generator(seed, "maps"),
         score=_no_score,
         complete=lambda latents, step, rollouts: latents,

@@ -92,30 +92,53 @@ class Policy(ABC):
 # --------------------------------------------------------------------------------------------------------- sampler
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class RolloutRequest:
+    """What a sampler is asked for: B rollouts.
+
+    Attributes:
+        noise: of the B rollouts, each a function of its own identity.
+        captures: what to record on the way.
+        image_size: pixels a side.
+        group_size: rollouts of one prompt that are adjacent; 1 unless the sampler asked for whole groups.
+        progress: number of the rollout batch; windows may slide with it.
+        metadata: task data of the B rollouts, for samplers that read rather than denoise.
+    """
+
+    noise: RolloutNoise
+    captures: frozenset[str]
+    image_size: int
+    group_size: int = 1
+    progress: int = 0
+    metadata: Sequence[Mapping[str, Any]] = ()
+
+
 class Sampler(ABC):
-    """A transition kernel and where along the trajectory it is stochastic."""
+    """A transition kernel and where along the trajectory it is stochastic.
+
+    Class attributes:
+        offers: captures that the sampler records itself.
+        whole_groups: whether a group must be rolled out in one piece, since its rollouts share steps.
+    """
 
     num_steps: int
     offers: frozenset[str] = frozenset({"clean_predictions"})
-    """Captures that the sampler records itself."""
+    whole_groups: bool = False
 
     @abstractmethod
     def stochastic_steps(self, progress: int) -> tuple[int, ...]:
         """The steps that have a log-probability in rollout batch number `progress`."""
 
     @abstractmethod
-    def rollout(
-        self,
-        policy: Policy,
-        conditioning: Conditioning,
-        *,
-        noise: RolloutNoise,
-        captures: frozenset[str],
-        image_size: int,
-        group_size: int,
-        progress: int,
-    ) -> Trajectory:
-        """Denoise one trajectory per row of the conditioning, without gradient."""
+    def rollout(self, policy: Policy, conditioning: Conditioning, request: RolloutRequest) -> Trajectory:
+        """One trajectory per row of the conditioning, without gradient."""
+
+    def check_group_size(self, group_size: int) -> None:  # noqa: B027 - most samplers take any
+        """Refuse a group size that the sampler cannot make.
+
+        Raises:
+            ValueError: naming the sizes that work.
+        """
 
 
 # ---------------------------------------------------------------------------------------------------------- reward
@@ -196,7 +219,7 @@ class Reward(ABC):
 
     Class attributes:
         requires: metadata keys, checked when the prompts are loaded.
-        offers: of {"maps", "regions"}: what `want` may ask for.
+        offers: of {"maps", "regions"}, what `want` may ask for; "gradient" where `score_tensor` works.
         span: the documented range of the scores.
         scope: "group" when scores compare the images of one prompt.
     """
@@ -209,6 +232,21 @@ class Reward(ABC):
     @abstractmethod
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         """Score each image; `want` names optional outputs ("maps", "regions")."""
+
+    def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        """[B] float32 scores, differentiable in the images; only where `offers` holds "gradient".
+
+        Args:
+            images: [B, 3, H, W] floats in [0, 1].
+            prompts, metadata: of the B images.
+
+        Raises:
+            ValueError: when this reward has no gradient.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no gradient with respect to the image. Use a reward that offers one (those of "
+            "the CLIP family do), or an objective that learns from scores alone, such as DiffusionNFT()."
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the scores (model id, revision, preprocessing, version); goes into the run log."""
@@ -231,7 +269,8 @@ class CreditContext:
         token_grid: (h, w) of the image tokens.
         images: [B, 3, H, W] uint8 finished images.
         progress: number of this rollout batch.
-        generator: for assigners that draw (shuffled controls); a function of run, batch and process.
+        keys: [B] long, a stable identity of each rollout; draws that belong to a rollout are functions of it.
+        generator: for draws of a whole batch; a function of run and batch, the same on every process.
         score: (latents [N, C, H, W], rollouts [N]) -> scores of the decoded latents under the rollouts' prompts.
         complete: (latents [N, C, H, W], step, rollouts [N]) -> [N, C, H, W], the deterministic completion from `step`.
         gather: concatenates a [B] tensor over all processes; batch-wide statistics go through it.
@@ -244,6 +283,7 @@ class CreditContext:
     token_grid: tuple[int, int]
     images: Tensor
     progress: int
+    keys: Tensor
     generator: torch.Generator
     score: Callable[[Tensor, Tensor], RewardOutput]
     complete: Callable[[Tensor, int, Tensor], Tensor]
@@ -261,7 +301,14 @@ class CreditAssigner(ABC):
     @property
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """Captures, and "reward/maps", "reward/regions" or "groups", that must be there."""
+        """Captures, and "reward/maps", "reward/regions", "reward/gradient", "noise" or "groups", that must be there.
+
+        "noise" stands for a sampler with stochastic steps, "groups" for more than one rollout of a prompt.
+        """
+
+    def names(self, need: str) -> str:
+        """Which part of this credit has a need, for messages."""
+        return type(self).__name__
 
     def scored_steps(self, num_steps: int) -> tuple[int, ...]:
         """The steps whose clean prediction is to be rewarded, besides the finished image."""
@@ -319,7 +366,7 @@ class Objective(ABC):
 
     @property
     def requires(self) -> frozenset[str]:
-        """What must be there, of {"log_probs", "old", "reference", "groups"}."""
+        """What must be there, of {"log_probs", "old", "reference", "groups", "reward/gradient"}."""
         return frozenset()
 
     @abstractmethod

@@ -122,6 +122,9 @@ class Learner:
         shares = groups.chunk(self.updates_per_rollout)
         return [experience.take(torch.isin(experience.groups, part).nonzero()[:, 0]) for part in shares]
 
+    def _informative_rows(self, experience: Experience) -> Tensor:
+        return informative_rows(experience, whole_groups="groups" in self.objective.requires)
+
     def _context(self, num_rollouts: int, num_groups: int, *, on_policy: bool) -> UpdateContext:
         return UpdateContext(
             seed=derive_seed(self.seed, "update", self.num_updates),
@@ -137,7 +140,7 @@ class Learner:
         """The experience with log-probabilities recomputed through the update's own forward pass and batch geometry."""
         trajectory = experience.trajectory
         log_probs = trajectory.log_probs.clone()
-        rows = informative_rows(experience)
+        rows = self._informative_rows(experience)
         informative = experience.take(rows)
         trainable = trainable_steps(informative, stochastic_only=True)
         for rollouts, steps in self._context(1, 1, on_policy=True).micro_batches(trainable):
@@ -152,7 +155,7 @@ class Learner:
     def _update(self, experience: Experience, advance: Callable[[int], None], *, on_policy: bool) -> dict[str, Tensor]:
         num_rollouts = self._total(float(experience.rewards.valid.sum()))
         num_groups = self._total(float(len(experience.groups.unique())))
-        informative = experience.take(informative_rows(experience))
+        informative = experience.take(self._informative_rows(experience))
         averages, total = Averages(), torch.zeros((), device=self.parameters[0].device)
         self.optimizer.zero_grad(set_to_none=True)
         with contextlib.ExitStack() as undo:
@@ -212,7 +215,13 @@ class Learner:
         return float(self.reduce_sum(torch.tensor(value, dtype=torch.float64, device=self.parameters[0].device)))
 
 
-def informative_rows(experience: Experience) -> Tensor:
-    """Rows with a valid reward and some advantage: the others would add nothing but the cost of their forward pass."""
-    some = (experience.credit.advantage != 0).flatten(1).any(dim=1)
+def informative_rows(experience: Experience, *, whole_groups: bool = False) -> Tensor:
+    """Rows with a valid reward and some advantage: the others would add nothing but the cost of their forward pass.
+
+    Args:
+        whole_groups: keep all valid rows of a group of which one has some advantage, for objectives that compare them.
+    """
+    some = (experience.credit.advantage != 0).flatten(1).any(dim=1) & experience.rewards.valid
+    if whole_groups:
+        some = torch.isin(experience.groups, experience.groups[some])
     return (some & experience.rewards.valid).nonzero()[:, 0]

@@ -71,6 +71,10 @@ class Product(CreditAssigner):
     def needs(self) -> frozenset[str]:
         return self.advantage.needs.union(*(a.needs for a in self.allocations))
 
+    def names(self, need: str) -> str:
+        parts: tuple[Advantage | Allocation, ...] = (self.advantage, *self.allocations)
+        return ", ".join(type(part).__name__ for part in parts if need in part.needs)
+
     def scored_steps(self, num_steps: int) -> tuple[int, ...]:
         return self.advantage.scored_steps(num_steps)
 

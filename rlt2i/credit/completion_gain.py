@@ -27,6 +27,8 @@ class CompletionGain(Advantage):
         eps: added to the standard deviation.
     """
 
+    needs = frozenset({"groups", "noise"})
+
     clip: float = attrs.field(default=5.0, validator=validators.gt(0))
     eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
 

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from rlt2i.credit.algebra import Allocation
 from rlt2i.functional.allocation import inverted_map, mean_one
 from rlt2i.interfaces import CreditContext
+from rlt2i.seeds import generator
 from rlt2i.types import Causality
 
 
@@ -37,8 +38,11 @@ class Shuffled(Allocation):
 
     def weight(self, context: CreditContext) -> Tensor:
         weight = self.allocation.weight(context)
-        rollouts, steps, height, width = weight.shape
-        order = torch.stack([torch.randperm(height * width, generator=context.generator) for _ in range(rollouts)])
+        if len(weight) == 1:  # a map that all rollouts share is permuted for each of them
+            weight = weight.expand(len(context.keys), -1, -1, -1)
+        _, steps, height, width = weight.shape
+        draws = [generator("shuffled", key) for key in context.keys.tolist()]
+        order = torch.stack([torch.randperm(height * width, generator=draw) for draw in draws])
         flat = weight.flatten(2)
         return flat.gather(2, order[:, None].to(flat.device).expand(-1, steps, -1)).view_as(weight)
 

@@ -42,7 +42,7 @@ class Influence(Allocation):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"groups", "clean_predictions"})
+        return frozenset({"groups", "noise", "clean_predictions"})
 
     def weight(self, context: CreditContext) -> Tensor:
         steps = stochastic_steps(context, of="Influence", because="there is no noise to draw anew")

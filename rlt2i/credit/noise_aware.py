@@ -22,6 +22,10 @@ class NoiseAware(Allocation):
 
     causality: Causality = attrs.field(default="exogenous", init=False)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"noise"})
+
     def weight(self, context: CreditContext) -> Tensor:
         trajectory = context.trajectory
         steps = stochastic_steps(context, of="NoiseAware", because="without noise there is no noise to weigh steps by")

@@ -11,6 +11,7 @@ from rlt2i.credit.algebra import Mask
 from rlt2i.credit.steps import trained_steps
 from rlt2i.functional.windows import random_subset
 from rlt2i.interfaces import CreditContext
+from rlt2i.seeds import generator
 
 
 @attrs.frozen(kw_only=True)
@@ -27,7 +28,7 @@ class RandomSubset(Mask):
         steps, trajectory = trained_steps(context), context.trajectory
         count = max(1, round(self.fraction * len(steps)))
         mask = torch.zeros(trajectory.num_rollouts, trajectory.num_steps, 1, 1, dtype=torch.bool)
-        for row in mask:
-            chosen = random_subset(count=count, steps=len(steps), generator=context.generator)
+        for row, key in zip(mask, context.keys.tolist(), strict=True):
+            chosen = random_subset(count=count, steps=len(steps), generator=generator("subset", key))
             row[[steps[place] for place in chosen]] = True
         return mask.to(trajectory.sigmas.device)

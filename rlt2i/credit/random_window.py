@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import attrs
-import torch
 from attrs import validators
 from torch import Tensor
 
@@ -33,5 +32,4 @@ class RandomWindow(Mask):
                 "or widen the sampler's window."
             )
         drawn = random_window(width=self.width, low=0, high=len(steps), generator=context.generator)
-        first = int(context.gather(torch.tensor(drawn[:1], device=context.trajectory.sigmas.device))[0])
-        return step_mask(steps[first : first + self.width], context)
+        return step_mask(tuple(steps[place] for place in drawn), context)

@@ -32,6 +32,8 @@ class TurningPoints(Advantage):
 
     eta: float = attrs.field(default=1.0, validator=validators.gt(0))
     balance: bool = True
+    needs = frozenset({"groups", "noise"})
+
     clip: float = attrs.field(default=5.0, validator=validators.gt(0))
     eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -91,6 +91,8 @@ class ImageTextReward(Reward):
         images_per_chunk: images per forward pass; changes memory and speed, not scores.
     """
 
+    offers = frozenset({"gradient"})
+
     images_per_chunk: int = attrs.field(default=32, validator=validators.ge(1))
 
     @abstractmethod
@@ -115,7 +117,9 @@ class ImageTextReward(Reward):
             info=None if valid.all() else with_reasons(None, reasons),
         )
 
-    def score_tensor(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score_tensor(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()
+    ) -> Tensor:
         """[B] float32 scores of [B, 3, H, W] floats in [0, 1], differentiable in the images.
 
         They differ from `score` by the 8-bit rounding only.

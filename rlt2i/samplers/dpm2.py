@@ -6,10 +6,9 @@ import attrs
 from attrs import validators
 
 from rlt2i.functional.solvers import dpm_solver_2m
-from rlt2i.interfaces import Policy, Sampler
+from rlt2i.interfaces import Policy, RolloutRequest, Sampler
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.rollout import denoise
-from rlt2i.seeds import RolloutNoise
 from rlt2i.types import Conditioning, Trajectory
 
 
@@ -29,26 +28,13 @@ class DPM2(Sampler):
     def stochastic_steps(self, progress: int) -> tuple[int, ...]:
         return ()
 
-    def rollout(
-        self,
-        policy: Policy,
-        conditioning: Conditioning,
-        *,
-        noise: RolloutNoise,
-        captures: frozenset[str],
-        image_size: int,
-        group_size: int,
-        progress: int,
-    ) -> Trajectory:
+    def rollout(self, policy: Policy, conditioning: Conditioning, request: RolloutRequest) -> Trajectory:
         return denoise(
             policy,
             conditioning,
             kernel=FlowSDE(),  # never consulted: there is no stochastic step
             stochastic_steps=(),
             num_steps=self.num_steps,
-            image_size=image_size,
-            noise=noise,
-            captures=captures,
-            group_size=group_size,
+            request=request,
             solver=dpm_solver_2m,
         )

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.functional.transitions import clean_prediction, euler
-from rlt2i.interfaces import Policy
-from rlt2i.seeds import RolloutNoise
+from rlt2i.interfaces import Policy, RolloutRequest
 from rlt2i.types import Conditioning, Trajectory, TransitionKernel
 
 CLEAN_PREDICTIONS = "clean_predictions"
@@ -50,10 +49,7 @@ def denoise(
     kernel: TransitionKernel,
     stochastic_steps: Collection[int],
     num_steps: int,
-    image_size: int,
-    noise: RolloutNoise,
-    captures: frozenset[str],
-    group_size: int,
+    request: RolloutRequest,
     solver: Solver = euler_step,
 ) -> Trajectory:
     """Roll out B trajectories: `kernel` at the stochastic steps, the `solver` of the ODE elsewhere.
@@ -62,15 +58,15 @@ def denoise(
 
     Args:
         conditioning: B rows.
-        noise: of B rollouts.
-        captures: what to record: `clean_predictions` here, everything else by the policy.
+        request: of B rollouts; `clean_predictions` are recorded here, all other captures by the policy.
         solver: of the deterministic steps.
 
     Returns:
         A trajectory of B rollouts with T = `num_steps`; log-probabilities are exact for the latents stored.
     """
-    sigmas = policy.sigmas(num_steps, image_size).to(noise.device)
-    latents = noise.initial(policy.latent_shape(image_size)) * sigmas[0]
+    noise, captures = request.noise, request.captures
+    sigmas = policy.sigmas(num_steps, request.image_size).to(noise.device)
+    latents = noise.initial(policy.latent_shape(request.image_size)) * sigmas[0]
     num_rollouts, _, height, width = latents.shape
     asked = captures - {CLEAN_PREDICTIONS}
 
@@ -110,6 +106,6 @@ def denoise(
         stochastic=stochastic,
         kernel=kernel,
         conditioning=conditioning,
-        group_size=group_size,
+        group_size=request.group_size,
         captures={name: torch.stack(values, dim=1) for name, values in recorded.items()},
     )

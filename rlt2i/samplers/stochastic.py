@@ -5,10 +5,9 @@ from __future__ import annotations
 import attrs
 from attrs import validators
 
-from rlt2i.interfaces import Policy, Sampler
+from rlt2i.interfaces import Policy, RolloutRequest, Sampler
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.rollout import denoise
-from rlt2i.seeds import RolloutNoise
 from rlt2i.types import Conditioning, Trajectory, TransitionKernel
 
 
@@ -24,25 +23,12 @@ class StochasticSampler(Sampler):
     num_steps: int = attrs.field(default=10, validator=validators.ge(1))
     kernel: TransitionKernel = attrs.field(factory=FlowSDE)
 
-    def rollout(
-        self,
-        policy: Policy,
-        conditioning: Conditioning,
-        *,
-        noise: RolloutNoise,
-        captures: frozenset[str],
-        image_size: int,
-        group_size: int,
-        progress: int,
-    ) -> Trajectory:
+    def rollout(self, policy: Policy, conditioning: Conditioning, request: RolloutRequest) -> Trajectory:
         return denoise(
             policy,
             conditioning,
             kernel=self.kernel,
-            stochastic_steps=self.stochastic_steps(progress),
+            stochastic_steps=self.stochastic_steps(request.progress),
             num_steps=self.num_steps,
-            image_size=image_size,
-            noise=noise,
-            captures=captures,
-            group_size=group_size,
+            request=request,
         )

@@ -83,6 +83,7 @@ def make_context(
         token_grid=(SIDE // 2, SIDE // 2),
         images=(torch.rand(count, 3, 16, 16, generator=draw) * 255).to(torch.uint8),
         progress=progress,
+        keys=torch.arange(count) + 1000 * seed,
         generator=torch.Generator().manual_seed(seed),
         score=score,
         complete=complete,
@@ -104,5 +105,6 @@ def permuted(context: CreditContext, order: Tensor) -> CreditContext:
             regions=None if rewards.regions is None else tuple(rewards.regions[i] for i in rows),
         ),
         images=context.images[order],
+        keys=context.keys[order],
         generator=torch.Generator().manual_seed(0),
     )

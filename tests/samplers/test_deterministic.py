@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlt2i.functional.epsilon import ddim, flow_to_vp, transition_to_flow
 from rlt2i.functional.schedules import even_sigmas
+from rlt2i.interfaces import RolloutRequest
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.samplers.dpm2 import DPM2
 from rlt2i.samplers.kernels import DDIM
@@ -36,9 +37,8 @@ def error(sampler, schedule) -> float:
     policy.sigmas = lambda num_steps, image_size: schedule(num_steps)  # type: ignore[method-assign]
     noise = RolloutNoise([0, 1, 2, 3], [4, 5, 6, 7])
     conditioning = Conditioning(tensors={"none": torch.zeros(1, 1)}, rows=torch.zeros(4, dtype=torch.long))
-    trajectory = sampler.rollout(
-        policy, conditioning, noise=noise, captures=frozenset(), image_size=SIDE, group_size=4, progress=0
-    )
+    request = RolloutRequest(noise=noise, captures=frozenset(), image_size=SIDE, group_size=4)
+    trajectory = sampler.rollout(policy, conditioning, request)
     exact = MEAN + SPREAD * noise.initial((3, SIDE, SIDE))
     return float((trajectory.clean_latents - exact).abs().mean())
 
