@@ -366,7 +366,11 @@ class Objective(ABC):
 
     @property
     def requires(self) -> frozenset[str]:
-        """What must be there, of {"log_probs", "old", "reference", "groups", "reward/gradient"}."""
+        """What must be there, of {"log_probs", "old_log_probs", "old", "reference", "groups", "reward/gradient"}.
+
+        "log_probs" stands for a sampler with stochastic steps, "old_log_probs" for those of the rollout's own policy,
+        exact to the last bit: they are made again from the second update of a batch on.
+        """
         return frozenset()
 
     @abstractmethod

@@ -96,7 +96,7 @@ class Learner:
                 parameter sets as they were.
         """
         parts = self._split(experience)
-        if len(parts) > 1 and "log_probs" in self.objective.requires:
+        if len(parts) > 1 and "old_log_probs" in self.objective.requires:
             # The first update is on policy by construction; the later ones need log-probs from the same graph and
             # batches.
             parts = [parts[0]] + [self._replayed(part) for part in parts[1:]]

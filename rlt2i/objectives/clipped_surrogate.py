@@ -41,7 +41,7 @@ class ClippedSurrogate(Objective):
 
     @property
     def requires(self) -> frozenset[str]:
-        return frozenset({"log_probs", "reference"} if self.kl_weight > 0 else {"log_probs"})
+        return frozenset({"log_probs", "old_log_probs"} | ({"reference"} if self.kl_weight > 0 else set()))
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         trajectory = experience.trajectory
