@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,14 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlt2i.engine import Collected, decode
-from rlt2i.evaluate import Evaluation
+from rlt2i.evaluate import Evaluation, Scores
 from rlt2i.functional.transitions import clean_prediction
 from rlt2i.interfaces import Policy
 from rlt2i.tasks.base import TaskPrompt
 
 
 def write_evaluation(path: Path, result: Evaluation) -> None:
-    """One file per evaluation: `images`, `scores`, `valid`, `component/<name>` and the prompts."""
+    """One file per evaluation: `images`, `scores`, `valid`, `component/<name>`, the same for every held-out reward
+    below `heldout/<reward>/`, and the prompts.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     headline = result.values(result.headline)
     info = {
@@ -29,6 +31,9 @@ def write_evaluation(path: Path, result: Evaluation) -> None:
     }
     tensors = {"images": result.images, "scores": result.scores, "valid": result.valid}
     tensors |= {f"component/{name}": values for name, values in result.components.items()}
+    for name, judged in result.heldout.items():
+        tensors |= {f"heldout/{name}/scores": judged.scores, f"heldout/{name}/valid": judged.valid}
+        tensors |= {f"heldout/{name}/component/{part}": values for part, values in judged.components.items()}
     staged = path.with_suffix(".tmp")
     save_file(
         {k: v.cpu().clone().contiguous() for k, v in tensors.items()}, staged, metadata={"info": json.dumps(info)}
@@ -56,8 +61,20 @@ def read_evaluation(path: Path, prompts: Sequence[TaskPrompt]) -> Evaluation:
         images=tensors["images"],
         scores=tensors["scores"],
         valid=tensors["valid"],
-        components={n.removeprefix("component/"): v for n, v in tensors.items() if n.startswith("component/")},
+        components=_below("component/", tensors),
+        heldout={
+            name: Scores(
+                scores=tensors[f"heldout/{name}/scores"],
+                valid=tensors[f"heldout/{name}/valid"],
+                components=_below(f"heldout/{name}/component/", tensors),
+            )
+            for name in dict.fromkeys(n.split("/")[1] for n in tensors if n.startswith("heldout/"))
+        },
     )
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()

@@ -50,7 +50,15 @@ Part = TypeVar("Part")
 Parts = Mapping[str, Mapping[str, str]]
 """Name of an abstract part -> short name -> "module:Class"."""
 
-_IN_NO_HASH = ("about", "evidence")
+_IN_NO_HASH = (
+    ("about",),
+    ("evidence",),
+    ("heldout",),
+    ("train", "trackers"),
+    ("train", "checkpoint_every"),
+    ("train", "keep_checkpoints"),
+)
+"""Fields of a recipe that decide what is said, watched or kept of a run, and nothing of what is learned."""
 _SEQUENCES = {
     tuple: tuple,
     list: list,
@@ -106,14 +114,22 @@ def to_mapping(part: Any, *, parts: Parts | None = None, typed: bool = True) -> 
 
 
 def recipe_hash(mapping: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of a resolved recipe, without what cannot change its results (about, evidence).
+    """SHA-256 of the canonical JSON of a resolved recipe, without what cannot change its results (`_IN_NO_HASH`).
 
     A part from a single file counts with the content of that file, so the hash is the same on every machine and moves
     when the code does.
     """
-    kept = {key: value for key, value in mapping.items() if key not in _IN_NO_HASH}
-    text = json.dumps(pin_files(kept), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(pin_files(_hashed(mapping, ())), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _hashed(mapping: Mapping[str, Any], above: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that count."""
+    return {
+        key: _hashed(value, (*above, key)) if isinstance(value, Mapping) else value
+        for key, value in mapping.items()
+        if (*above, key) not in _IN_NO_HASH
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- building

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rlt2i.tasks.base import check_metadata
 from rlt2i.train_config import BatchPlan, derive_batch
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ def batch_plan(recipe: Recipe, *, world_size: int) -> BatchPlan:
     """
     num_steps = recipe.sampler.num_steps
     draws: Any = getattr(recipe.objective, "sigmas", None)
-    trained = len(recipe.sampler.stochastic_steps(0)) if draws is None else draws.count
-    return derive_batch(recipe.train, world_size=world_size, num_steps=num_steps, trained_steps=trained or num_steps)
+    trained = recipe.objective.trained_steps(recipe.sampler) if draws is None else draws.count
+    return derive_batch(recipe.train, world_size=world_size, num_steps=num_steps, trained_steps=trained)
 
 
 def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
@@ -30,11 +31,8 @@ def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
     """
     train = recipe.train
     recipe.algorithm().check_group_size(train.group_size)
-    missing = sorted(recipe.reward.requires - recipe.task.provides)
-    if missing:
-        raise ValueError(
-            f"{type(recipe.reward).__name__} needs {missing} of every prompt; the task does not provide it."
-        )
+    for part in (recipe.sampler, recipe.reward, *recipe.heldout.values()):
+        check_metadata(recipe.task, part)
     batch = batch_plan(recipe, world_size=world_size)
     parts = [f"{recipe.name}  {recipe.hash[:8]}  evidence: {recipe.evidence}", recipe.about, "", batch.table()]
     size = _size(recipe, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 import torch
@@ -11,9 +11,24 @@ from torch import Tensor
 from rlt2i.engine import decode, rollout
 from rlt2i.evaluation import Interval, clustered_mean, paired_difference
 from rlt2i.interfaces import Policy, Reward, RewardBatch
+from rlt2i.rewards.guard import scored
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt, as_prompts
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Scores:
+    """What one reward said of N images.
+
+    Attributes:
+        scores, valid: [N].
+        components: name -> [N].
+    """
+
+    scores: Tensor
+    valid: Tensor
+    components: Mapping[str, Tensor]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -25,6 +40,7 @@ class Evaluation:
         images: [N, 3, H, W] uint8.
         scores, valid: [N]; what the reward said.
         components: name -> [N].
+        heldout: name -> what a reward said that is never trained on.
     """
 
     prompts: Sequence[TaskPrompt]
@@ -32,6 +48,7 @@ class Evaluation:
     scores: Tensor
     valid: Tensor
     components: Mapping[str, Tensor]
+    heldout: Mapping[str, Scores] = attrs.field(factory=dict)
 
     @property
     def headline(self) -> str:
@@ -58,6 +75,24 @@ class Evaluation:
             clusters = [p.text for p, ok in zip(self.prompts, both.tolist(), strict=True) if ok]
             gain = paired_difference(self.values(name)[both], base.values(name)[both], clusters, seed=0)
             found |= {f"eval/{name}_gain": gain.mean} | _interval(f"eval/{name}_gain", gain)
+        for name, judged in self.heldout.items():
+            before = base.heldout.get(name) if base is not None else None
+            found |= self._heldout_metrics(f"eval/heldout/{name}", judged, before)
+        return found
+
+    def _heldout_metrics(self, name: str, now: Scores, before: Scores | None) -> dict[str, float]:
+        """Mean, spread over images and share of failures; given the base, the paired gain with its interval."""
+        found = {f"{name}/invalid": 1 - float(now.valid.float().mean())}
+        if not now.valid.any():
+            return found
+        kept = now.scores[now.valid]
+        found |= {name: float(kept.mean()), f"{name}_std": float(kept.std(correction=0))}
+        found |= {f"{name}/{part}": float(v[now.valid].nanmean()) for part, v in now.components.items()}
+        both = now.valid & before.valid if before is not None else torch.zeros_like(now.valid)
+        if before is not None and both.any():
+            clusters = [p.text for p, ok in zip(self.prompts, both.tolist(), strict=True) if ok]
+            gain = paired_difference(now.scores[both], before.scores[both], clusters, seed=0)
+            found |= {f"{name}_gain": gain.mean} | _interval(f"{name}_gain", gain)
         return found
 
 
@@ -78,11 +113,16 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    heldout: Mapping[str, Reward] | None = None,
 ) -> Evaluation:
     """Sample every prompt once and score it.
 
     The noise of an image is a function of (seed, prompt, position), so evaluations of different weights are paired.
     Processes share the work; all of them get the whole result.
+
+    Args:
+        heldout: name -> a reward to score as well. One that fails is invalid for the images concerned and stops
+            nothing; whatever it draws from torch's generators, training does not notice.
     """
     count = -(-len(prompts) // world_size)
     mine = [(rank * count + i) % len(prompts) for i in range(count)]
@@ -98,10 +138,23 @@ def evaluate(
         device=device,
     )
     images = decode(policy, trajectory.clean_latents, images_per_chunk=images_per_chunk)
-    output = reward.score(RewardBatch(images=images, prompts=batch.texts, metadata=batch.metadata))
+    pictures = RewardBatch(images=images, prompts=batch.texts, metadata=batch.metadata)
+    output = reward.score(pictures)
 
     def whole(tensor: Tensor) -> Tensor:
         return gather(tensor.to(device))[: len(prompts)].cpu()
+
+    def other(held_out: Reward) -> Scores:
+        with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+            judged = scored(held_out, pictures)
+        # A reward that failed has no components to say; the other processes may.
+        absent = torch.full((len(mine),), torch.nan)
+        parts = _everyone_s(judged.components, gather, device)
+        return Scores(
+            scores=whole(judged.scores),
+            valid=whole(judged.valid),
+            components={part: whole(judged.components.get(part, absent)) for part in parts},
+        )
 
     return Evaluation(
         prompts=prompts,
@@ -109,4 +162,18 @@ def evaluate(
         scores=whole(output.scores),
         valid=whole(output.valid),
         components={name: whole(values) for name, values in output.components.items()},
+        heldout={name: other(held_out) for name, held_out in (heldout or {}).items()},
     )
+
+
+_NAMES_BYTES = 4096
+
+
+def _everyone_s(names: Iterable[str], gather: Callable[[Tensor], Tensor], device: torch.device | str) -> list[str]:
+    """The names that any process has, in one order on all of them."""
+    text = "\n".join(names).encode()
+    assert len(text) <= _NAMES_BYTES, "names of components are short"
+    padded = torch.zeros(1, _NAMES_BYTES, dtype=torch.uint8)
+    padded[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else padded[0, :0]
+    rows = gather(padded.to(device)).cpu()
+    return sorted({name for row in rows for name in bytes(row.tolist()).rstrip(b"\0").decode().split("\n") if name})

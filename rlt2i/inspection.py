@@ -10,7 +10,7 @@ import torch
 
 from rlt2i.auto import resolve_auto
 from rlt2i.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
-from rlt2i.engine import decode, rollout
+from rlt2i.engine import decode, reward_gradient, rollout
 from rlt2i.evaluate import Evaluation, evaluate
 from rlt2i.interfaces import CreditContext, Policy, RewardOutput
 from rlt2i.samplers.ode import ODE
@@ -96,9 +96,10 @@ def maps(
     if run_dir is None:
         recipe, _ = resolve_auto(recipe)
     wanted = recipe.algorithm()
-    if wanted.reward_wants:
+    judged = wanted.reward_wants | (wanted.reward.requires if "reward/gradient" in wanted.credit.needs else set())
+    if judged:
         raise ValueError(
-            f"maps: the credit of {recipe.name!r} needs {sorted(wanted.reward_wants)} from the reward, which a free "
+            f"maps: the credit of {recipe.name!r} needs {sorted(judged)} from the reward, which a free "
             "prompt has "
             "not. Use a recipe whose map comes from the policy, such as star-shapes."
         )
@@ -117,6 +118,9 @@ def maps(
         keys=torch.tensor([derive_seed("maps", seed)]),
         generator=generator(seed, "maps"),
         score=_no_score,
+        reward_gradient=lambda latents, rollouts: reward_gradient(
+            policy, wanted.reward, latents, prompts, images_per_chunk=per_chunk
+        ),
         complete=lambda latents, step, rollouts: latents,
     )
     credit = recipe.credit.assign(context)
@@ -155,6 +159,7 @@ def evaluate_run(
             seed=train.eval_seed,
             image_size=train.image_size,
             images_per_chunk=train.images_per_device,
+            heldout=recipe.heldout,
         )
 
     base = judged("base")

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -47,7 +47,8 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
     processes = Processes()
     train = recipe.train
     recipe.algorithm().check_group_size(train.group_size)
-    check_metadata(recipe.task, recipe.reward)
+    for part in (recipe.sampler, recipe.reward, *recipe.heldout.values()):
+        check_metadata(recipe.task, part)
     batch = batch_plan(recipe, world_size=processes.world_size)
     say: Callable[[str], None] = functools.partial(print, flush=True) if processes.is_main else lambda _: None
     recipe = _resolved(recipe, run_dir if resume is not None else None, processes, say)
@@ -56,10 +57,12 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
         log = stack.enter_context(open_logbook(recipe, run_dir, resume is not None, processes))
         stop = stack.enter_context(GracefulStop())
         algorithm = recipe.algorithm().load(processes.device)
-        stack.callback(algorithm.reward.close)
+        for reward in (algorithm.reward, *recipe.heldout.values()):
+            stack.callback(reward.close)
         if processes.is_main:
-            fingerprint = json.dumps(algorithm.reward.fingerprint(), indent=2, sort_keys=True, default=str)
-            (run_dir / "reward.json").write_text(fingerprint + "\n", encoding="utf-8")
+            _write_json(run_dir / "reward.json", algorithm.reward.fingerprint())
+            if recipe.heldout:
+                _write_json(run_dir / "heldout.json", {n: r.fingerprint() for n, r in recipe.heldout.items()})
         trainer = _assemble(recipe, algorithm, run_dir, log, processes, say)
         if resume is None:
             say(batch.table())
@@ -71,6 +74,10 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
         trainer.train(stop)
         if trainer.update < train.updates:
             say(f"stopped after update {trainer.update}, saved. Go on with: rlt2i train --run-dir {run_dir} --resume")
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 
 def _checkpoint(run_dir: Path, resume: Path | str) -> Checkpoint:
@@ -125,6 +132,7 @@ def _assemble(
     learner = Learner(
         policy=policy,
         objective=algorithm.objective,
+        reward=algorithm.reward,
         optimizer=optimizer,
         sets=sets,
         sequences_per_chunk=train.sequences_per_device,

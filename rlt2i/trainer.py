@@ -203,6 +203,7 @@ class Trainer:
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
                 gather=self.processes.gather,
+                heldout=self.recipe.heldout,
             )
         if first:
             self.base = result

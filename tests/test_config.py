@@ -188,6 +188,10 @@ def test_the_hash_ignores_words_and_order_and_nothing_else():
     reordered = {"train": {"rate": 1e-4, "seed": 0}, "evidence": "curve", "about": "y", "name": "n"}
     assert recipe_hash(mapping) == recipe_hash(reordered)
     assert recipe_hash(mapping) != recipe_hash({**mapping, "train": {"seed": 1, "rate": 1e-4}})
+    quiet = {"seed": 0, "rate": 1e-4, "trackers": ["wandb"], "checkpoint_every": 1, "keep_checkpoints": 9}
+    watched = {**mapping, "train": quiet, "heldout": {"size": {"type": "JPEGCompressibility"}}}
+    assert recipe_hash(mapping) == recipe_hash(watched)
+    assert recipe_hash(mapping) != recipe_hash({**mapping, "task": {"trackers": []}})
     assert recipe_hash({"name": "n"}) == hashlib.sha256(b'{"name":"n"}').hexdigest()
 
 

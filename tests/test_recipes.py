@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import inspect
 import pkgutil
@@ -21,6 +22,7 @@ from rlt2i.recipes import PARTS, Recipe, build_part, list_recipes, load_recipe, 
 from rlt2i.recipes.catalogue import FOLDER
 from rlt2i.tasks.base import Task
 from rlt2i.train_config import TrainConfig, derive_batch
+from rlt2i.trainer import continuity
 from rlt2i.types import TransitionKernel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +92,19 @@ def test_shipped_recipes_state_their_evidence_and_it_is_there(entry: Any):
         assert curves, f"{entry.name} claims a curve; commit it as {CURVES / entry.name}.csv (or -s<seed>.csv)"
     if "sd35" in entry.name and not curves:
         assert entry.evidence == "unrun", "nobody has run this recipe with its real weights"
+
+
+@pytest.mark.parametrize("path", sorted(CURVES.glob("*.csv")), ids=lambda path: path.stem)
+def test_committed_curves_are_of_the_shipped_recipes(path: Path):
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    (recipe, seed, found), *others = {(row["recipe"], row["seed"], row["hash"]) for row in rows}
+    assert not others
+    assert path.stem == f"{recipe}-s{seed}"
+    assert found == load_recipe(recipe, [f"train.seed={seed}"]).hash[:12], (
+        f"{recipe} has changed since {path.name} was measured: run it again with `rlt2i train {recipe}`, then "
+        "python -m benchmarks.curve RUN"
+    )
 
 
 @pytest.mark.parametrize("family", [r"\w+-shapes", r"\w+-nft-shapes"])
@@ -164,6 +179,21 @@ def test_a_yaml_path_and_python_give_the_same_recipe(tmp_path: Path):
 def test_the_recipe_of_a_run_can_be_run_again(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text(toy().to_yaml())
     assert load_recipe(tmp_path) == toy()
+
+
+def test_what_is_watched_does_not_count_and_is_written_down(tmp_path: Path):
+    watched = recipe_from_mapping(parse_yaml(TOY + "heldout: {size: JPEGCompressibility}\n"))
+    assert watched.hash == toy().hash
+    assert continuity(watched) == continuity(toy())
+    assert recipe_from_mapping(parse_yaml(watched.to_yaml())) == watched
+    assert load_recipe_with(tmp_path, "heldout.size.quality=50").heldout["size"].quality == 50  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="the name becomes the metric eval/heldout/a b"):
+        recipe_from_mapping(parse_yaml(TOY + "heldout: {a b: JPEGCompressibility}\n"))
+
+
+def load_recipe_with(folder: Path, override: str) -> Recipe:
+    (folder / "watched.yaml").write_text(TOY + "heldout: {size: JPEGCompressibility}\n")
+    return load_recipe(folder / "watched.yaml", [override])
 
 
 def test_overrides_go_through_the_same_checks(tmp_path: Path):

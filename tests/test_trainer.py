@@ -10,13 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rlt2i.checkpoint import CheckpointError, latest_checkpoint
+from rlt2i.dry_run import describe_run
 from rlt2i.run import train
 from rlt2i.runlog import read_metrics
+from rlt2i.tasks.shapes.reward import ShapesReward
 from rlt2i.trainer import RunStopped
 from tests import toy_recipe
 
@@ -132,6 +135,44 @@ def test_every_update_logs_what_a_user_looks_for(tmp_path):
     assert (tmp_path / "run" / "maps" / "step-000001.safetensors").exists()
     json.loads((tmp_path / "run" / "versions.json").read_text())
     assert json.loads((tmp_path / "run" / "reward.json").read_text())["reward"] == "QuadrantBrightness"
+
+
+def test_held_out_rewards_are_scored_and_change_nothing(tmp_path):
+    recipe = toy_recipe.watched()
+    train(recipe, tmp_path / "watched")
+    train(toy_recipe.clipped(), tmp_path / "plain")
+    assert_equal_bits(weights(tmp_path / "watched", 4), weights(tmp_path / "plain", 4))
+    base, halfway, last = read_metrics(tmp_path / "watched", "eval")
+    images = load_file(tmp_path / "watched" / "images" / "eval-000000.safetensors")
+    sizes = images["heldout/size/scores"]
+    assert base["eval/heldout/size"] == pytest.approx(float(sizes.mean()))
+    assert base["eval/heldout/size_std"] == pytest.approx(float(sizes.std(correction=0)))
+    assert last["eval/heldout/size_gain"] == pytest.approx(
+        last["eval/heldout/size"] - base["eval/heldout/size"], abs=1e-6
+    )
+    assert last["eval/heldout/size_gain_low"] <= last["eval/heldout/size_gain"] <= last["eval/heldout/size_gain_high"]
+    assert base["eval/heldout/dying/strict"] == base["eval/heldout/dying"]
+    assert (halfway["eval/heldout/dying/invalid"], last["eval/heldout/dying/invalid"]) == (0.0, 1.0)
+    assert "eval/heldout/dying" not in last  # it failed, which is not a score of 0
+    assert json.loads((tmp_path / "watched" / "heldout.json").read_text())["size"]["reward"] == "JPEGCompressibility"
+    assert recipe.heldout["dying"].calls[-1] == -1  # closed
+
+
+def test_what_is_watched_may_change_between_a_run_and_its_continuation(tmp_path):
+    train(toy_recipe.clipped(updates=2), tmp_path / "run")
+    train(toy_recipe.watched(updates=4), tmp_path / "run", resume="latest")
+    assert "eval/heldout/size" in read_metrics(tmp_path / "run", "eval")[-1]
+    train(toy_recipe.clipped(updates=6), tmp_path / "run", resume="latest")
+    assert [r["step"] for r in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_held_out_reward_without_its_metadata_is_refused_before_anything_runs(tmp_path):
+    recipe = attrs.evolve(toy_recipe.clipped(), heldout={"shapes": ShapesReward()})
+    with pytest.raises(ValueError, match=r"ShapesReward needs the metadata"):
+        train(recipe, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"ShapesReward needs the metadata"):
+        describe_run(recipe)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("recipe", ["clipped", "nft"])

@@ -14,6 +14,7 @@ from rlt2i.interfaces import RewardBatch, RewardOutput
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.recipes import Recipe
+from rlt2i.rewards.jpeg import JPEGCompressibility
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.train_config import TrainConfig
@@ -120,3 +121,25 @@ class MostlyInvalid(QuadrantBrightness):
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         output = super().score(batch, want)
         return attrs.evolve(output, valid=torch.arange(len(output.scores)) % 4 == 0)
+
+
+def watched(**train: object) -> Recipe:
+    """`clipped`, beside two held-out rewards: one sound, and one that draws from the global generator and dies."""
+    return attrs.evolve(clipped(**train), heldout={"size": JPEGCompressibility(), "dying": Dying()})
+
+
+@attrs.frozen(kw_only=True)
+class Dying(QuadrantBrightness):
+    """Works twice, for the base and the first evaluation; raises from then on."""
+
+    calls: list[int] = attrs.field(factory=list, init=False, eq=False)
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        torch.rand(7)
+        self.calls.append(len(batch.prompts))
+        if len(self.calls) > 2:
+            raise RuntimeError("out of memory")
+        return super().score(batch, want)
+
+    def close(self) -> None:
+        self.calls.append(-1)

@@ -16,12 +16,12 @@ from rlt2i.config import (
     build,
     dump_yaml,
     load_object,
-    read_yaml,
     recipe_hash,
     to_mapping,
 )
 from rlt2i.interfaces import CreditAssigner, Objective, PolicySpec, Reward, Sampler
 from rlt2i.recipes.catalogue import find_recipe
+from rlt2i.recipes.extends import read_recipe
 from rlt2i.recipes.parts import PARTS
 from rlt2i.tasks.base import Task
 from rlt2i.train_config import TrainConfig
@@ -40,6 +40,8 @@ class Recipe:
         evidence: `gated` (a committed curve that a test re-checks), `curve` (a full run's curve is committed), `smoke`
             (runs), or `unrun` (never run with its real weights).
         policy, sampler, reward, credit, objective: the five parts of the algorithm.
+        heldout: name -> a reward that is never trained on, scored at every evaluation beside the trained one. It shows
+            whether the policy got better or only better at the trained reward; it cannot change the training.
         task: where the prompts come from.
         train: how long, how fast, how often.
     """
@@ -50,6 +52,7 @@ class Recipe:
     policy: PolicySpec
     sampler: Sampler
     reward: Reward
+    heldout: Mapping[str, Reward] = attrs.field(factory=dict)
     credit: CreditAssigner
     objective: Objective
     task: Task
@@ -62,6 +65,15 @@ class Recipe:
                 f"Recipe(name={value!r}): run directories start with it, so it takes lower-case letters, digits, '.', "
                 "'_' and '-' only."
             )
+
+    @heldout.validator
+    def _check_heldout(self, _: Any, value: Mapping[str, Reward]) -> None:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                raise ValueError(
+                    f"Recipe(heldout={{{name!r}: ...}}): the name becomes the metric eval/heldout/{name}, so it takes "
+                    "letters, digits, '_', '.' and '-' only."
+                )
 
     def algorithm(self) -> Algorithm:
         """The five parts, checked against each other; no weight is read.
@@ -117,7 +129,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     found = find_recipe(str(name_or_path))
     if isinstance(found, Path):
-        mapping = read_yaml(found)
+        mapping = read_recipe(found)
         try:
             recipe = recipe_from_mapping(mapping, folder=found.parent)
         except ConfigError as error:
