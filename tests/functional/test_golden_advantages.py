@@ -188,6 +188,8 @@ def test_turning_points(case: Case):
     )
     if swapped:  # the outcome as main reward and the gain as bonus: not a form of ours, only their sum
         value = config["eta"] * points * gain
+        if config["propagate_bonus_to_future_steps"]:
+            value = result.bonus
         main = torch.where(value != 0, 0, whole) if config["drop_original_reward_when_having_bonus"] else whole
         result = result._replace(bonus=value, main=main, reward=main + value)
     case.expect("d", result.gain)
@@ -229,7 +231,7 @@ def test_sliding_window(case: Case):
             )
         )
     assert all(ours)
-    theirs = [tuple(window) for window in case.outputs["windows"] if window]
+    theirs = [tuple(window) for window in case.expected("windows") if window]
     assert ours[: len(theirs)] == theirs
     if not case["roll_back"]:
         assert set(ours[len(theirs) :]) <= {theirs[-1]}

@@ -146,6 +146,7 @@ def test_sft_and_rwr(case: Case):
     kl = squared_error_map(v, case.tensor("v_ref")).mean()
     # With beta = 0 the November script forgets the advantage: a plain matching loss. Ours keeps it at every beta.
     losses = {"july_rwr_or_sft": july, "nov_beta0.1": july + 0.1 * kl, "nov_beta0.0": error.mean()}
+    assert case.expected("weighting", within=case.outputs["july_rwr_or_sft"]) == [1.0] * len(error)  # no weighting
     for key, expected in case.outputs.items():
         case.expect("loss", losses[key].detach(), within=expected)
         case.expect("grad_v", gradient_of(losses[key], v), within=expected)
@@ -167,13 +168,13 @@ def test_dgpo(case: Case):
         old_error = flow_matching_error(v_old, x0, noise)
         clipped = dgpo_clipped(error, old_error, advantage, clip_range=case["clip_range"])
         if "should_clip" in case.outputs:
-            assert clipped.tolist() == case.outputs["should_clip"]
+            assert clipped.tolist() == case.expected("should_clip")
         error = torch.where(clipped[:, None, None], error.detach(), error)
         if case["clip_kl"]:
             kl = torch.where(clipped[:, None, None], kl.detach(), kl)
     dgpo_loss = dgpo_loss_map(error, advantage, group_weight).mean()
     loss = dgpo_loss + case["kl_beta"] * kl.mean()
-    assert case.outputs["group_index"] == case["group"]
+    assert case.expected("group_index") == case["group"]
     ours = {
         "loss": loss.detach(),
         "dgpo_loss": dgpo_loss.detach(),
