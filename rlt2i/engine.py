@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import attrs
 import torch
@@ -14,9 +15,13 @@ from rlt2i.algorithm import Algorithm
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import CreditContext, Policy, RewardBatch, RewardOutput, RolloutRequest, Sampler, to_uint8
 from rlt2i.progress import Progress
+from rlt2i.rewards.agreement import Tally, with_same_components
+from rlt2i.rewards.guard import scored
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.seeds import RolloutNoise, derive_seed, generator
 from rlt2i.types import Conditioning, Experience, Prompts, Rewards, Trajectory
+
+Result = TypeVar("Result")
 
 
 def _nothing(count: int) -> None:
@@ -136,14 +141,23 @@ def decode(policy: Policy, latents: Tensor, *, images_per_chunk: int) -> Tensor:
     return torch.cat([to_uint8(policy.decode(chunk)) for chunk in latents.split(images_per_chunk)])
 
 
+class OtherProcessFailed(RuntimeError):
+    """A batch could not be collected on another process, which says why; so no process goes on with it."""
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class Collected:
-    """A rollout batch: what the learner learns from, and what the log wants to see."""
+    """A rollout batch: what the learner learns from, and what the log wants to see.
+
+    Attributes:
+        tally: of everything that the reward was shown for this batch on this process, intermediate images included.
+    """
 
     experience: Experience
     prompts: Prompts
     images: Tensor
     scores: RewardOutput
+    tally: Tally
 
 
 @attrs.frozen(kw_only=True)
@@ -184,31 +198,17 @@ class Engine:
 
         Raises:
             ValueError: when latents or images are not finite.
+            OtherProcessFailed: when that happened elsewhere.
         """
-        watch = watch or Stopwatch(device=self.device)
+        watch, tally = watch or Stopwatch(device=self.device), Tally()
         with torch.no_grad():
-            with watch("rollout", prompts.num_rollouts):
-                trajectory = rollout(
-                    self.policy,
-                    self.algorithm.sampler,
-                    prompts,
-                    seed=self.seed,
-                    image_size=self.image_size,
-                    images_per_chunk=self.images_per_chunk,
-                    captures=self.algorithm.captures,
-                    share_initial_noise=self.share_initial_noise,
-                    progress=progress,
-                    device=self.device,
-                    advance=watch.advance,
-                )
-            with watch("decode"):
-                images = self.images(trajectory.clean_latents)
-            with watch("reward"):
-                scores = self.score(images, prompts, want=self.algorithm.reward_wants)
-                rewards = self._rewards(trajectory, prompts, scores)
+            trajectory, images, scores, predicted = self._together(
+                lambda: self._judged_rollouts(prompts, progress, watch, tally)
+            )
+            rewards = self._rewards(trajectory, scores, predicted)
             with watch("credit"):
                 keys = torch.tensor([derive_seed(*key) for key in rollout_keys(prompts, self.seed)], device=self.device)
-                context = self._context(prompts, trajectory, rewards, images, progress, keys)
+                context = self._context(prompts, trajectory, rewards, images, progress, keys, tally)
                 credit = self.algorithm.credit.assign(context)
         groups = torch.tensor(prompts.per_rollout(prompts.draws), device=self.device)
         experience = Experience(
@@ -219,14 +219,59 @@ class Engine:
             keys=keys,
             groups=groups,
         )
-        return Collected(experience=experience, prompts=prompts, images=images, scores=scores)
+        return Collected(experience=experience, prompts=prompts, images=images, scores=scores, tally=tally)
+
+    def _together(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, once no process has failed at it: credit waits for every process.
+
+        Raises:
+            OtherProcessFailed: when only others have; the error itself where it happened.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except (ValueError, RuntimeError, OSError) as caught:
+            error = caught
+        if bool(self.gather(torch.tensor([error is not None], device=self.device)).any()):
+            raise error or OtherProcessFailed("another process failed to collect this batch; see its message.")
+        return result  # type: ignore[return-value]  # there was no error
+
+    def _judged_rollouts(
+        self, prompts: Prompts, progress: int, watch: Stopwatch, tally: Tally
+    ) -> tuple[Trajectory, Tensor, RewardOutput, list[RewardOutput]]:
+        """Rollouts, their images, the scores of those, and of the clean predictions that the credit asked for."""
+        with watch("rollout", prompts.num_rollouts):
+            trajectory = rollout(
+                self.policy,
+                self.algorithm.sampler,
+                prompts,
+                seed=self.seed,
+                image_size=self.image_size,
+                images_per_chunk=self.images_per_chunk,
+                captures=self.algorithm.captures,
+                share_initial_noise=self.share_initial_noise,
+                progress=progress,
+                device=self.device,
+                advance=watch.advance,
+            )
+        with watch("decode"):
+            images = self.images(trajectory.clean_latents)
+        with watch("reward"):
+            final = self.score(images, prompts, want=self.algorithm.reward_wants)
+            predicted = [
+                self.score(self.images(trajectory.captures[CLEAN_PREDICTIONS][:, step]), prompts)
+                for step in self.algorithm.credit.scored_steps(trajectory.num_steps)
+            ]
+        for output in (final, *predicted):
+            tally.add(output)
+        return trajectory, images, final, predicted
 
     def images(self, latents: Tensor) -> Tensor:
         """[N, C, H, W] latents to [N, 3, H', W'] uint8 RGB."""
         return decode(self.policy, latents, images_per_chunk=self.images_per_chunk)
 
     def score(self, images: Tensor, prompts: Prompts, want: frozenset[str] = frozenset()) -> RewardOutput:
-        """Score the finished images of whole groups."""
+        """Score the images of whole groups. What the reward cannot judge is invalid, whatever goes wrong in it."""
         batch = RewardBatch(
             images=images,
             prompts=prompts.per_rollout(prompts.texts),
@@ -234,28 +279,38 @@ class Engine:
             groups=torch.arange(len(prompts.texts)).repeat_interleave(prompts.group_size),
             ids=["/".join(map(str, key)) for key in rollout_keys(prompts, self.seed)],
         )
-        return self.algorithm.reward.score(batch, want)
+        return scored(self.algorithm.reward, batch, want)
 
-    def _rewards(self, trajectory: Trajectory, prompts: Prompts, final: RewardOutput) -> Rewards:
-        """The final scores, and those of the clean predictions that the credit asked for."""
-        steps = self.algorithm.credit.scored_steps(trajectory.num_steps)
-        columns, valid = [], final.valid.to(self.device)
-        for step in steps:
-            predicted = self.score(self.images(trajectory.captures[CLEAN_PREDICTIONS][:, step]), prompts)
-            columns.append(predicted.scores.to(self.device))
-            valid = valid & predicted.valid.to(self.device)
-        columns.append(final.scores.to(self.device))
+    def _rewards(self, trajectory: Trajectory, final: RewardOutput, predicted: list[RewardOutput]) -> Rewards:
+        """The scores of a batch, with the same terms on every process.
+
+        A rollout is valid where all of its images were judged.
+        """
+        count, want = len(final.valid), self.algorithm.reward_wants
+        terms = with_same_components(final.components, count, self.gather, self.device)
+        maps, regions = final.maps, final.regions
+        if not final.valid.any():  # nothing was judged, so nothing has a place; credit that looks there sees a blank
+            maps = torch.zeros(count, 1, 1) if maps is None and "maps" in want else maps
+            regions = [()] * count if regions is None and "regions" in want else regions
+        outputs = (*predicted, final)
         return Rewards(
-            values=torch.stack([c.float() for c in columns], dim=1),
-            valid=valid,
-            terms={name: term.to(self.device) for name, term in final.components.items()},
-            scored_steps=(*steps, trajectory.num_steps),
-            maps=None if final.maps is None else final.maps.to(self.device),
-            regions=None if final.regions is None else tuple(tuple(r) for r in final.regions),
+            values=torch.stack([output.scores.to(self.device).float() for output in outputs], dim=1),
+            valid=torch.stack([output.valid.to(self.device) for output in outputs]).all(dim=0),
+            terms={name: term.to(self.device) for name, term in terms.items()},
+            scored_steps=(*self.algorithm.credit.scored_steps(trajectory.num_steps), trajectory.num_steps),
+            maps=None if maps is None else maps.to(self.device),
+            regions=None if regions is None else tuple(tuple(r) for r in regions),
         )
 
     def _context(
-        self, prompts: Prompts, trajectory: Trajectory, rewards: Rewards, images: Tensor, progress: int, keys: Tensor
+        self,
+        prompts: Prompts,
+        trajectory: Trajectory,
+        rewards: Rewards,
+        images: Tensor,
+        progress: int,
+        keys: Tensor,
+        tally: Tally,
     ) -> CreditContext:
         texts, metadata = prompts.per_rollout(prompts.texts), prompts.per_rollout(prompts.metadata)
 
@@ -264,7 +319,9 @@ class Engine:
             batch = RewardBatch(
                 images=self.images(latents), prompts=[texts[i] for i in rows], metadata=[metadata[i] for i in rows]
             )
-            return self.algorithm.reward.score(batch)
+            output = scored(self.algorithm.reward, batch)
+            tally.add(output)
+            return output
 
         def complete(latents: Tensor, step: int, rollouts: Tensor) -> Tensor:
             size = self.images_per_chunk

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from rlt2i.engine import decode, rollout
 from rlt2i.evaluation import Interval, clustered_mean, paired_difference
 from rlt2i.interfaces import Policy, Reward, RewardBatch
+from rlt2i.rewards.agreement import Tally, with_same_components
 from rlt2i.rewards.guard import scored
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import derive_seed
@@ -41,6 +42,7 @@ class Evaluation:
         scores, valid: [N]; what the reward said.
         components: name -> [N].
         heldout: name -> what a reward said that is never trained on.
+        reasons: why images are invalid -> how many.
     """
 
     prompts: Sequence[TaskPrompt]
@@ -49,6 +51,7 @@ class Evaluation:
     valid: Tensor
     components: Mapping[str, Tensor]
     heldout: Mapping[str, Scores] = attrs.field(factory=dict)
+    reasons: Mapping[str, int] = attrs.field(factory=dict)
 
     @property
     def headline(self) -> str:
@@ -139,7 +142,10 @@ def evaluate(
     )
     images = decode(policy, trajectory.clean_latents, images_per_chunk=images_per_chunk)
     pictures = RewardBatch(images=images, prompts=batch.texts, metadata=batch.metadata)
-    output = reward.score(pictures)
+    output = scored(reward, pictures)
+    tally = Tally()
+    tally.add(output)
+    components = with_same_components(output.components, len(mine), gather, device)
 
     def whole(tensor: Tensor) -> Tensor:
         return gather(tensor.to(device))[: len(prompts)].cpu()
@@ -147,13 +153,11 @@ def evaluate(
     def other(held_out: Reward) -> Scores:
         with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
             judged = scored(held_out, pictures)
-        # A reward that failed has no components to say; the other processes may.
-        absent = torch.full((len(mine),), torch.nan)
-        parts = _everyone_s(judged.components, gather, device)
+        parts = with_same_components(judged.components, len(mine), gather, device)
         return Scores(
             scores=whole(judged.scores),
             valid=whole(judged.valid),
-            components={part: whole(judged.components.get(part, absent)) for part in parts},
+            components={part: whole(values) for part, values in parts.items()},
         )
 
     return Evaluation(
@@ -161,19 +165,7 @@ def evaluate(
         images=whole(images),
         scores=whole(output.scores),
         valid=whole(output.valid),
-        components={name: whole(values) for name, values in output.components.items()},
+        components={name: whole(values) for name, values in components.items()},
         heldout={name: other(held_out) for name, held_out in (heldout or {}).items()},
+        reasons=tally.together(gather, device).reasons,
     )
-
-
-_NAMES_BYTES = 4096
-
-
-def _everyone_s(names: Iterable[str], gather: Callable[[Tensor], Tensor], device: torch.device | str) -> list[str]:
-    """The names that any process has, in one order on all of them."""
-    text = "\n".join(names).encode()
-    assert len(text) <= _NAMES_BYTES, "names of components are short"
-    padded = torch.zeros(1, _NAMES_BYTES, dtype=torch.uint8)
-    padded[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else padded[0, :0]
-    rows = gather(padded.to(device)).cpu()
-    return sorted({name for row in rows for name in bytes(row.tolist()).rstrip(b"\0").decode().split("\n") if name})

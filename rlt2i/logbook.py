@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlt2i.checkpoint import clean_staging, set_aside_after
 from rlt2i.processes import Processes
-from rlt2i.runlog import RunDirectory, RunLog
+from rlt2i.runlog import FAILURES, RunDirectory, RunLog
 
 if TYPE_CHECKING:
     from rlt2i.recipes import Recipe
@@ -34,6 +36,19 @@ class Logbook:
         if self._log is None:
             self._log = RunLog(self._run, trackers=self._trackers)
         self._log.log(update, metrics, phase=phase)
+
+    def failures(self, update: int, reasons: Mapping[str, int], *, images: int, phase: str) -> None:
+        """Append to failures.jsonl why images of an update were not judged; after a resume an update may come twice."""
+        record = {
+            "step": update,
+            "phase": phase,
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "images": images,
+            "invalid": sum(reasons.values()),
+            "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
+        }
+        with (self._run.path / FAILURES).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         if self._log is not None:

@@ -5,6 +5,8 @@
     versions.json            recipe hash, versions, commit, platform, command line; later starts in "resumed"
     metrics.jsonl            a line per update and phase: {"step", "phase", "time", name: number or null}
     metrics.dropped.jsonl    lines after the checkpoint that a resumed run went back to
+    failures.jsonl           a line per update whose reward could not judge some image: {"step", "phase", "time",
+                             "images", "invalid", "reasons": {reason: images}}
     images/, tensorboard/, checkpoint-<step>/
     run.lock                 held by the process that writes
 """
@@ -38,6 +40,7 @@ RECIPE = "recipe.yaml"
 VERSIONS = "versions.json"
 METRICS = "metrics.jsonl"
 DROPPED = "metrics.dropped.jsonl"
+FAILURES = "failures.jsonl"
 IMAGES = "images"
 LOCK = "run.lock"
 

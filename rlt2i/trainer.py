@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from rlt2i.checkpoint import (
 from rlt2i.config import recipe_hash
 from rlt2i.engine import Collected, Engine, Stopwatch
 from rlt2i.evaluate import Evaluation, evaluate
+from rlt2i.functional.groups import masked_std, tied
 from rlt2i.functional.maps import effective_support, map_entropy
 from rlt2i.health import health_metrics
 from rlt2i.interfaces import Policy
@@ -28,6 +30,7 @@ from rlt2i.logbook import Logbook
 from rlt2i.optimizer_state import optimizer_tensors, restore_optimizer
 from rlt2i.processes import Processes
 from rlt2i.progress import summary_line
+from rlt2i.rewards.agreement import Tally
 from rlt2i.runlog import read_metrics
 from rlt2i.signals import GracefulStop
 from rlt2i.tasks.base import as_prompts
@@ -76,14 +79,18 @@ class Trainer:
     def train(self, stop: GracefulStop) -> None:
         """Run until the last update, or until asked to stop; always leaves a checkpoint of the last finished update."""
         train = self.recipe.train
-        if train.eval_prompts and self.update == 0:
-            self._judge(first=True)
+        if self._evaluation_is_due() and self._evaluation_is_missing():
+            self._judge(first=self.update == 0)
         while self.update < train.updates and not self.processes.any(stop.requested):
             metrics = self._one_update()
             self.update += 1
             last = self.update == train.updates
-            if train.eval_prompts and (last or (train.eval_every and self.update % train.eval_every == 0)):
-                metrics |= self._judge(first=False)
+            if self._evaluation_is_due():
+                try:
+                    metrics |= self._judge(first=False)
+                except RunStopped:
+                    self._remember(metrics)  # the update is finished, although nothing could be said about it
+                    raise
                 self._watch_for_hacking(metrics)
             self._remember(metrics)
             if last or self.update % train.checkpoint_every == 0 or self.processes.any(stop.requested):
@@ -101,15 +108,10 @@ class Trainer:
             error = caught
         self._agree(error)
         assert collected is not None
-        invalid = 1 - self.processes.mean(collected.experience.rewards.valid.float())
-        if invalid > train.max_invalid_share:
-            self._save()
-            raise RunStopped(
-                f"update {self.update + 1}: {invalid:.0%} of the rewards are invalid, more than max_invalid_share="
-                f"{train.max_invalid_share:.0%}. Nothing was learned from this batch and the last update is saved. "
-                "Mend the "
-                f"reward, then resume with --resume latest."
-            )
+        lost = 1 - self.processes.mean(collected.experience.rewards.valid.float())
+        tally = collected.tally.together(self.processes.gather, self.engine.device)
+        invalid = max(lost, tally.share)
+        self._stop_if_broken(tally, invalid, "train", "Nothing was learned from this batch")
         with watch("update"):
             try:
                 metrics: dict[str, Any] = dict(self.learner.learn(collected.experience, watch.advance))
@@ -152,16 +154,35 @@ class Trainer:
         if self.processes.any(error is not None):
             raise error or RunStopped(f"update {self.update + 1}: another process failed; see its message.")
 
+    def _stop_if_broken(self, tally: Tally, share: float, phase: str, consequence: str) -> None:
+        """Write down why images were not judged; stop, on every process, when they are too many.
+
+        Raises:
+            RunStopped: with the most frequent reasons.
+        """
+        update, limit = self.update + (phase == "train"), self.recipe.train.max_invalid_share
+        if tally.invalid and self.log is not None:
+            self.log.failures(update, tally.reasons, images=tally.images, phase=phase)
+        if share <= limit:
+            return
+        self._save()
+        raise RunStopped(
+            f"{'update' if phase == 'train' else 'evaluation after update'} {update}: {share:.0%} of the rewards are "
+            f"invalid, more than max_invalid_share={limit:.0%}. Why: {tally}. {consequence}, and the last update is "
+            "saved. Mend the reward, then resume with --resume latest."
+        )
+
     def _observations(self, collected: Collected) -> dict[str, float]:
         """What the log says about a batch, as means over all processes."""
         experience, rewards = collected.experience, collected.experience.rewards
         kept = rewards.valid
-        by_group = rewards.final.view(-1, collected.prompts.group_size)
-        tied = (by_group.amax(1) - by_group.amin(1)) == 0
+        size = collected.prompts.group_size
+        by_group, judged = rewards.final.view(-1, size), kept.view(-1, size)
+        compared = judged.any(dim=1)  # a group of which nothing was judged has no spread
         seen = {
             "reward/mean": rewards.final[kept],
-            "reward/spread": by_group.std(dim=1, correction=0),
-            "reward/tied_groups": tied.float(),
+            "reward/spread": masked_std(by_group, judged, 1, correction=0)[compared, 0],
+            "reward/tied_groups": tied(by_group, judged)[compared, 0].float(),
             **{f"reward/{name}": values[kept] for name, values in rewards.terms.items()},
         }
         weight = experience.credit.weight
@@ -185,6 +206,19 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- judgement
 
+    def _evaluation_is_due(self) -> bool:
+        """Before the first update, after the last, and every so often in between."""
+        train, done = self.recipe.train, self.update
+        regular = train.eval_every > 0 and done % train.eval_every == 0
+        return train.eval_prompts > 0 and (done in (0, train.updates) or regular)
+
+    def _evaluation_file(self) -> Path:
+        return self.run_dir / "images" / f"eval-{self.update:06d}.safetensors"
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the weights at hand were not judged yet: at the start, or where the reward failed at it."""
+        return self.processes.any(self.processes.is_main and not self._evaluation_file().exists())
+
     def _judge(self, *, first: bool) -> dict[str, Any]:
         """Evaluate the weights that would be shipped: the average where there is one, else the online weights."""
         train = self.recipe.train
@@ -205,12 +239,15 @@ class Trainer:
                 gather=self.processes.gather,
                 heldout=self.recipe.heldout,
             )
+        tally = Tally(images=len(result.valid), reasons=Counter(result.reasons))
+        share = 1 - float(result.valid.float().mean())
+        self._stop_if_broken(tally, share, "eval", "Nothing can be said about these weights")
         if first:
             self.base = result
         metrics = result.metrics(None if first else self.base) | {"seconds/eval": watch.seconds["eval"]}
         metrics |= {name: float(value) for name, value in health_metrics(result.images, group_size=1).items()}
         if self.processes.is_main:
-            write_evaluation(self.run_dir / "images" / f"eval-{self.update:06d}.safetensors", result)
+            write_evaluation(self._evaluation_file(), result)
         self._remember(metrics, phase="eval")
         return metrics
 

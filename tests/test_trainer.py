@@ -101,7 +101,7 @@ def test_a_stop_finishes_the_update_saves_and_says_how_to_go_on(tmp_path, number
 
 
 def test_nan_reward_is_refused_and_the_last_update_is_there(tmp_path):
-    with pytest.raises(ValueError, match="marked valid"):
+    with pytest.raises(RunStopped, match="the score is nan"):
         train(toy_recipe.broken(), tmp_path / "run")
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-00000002"
 

@@ -7,6 +7,8 @@ statistics of its group and the loss, and the run stops when too many are. It is
 from __future__ import annotations
 
 import logging
+import traceback
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -55,8 +57,18 @@ def _scored(reward: Reward, batch: RewardBatch, want: frozenset[str]) -> RewardO
         raise
     except Exception as error:
         _LOG.error("%s raised on a batch of %d.", _name(reward), len(batch.prompts), exc_info=True)
-        return failed(len(batch.prompts), f"{type(error).__name__}: {error}"[:1000])
-    return checked(output, reward, len(batch.prompts))
+        return failed(len(batch.prompts), f"{type(error).__name__}: {error}"[:1000] + _place(error))
+    output = checked(output, reward, len(batch.prompts))
+    for name in sorted(want & {"maps", "regions"}):
+        if getattr(output, name) is None and output.valid.any():
+            return _all_failed(reward, len(batch.prompts), f"returned no {name}, which it says that it offers")
+    return output
+
+
+def _place(error: Exception) -> str:
+    """Where an exception was raised: what a user who sees only the reason needs to find it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def checked(output: RewardOutput, reward: Reward, count: int) -> RewardOutput:

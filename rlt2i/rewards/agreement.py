@@ -1,0 +1,100 @@
+"""Why scores are invalid, counted; and one answer on all processes, although the reward of one of them has failed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import attrs
+import torch
+from torch import Tensor
+
+from rlt2i.interfaces import RewardOutput
+from rlt2i.rewards.batching import REASON
+
+Gather = Callable[[Tensor], Tensor]
+"""Concatenates [N, ...] tensors of all processes; N is the same on all of them."""
+
+SAID = 20
+"""Reasons that a process tells the others, the most frequent first."""
+SHOWN = 3
+"""Reasons in a message."""
+
+
+@attrs.define
+class Tally:
+    """How many images a reward was shown, and why it could not judge some of them.
+
+    Attributes:
+        images: shown.
+        reasons: reason -> images.
+    """
+
+    images: int = 0
+    reasons: Counter[str] = attrs.field(factory=Counter)
+
+    @property
+    def invalid(self) -> int:
+        """Images that were not judged."""
+        return self.reasons.total()
+
+    @property
+    def share(self) -> float:
+        """Of the images, those that were not judged."""
+        return self.invalid / self.images if self.images else 0.0
+
+    def add(self, output: RewardOutput) -> None:
+        """Count one answer of the reward."""
+        valid = output.valid.tolist()
+        self.images += len(valid)
+        info = output.info or [{} for _ in valid]
+        self.reasons.update(
+            str(details.get(REASON, "no reason given")) for ok, details in zip(valid, info, strict=True) if not ok
+        )
+
+    def together(self, gather: Gather, device: torch.device | str = "cpu") -> Tally:
+        """The sum over all processes, on each of them."""
+        mine = {"images": self.images, "invalid": self.invalid, "reasons": dict(self.reasons.most_common(SAID))}
+        whole = Tally()
+        for text in texts_of_all(json.dumps(mine), gather, device):
+            told = json.loads(text)
+            whole.images += told["images"]
+            whole.reasons.update(told["reasons"])
+            rest = told["invalid"] - sum(told["reasons"].values())
+            if rest:
+                whole.reasons["other reasons"] += rest
+        return whole
+
+    def __str__(self) -> str:
+        """The most frequent reasons with their numbers."""
+        shown = [f"{count} x {reason}" for reason, count in self.reasons.most_common(SHOWN)]
+        more = len(self.reasons) - len(shown)
+        return "; ".join([*shown, *([f"and {more} other reasons"] if more else [])])
+
+
+def texts_of_all(text: str, gather: Gather, device: torch.device | str = "cpu") -> list[str]:
+    """One text per process, in the order of ranks, on all processes. They travel as bytes in tensors."""
+    raw = text.encode()
+    lengths = gather(torch.tensor([len(raw)], device=device)).tolist()
+    row = torch.zeros(1, max(1, *lengths), dtype=torch.uint8)
+    row[0, : len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
+    rows = gather(row.to(device)).cpu().tolist()
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def with_same_components(
+    components: Mapping[str, Tensor], count: int, gather: Gather, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Every component that some process has, in one order; nan where this process has none.
+
+    A reward that failed for all images of a process names no components there. What follows (means over processes,
+    advantages of components) waits for every process, so the names must be the same.
+
+    Args:
+        components: name -> [count], of this process.
+    """
+    told = texts_of_all(json.dumps(list(components)), gather, device)
+    names = dict.fromkeys(name for text in told for name in json.loads(text))
+    absent = torch.full((count,), torch.nan)
+    return {name: components.get(name, absent) for name in names}
