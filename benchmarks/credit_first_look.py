@@ -33,6 +33,7 @@ from rlt2i.learner import informative_rows
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.nft import DiffusionNFT
+from rlt2i.objectives.reduction import trainable_steps
 from rlt2i.policies.sd3 import SD3
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.ode import ODE
@@ -70,6 +71,7 @@ def gradient(policy: Policy, objective: Objective, experience: Experience, sets:
         max_sequences=144,
         num_rollouts=experience.num_rollouts,
         num_groups=len(experience.groups.unique()),
+        num_pairs=max(1, int(trainable_steps(experience, stochastic_only=True).sum())),
         on_policy=True,
         weights=sets.use,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import torch
 
-from rlt2i.captures import ATTENTION_AUTO
+from rlt2i.captures import ATTENTION_AUTO, EDGES, PREFERENCE
 from rlt2i.interfaces import CreditAssigner, Objective, Policy, PolicySpec, Reward, Sampler
 
 
@@ -52,12 +52,15 @@ class Algorithm:
         missing = sorted(self.captures - offered - {ATTENTION_AUTO})
         if missing:
             sample = ", ".join(sorted(offered)[:8])
+            ways_out = {
+                PREFERENCE: "Use the sampler Recorded, with a task of pairs such as PairFileTask.",
+                EDGES: "Use a sampler whose rollouts branch, TreeSDE(...) or BranchSDE(...), or another advantage.",
+            }
+            way_out = ways_out.get(missing[0], "Change the credit's blocks or direction, or the policy.")
             raise ValueError(
                 f"{self.credit.names(missing[0])} needs the captures {missing}, which neither "
                 f"{type(self.policy).__name__} nor "
-                f"{type(self.sampler).__name__} offers. They offer {sample}, ... Change the credit's blocks or "
-                "direction, or "
-                "the policy."
+                f"{type(self.sampler).__name__} offers. They offer {sample}, ... {way_out}"
             )
 
         if ATTENTION_AUTO in self.captures and "maps" not in self.reward.offers:

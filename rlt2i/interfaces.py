@@ -80,6 +80,31 @@ class Policy(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """[N, 3, H', W'] images in [0, 1]."""
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """The inverse of `decode`, as far as there is one: what samplers need that read images rather than denoise.
+
+        Args:
+            images: [N, 3, H', W'] floats in [0, 1].
+
+        Returns:
+            [N, C, H, W] float32 clean latents; the same for the same images, so an autoencoder gives its mean.
+
+        Raises:
+            ValueError: when this policy cannot.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot turn images into latents. Use a sampler that denoises, such as ODE(), or "
+            "implement encode_images with the policy's autoencoder."
+        )
+
+    def initial_latents(self, noise: Tensor, sigma: Tensor) -> Tensor:
+        """The state a rollout starts from, for a scalar `sigma`, the first of the schedule.
+
+        sigma x noise, unless the model starts elsewhere: one that never saw pure noise and yet is fed it
+        (Stable Diffusion) says so here.
+        """
+        return noise * sigma
+
     @abstractmethod
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that learn, by stable name."""
@@ -332,6 +357,8 @@ class UpdateContext:
         max_sequences: (rollout, step) pairs per forward pass.
         num_rollouts: rollouts of this update over all processes, those without any advantage included: the denominator.
         num_groups: prompt groups of this update over all processes: the denominator of losses per group.
+        num_pairs: (rollout, step) pairs with a log-probability that this update trains, over all processes, those
+            without any advantage included: the denominator on the reverse process.
         on_policy: whether the weights are still those of the rollout; then the ratio is 1 by construction.
         weights: name -> context manager under which the policy carries that set ("old", "reference", "ema").
     """
@@ -340,6 +367,7 @@ class UpdateContext:
     max_sequences: int
     num_rollouts: int
     num_groups: int
+    num_pairs: int
     on_policy: bool
     weights: Callable[[str], AbstractContextManager[None]]
 

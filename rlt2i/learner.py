@@ -125,12 +125,13 @@ class Learner:
     def _informative_rows(self, experience: Experience) -> Tensor:
         return informative_rows(experience, whole_groups="groups" in self.objective.requires)
 
-    def _context(self, num_rollouts: int, num_groups: int, *, on_policy: bool) -> UpdateContext:
+    def _context(self, num_rollouts: int, num_groups: int, num_pairs: int = 1, *, on_policy: bool) -> UpdateContext:
         return UpdateContext(
             seed=derive_seed(self.seed, "update", self.num_updates),
             max_sequences=self.sequences_per_chunk,
             num_rollouts=num_rollouts,
             num_groups=num_groups,
+            num_pairs=num_pairs,
             on_policy=on_policy,
             weights=self.sets.use,
         )
@@ -155,13 +156,16 @@ class Learner:
     def _update(self, experience: Experience, advance: Callable[[int], None], *, on_policy: bool) -> dict[str, Tensor]:
         num_rollouts = self._total(float(experience.rewards.valid.sum()))
         num_groups = self._total(float(len(experience.groups.unique())))
+        trained = trainable_steps(experience, stochastic_only=True) & experience.rewards.valid[:, None]
+        num_pairs = self._total(float(trained.sum()))
         informative = experience.take(self._informative_rows(experience))
         averages, total = Averages(), torch.zeros((), device=self.parameters[0].device)
         self.optimizer.zero_grad(set_to_none=True)
         with contextlib.ExitStack() as undo:
             undo.callback(self.optimizer.zero_grad, set_to_none=True)
             if informative.num_rollouts:
-                context = self._context(max(1, round(num_rollouts)), round(num_groups), on_policy=on_policy)
+                counts = (max(1, round(count)) for count in (num_rollouts, num_groups, num_pairs))
+                context = self._context(*counts, on_policy=on_policy)
                 for loss in self.objective.losses(self.policy, informative, context=context):
                     loss.value.backward()
                     total = total + loss.value.detach()

@@ -19,6 +19,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.captures import EDGES
 from rlt2i.functional.transitions import Transition
 from rlt2i.shapes import Axes
 
@@ -168,7 +169,7 @@ class Trajectory:
         sigmas: [T+1] float32, decreasing to 0.
         log_probs: [B, T, H, W] float32 at rollout time, channel mean; 0 at deterministic steps. May be a broadcast
             view.
-        stochastic: [T] bool; only these steps have a log-probability.
+        stochastic: [T] bool; only these steps have a log-probability, and only of the rollouts that are `noisy` there.
         captures: name -> [B, T, ...], what the credit asked for, reduced on the fly.
         kernel: the transition of the stochastic steps.
         conditioning: of the B rollouts.
@@ -203,6 +204,12 @@ class Trajectory:
     @property
     def num_steps(self) -> int:
         return self.latents.shape[1] - 1
+
+    @property
+    def noisy(self) -> Tensor:
+        """[B, T] bool: where a rollout drew noise; at all stochastic steps, unless they branch at different ones."""
+        everywhere = self.stochastic.expand(self.num_rollouts, -1)
+        return everywhere & (self.captures[EDGES] >= 0) if EDGES in self.captures else everywhere
 
     @property
     def sigma_max(self) -> float:

@@ -30,6 +30,11 @@ class Advantage(ABC):
     def advantage(self, context: CreditContext) -> Tensor:
         """[B, 1|T, 1, 1], 0 for invalid rollouts."""
 
+    def mask(self, context: CreditContext) -> Tensor:
+        """Where the advantage is to be counted: bool, broadcastable to [B, T, h, w]; everywhere, unless rollouts share
+        what it speaks of."""
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=context.rewards.values.device)
+
 
 class Allocation(ABC):
     """Where and when an advantage applies: a weight of mean one over the axes it resolves."""
@@ -55,7 +60,7 @@ class Mask(ABC):
 
 @attrs.frozen(kw_only=True)
 class Product(CreditAssigner):
-    """advantage x allocation x allocation x ..., on the steps that every mask keeps.
+    """advantage x allocation x allocation x ..., on the steps that every mask keeps, the advantage's own included.
 
     Attributes:
         advantage: the signed factor.
@@ -84,7 +89,7 @@ class Product(CreditAssigner):
             weight = advantage.new_ones(1, 1, 1, 1)
             for allocation in self.allocations:
                 weight = weight * allocation.weight(context)
-            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=advantage.device)
+            mask = self.advantage.mask(context)
             for part in self.masks:
                 mask = mask & part.mask(context)
         if len(self.allocations) > 1:  # a product of mean-one weights need not have mean one

@@ -10,7 +10,7 @@ from attrs import validators
 
 from rlt2i.functional.surrogate import clipped_surrogate, scaled_clip_range
 from rlt2i.interfaces import Objective, Policy, UpdateContext
-from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, share, trainable_steps
+from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, trainable_steps
 from rlt2i.objectives.reverse import KLMap, at_ratio_grid, denoising_step, reference_kl, surrogate_metrics
 from rlt2i.types import Experience, Loss
 
@@ -67,7 +67,7 @@ class ClippedSurrogate(Objective):
                 metrics["kl/reference"] = divergence.detach()
 
             yield Loss(
-                value=(per_pair * share(trainable, rollouts, context.num_rollouts)).sum(),
+                value=(per_pair / context.num_pairs).sum(),
                 metrics=metrics,
                 steps=steps,
             )

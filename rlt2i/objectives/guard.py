@@ -13,7 +13,7 @@ from rlt2i.functional.gaussian import KLForm, kl_map, log_prob_map
 from rlt2i.functional.surrogate import clipped_surrogate, grpo_guard_log_ratio, scaled_clip_range
 from rlt2i.functional.transitions import Transition
 from rlt2i.interfaces import Objective, Policy, UpdateContext
-from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, share, trainable_steps
+from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, trainable_steps
 from rlt2i.objectives.reverse import at_ratio_grid, denoising_step, old_transition, reference_kl, surrogate_metrics
 from rlt2i.types import Experience, Loss
 
@@ -71,7 +71,7 @@ class GRPOGuard(Objective):
                 metrics["kl/reference"] = divergence.detach()
 
             yield Loss(
-                value=(per_pair * share(trainable, rollouts, context.num_rollouts)).sum(),
+                value=(per_pair / context.num_pairs).sum(),
                 metrics=metrics,
                 steps=steps,
             )

@@ -1,8 +1,9 @@
 """How a map of losses becomes a number: shared by every objective.
 
-A rollout's loss is the mean over its unmasked (step, location) entries; the batch loss is the mean over rollouts, those
-without any advantage included. So neither the number of trained steps nor the number of informative groups changes the
-step size by accident.
+On the reverse process the batch loss is the mean over the (rollout, step) pairs that are trained; on the forward
+process the mean over rollouts of the mean over their draws. Pair and draw are means over their unmasked locations. What
+has no advantage is included. So neither the number of trained steps nor that of informative groups changes the step
+size by accident, and a step that rollouts share, which a mask keeps once, counts as much as any other.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ def trainable_steps(experience: Experience, *, stochastic_only: bool) -> Tensor:
     """[B, T] bool: the (rollout, step) pairs with any unmasked location.
 
     Args:
-        stochastic_only: keep only the steps that have a log-probability.
+        stochastic_only: keep only the pairs that have a log-probability.
     """
     trajectory = experience.trajectory
     kept = experience.credit.mask.any(dim=3).any(dim=2)
     kept = kept.expand(trajectory.num_rollouts, trajectory.num_steps)
-    return kept & trajectory.stochastic if stochastic_only else kept
+    return kept & trajectory.noisy if stochastic_only else kept
 
 
 def share(trainable: Tensor, rollouts: Tensor, num_rollouts: int) -> Tensor:
-    """[N] the part that each (rollout, step) pair has in the batch mean: 1 / (B x the rollout's own step count)."""
+    """[N] the part that each (rollout, draw) pair has in the batch mean: 1 / (B x the rollout's own draw count)."""
     return 1.0 / (num_rollouts * trainable.sum(dim=1).clamp_min(1)[rollouts].float())
 
 

@@ -10,7 +10,7 @@ from attrs import validators
 from rlt2i.functional.gaussian import KLForm
 from rlt2i.functional.surrogate import reinforce
 from rlt2i.interfaces import Objective, Policy, UpdateContext
-from rlt2i.objectives.reduction import masked_mean, on_grid, ratio_grid, share, trainable_steps
+from rlt2i.objectives.reduction import masked_mean, on_grid, ratio_grid, trainable_steps
 from rlt2i.objectives.reverse import denoising_step, reference_kl
 from rlt2i.types import Experience, Loss
 
@@ -58,7 +58,7 @@ class Reinforce(Objective):
                 metrics["kl/reference"] = divergence.detach()
 
             yield Loss(
-                value=(per_pair * share(trainable, rollouts, context.num_rollouts)).sum(),
+                value=(per_pair / context.num_pairs).sum(),
                 metrics=metrics,
                 steps=steps,
             )

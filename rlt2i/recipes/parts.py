@@ -13,11 +13,13 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "SD3": "rlt2i.policies.sd3:SD3",
         },
         "Sampler": {
+            "BranchSDE": "rlt2i.samplers.branching:BranchSDE",
             "DPM2": "rlt2i.samplers.dpm2:DPM2",
             "ODE": "rlt2i.samplers.ode:ODE",
             "RandomWindowSDE": "rlt2i.samplers.mixed:RandomWindowSDE",
             "SDE": "rlt2i.samplers.sde:SDE",
             "SlidingSDE": "rlt2i.samplers.mixed:SlidingSDE",
+            "TreeSDE": "rlt2i.samplers.branching:TreeSDE",
         },
         "TransitionKernel": {
             "FlowSDE": "rlt2i.samplers.kernels:FlowSDE",
@@ -60,6 +62,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "GroupRelative": "rlt2i.credit.group_relative:GroupRelative",
             "RewardWeights": "rlt2i.credit.rwr:RewardWeights",
             "StepGain": "rlt2i.credit.step_gain:StepGain",
+            "TreeAdvantage": "rlt2i.credit.tree:TreeAdvantage",
             "TurningPoints": "rlt2i.credit.turning_points:TurningPoints",
             "WinRate": "rlt2i.credit.win_rate:WinRate",
         },

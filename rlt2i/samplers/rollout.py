@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rlt2i.captures import EDGES
+from rlt2i.functional.branching import Paths, separate_paths
 from rlt2i.functional.transitions import clean_prediction, euler
 from rlt2i.interfaces import Policy, RolloutRequest
 from rlt2i.types import Conditioning, Trajectory, TransitionKernel
@@ -51,6 +53,7 @@ def denoise(
     num_steps: int,
     request: RolloutRequest,
     solver: Solver = euler_step,
+    paths: Paths | None = None,
 ) -> Trajectory:
     """Roll out B trajectories: `kernel` at the stochastic steps, the `solver` of the ODE elsewhere.
 
@@ -58,47 +61,59 @@ def denoise(
 
     Args:
         conditioning: B rows.
-        request: of B rollouts; `clean_predictions` are recorded here, all other captures by the policy.
+        request: of B rollouts; `clean_predictions` and `edges` are recorded here, all other captures by the policy.
         solver: of the deterministic steps.
+        paths: of one group, where rollouts share states and steps. Then whole groups must be asked for, each state is
+            shown to the network once, and "edges" are recorded in any case. None keeps rollouts apart.
 
     Returns:
         A trajectory of B rollouts with T = `num_steps`; log-probabilities are exact for the latents stored.
     """
     noise, captures = request.noise, request.captures
+    of_group = paths or separate_paths(request.group_size, num_steps, stochastic_steps)
+    plan = of_group.of_groups(len(noise) // request.group_size)
     sigmas = policy.sigmas(num_steps, request.image_size).to(noise.device)
-    latents = noise.initial(policy.latent_shape(request.image_size)) * sigmas[0]
+    initial = noise.initial(policy.latent_shape(request.image_size))[plan.states[:, 0]]
+    latents = policy.initial_latents(initial, sigmas[0])
     num_rollouts, _, height, width = latents.shape
-    asked = captures - {CLEAN_PREDICTIONS}
+    asked = captures - {CLEAN_PREDICTIONS, EDGES}
 
     states, log_probs = [latents], []
-    recorded: dict[str, list[Tensor]] = {name: [] for name in captures}
+    recorded: dict[str, list[Tensor]] = {name: [] for name in captures - {EDGES}}
     previous_clean, sigma_previous = torch.zeros_like(latents), torch.ones_like(sigmas[0].expand(num_rollouts))
     for step in range(num_steps):
         sigma, sigma_next = sigmas[step].expand(num_rollouts), sigmas[step + 1].expand(num_rollouts)
-        if asked:
-            velocity, captured = policy.velocity_with_captures(latents, sigma, conditioning, asked)
-            for name, value in captured.items():
-                recorded[name].append(value)
-        else:
-            velocity = policy.velocity(latents, sigma, conditioning)
+        velocity, captured = _velocity(policy, latents, sigma, conditioning, asked, plan.states[:, step])
+        for name, value in captured.items():
+            recorded[name].append(value)
         clean = clean_prediction(latents, velocity, sigma)
         if CLEAN_PREDICTIONS in captures:
             recorded[CLEAN_PREDICTIONS].append(clean)
-        if step in stochastic_steps:
-            transition = kernel.transition(latents, velocity, sigma, sigma_next, sigma_max=float(sigmas[1]))
-            latents = transition.mean + transition.std * noise.step(tuple(latents.shape[1:]))
-            log_probs.append(kernel.log_prob_map(latents, transition))
-        else:
-            latents = solver(
+
+        edges = plan.edges[:, step]
+        moved, log_prob = latents, latents.new_zeros(1, 1, 1).expand(num_rollouts, height, width)
+        if (edges < 0).any():
+            moved = solver(
                 latents, velocity, sigma, sigma_next, previous_clean=previous_clean, sigma_previous=sigma_previous
             )
-            log_probs.append(latents.new_zeros(1, 1, 1).expand(num_rollouts, height, width))
+        if (edges >= 0).any():
+            noisy = (edges >= 0).to(noise.device)[:, None, None]
+            transition = kernel.transition(latents, velocity, sigma, sigma_next, sigma_max=float(sigmas[1]))
+            drawn = transition.mean + transition.std * noise.step(tuple(latents.shape[1:]))[edges]
+            moved = torch.where(noisy[:, None], drawn, moved)
+            log_prob = torch.where(noisy, kernel.log_prob_map(drawn, transition), log_prob)
+        latents = moved
         states.append(latents)
+        log_probs.append(log_prob)
         previous_clean, sigma_previous = clean, sigma
 
     stochastic = torch.zeros(num_steps, dtype=torch.bool, device=noise.device)
     stochastic[list(stochastic_steps)] = True
     no_log_probs = latents.new_zeros(1, 1, 1, 1).expand(num_rollouts, num_steps, height, width)
+    stacked = {name: torch.stack(values, dim=1) for name, values in recorded.items()}
+    if EDGES in captures or paths is not None:
+        # Numbered within their group, so that they do not depend on what was rolled out together.
+        stacked[EDGES] = of_group.edges.repeat(num_rollouts // request.group_size, 1).to(noise.device)
     return Trajectory(
         latents=torch.stack(states, dim=1),
         sigmas=sigmas,
@@ -107,5 +122,26 @@ def denoise(
         kernel=kernel,
         conditioning=conditioning,
         group_size=request.group_size,
-        captures={name: torch.stack(values, dim=1) for name, values in recorded.items()},
+        captures=stacked,
     )
+
+
+def _velocity(
+    policy: Policy, latents: Tensor, sigma: Tensor, conditioning: Conditioning, names: frozenset[str], states: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """[B, ...] velocity and captures of each rollout; those at the same state ask the network once.
+
+    Args:
+        states: [B] long, the first rollout that stands at the same state.
+    """
+    rows, place = states.unique(return_inverse=True)
+    alone = len(rows) == len(states)
+    if not alone:
+        latents, sigma, conditioning = latents[rows], sigma[rows], conditioning.take(rows)
+    if names:
+        velocity, captured = policy.velocity_with_captures(latents, sigma, conditioning, names)
+    else:
+        velocity, captured = policy.velocity(latents, sigma, conditioning), {}
+    if alone:
+        return velocity, captured
+    return velocity[place], {name: value[place] for name, value in captured.items()}

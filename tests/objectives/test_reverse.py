@@ -22,7 +22,7 @@ def after_a_move(objective) -> tuple:
     learner = toy_learner(algorithm)
     with torch.no_grad():
         algorithm.policy.image.add_(0.05)
-    context = learner._context(experience.num_rollouts, 2, on_policy=False)
+    context = learner._context(experience.num_rollouts, 2, 3 * experience.num_rollouts, on_policy=False)
     return learner, experience, list(objective.losses(algorithm.policy, experience, context=context))
 
 
