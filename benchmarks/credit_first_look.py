@@ -28,7 +28,7 @@ from rlt2i.credit.controls import Inverted, Oracle, Shuffled
 from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.credit.text_attention import TextAttention
 from rlt2i.engine import Engine
-from rlt2i.interfaces import CreditAssigner, Objective, Policy, Sampler, UpdateContext
+from rlt2i.interfaces import CreditAssigner, Objective, Policy, RewardGradient, Sampler, UpdateContext
 from rlt2i.learner import informative_rows
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.draws import SigmaDraws
@@ -74,6 +74,7 @@ def gradient(policy: Policy, objective: Objective, experience: Experience, sets:
         num_pairs=max(1, int(trainable_steps(experience, stochastic_only=True).sum())),
         on_policy=True,
         weights=sets.use,
+        reward_gradient=_not_needed,
     )
     parameters = list(policy.trainable_parameters().values())
     for parameter in parameters:
@@ -81,6 +82,10 @@ def gradient(policy: Policy, objective: Objective, experience: Experience, sets:
     for loss in objective.losses(policy, experience.take(rows), context=context):
         loss.value.backward()
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+
+
+def _not_needed(latents: Tensor, prompts: Prompts) -> RewardGradient:
+    raise ValueError("the probe compares credit under objectives that learn from scores")
 
 
 def statistics(gradients: Tensor) -> tuple[Tensor, Tensor]:

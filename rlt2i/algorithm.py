@@ -100,6 +100,7 @@ class Algorithm:
                 "deterministic. "
                 "Use a stochastic sampler such as SDE(...), or a forward-process objective such as DiffusionNFT()."
             )
+        self.objective.trained_steps(self.sampler)
 
     def check_group_size(self, group_size: int) -> None:
         """Refuse groups that cannot be compared.
@@ -109,7 +110,8 @@ class Algorithm:
                 cannot make such a group.
         """
         self.sampler.check_group_size(group_size)
-        comparing = "groups" in self.credit.needs or "groups" in self.objective.requires or self.reward.scope == "group"
+        needs = self.credit.needs if self.objective.uses_advantage else self.credit.weight_needs
+        comparing = "groups" in needs or "groups" in self.objective.requires or self.reward.scope == "group"
         if comparing and group_size < 2:
             raise ValueError(
                 f"group_size={group_size}: {type(self.credit).__name__} compares the rollouts of one prompt, and a "

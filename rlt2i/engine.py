@@ -13,7 +13,17 @@ from torch import Tensor
 
 from rlt2i.algorithm import Algorithm
 from rlt2i.functional.transitions import euler
-from rlt2i.interfaces import CreditContext, Policy, RewardBatch, RewardOutput, RolloutRequest, Sampler, to_uint8
+from rlt2i.interfaces import (
+    CreditContext,
+    Policy,
+    Reward,
+    RewardBatch,
+    RewardGradient,
+    RewardOutput,
+    RolloutRequest,
+    Sampler,
+    to_uint8,
+)
 from rlt2i.progress import Progress
 from rlt2i.rewards.agreement import Tally, with_same_components
 from rlt2i.rewards.guard import scored
@@ -141,6 +151,41 @@ def decode(policy: Policy, latents: Tensor, *, images_per_chunk: int) -> Tensor:
     return torch.cat([to_uint8(policy.decode(chunk)) for chunk in latents.split(images_per_chunk)])
 
 
+def reward_gradient(
+    policy: Policy, reward: Reward, latents: Tensor, prompts: Prompts, *, images_per_chunk: int
+) -> RewardGradient:
+    """Scores of decoded latents and the gradient of each score with respect to its latents, both detached.
+
+    The chain rule needs nothing else of decoder and reward, so what they keep for it lives for one chunk only, and
+    never beside the activations of the network that made the latents.
+
+    Args:
+        latents: [N, C, H, W].
+        prompts: N of them, in groups of one.
+        images_per_chunk: decoded and judged together.
+
+    Raises:
+        ValueError: when the scores do not depend on the images by way of a gradient.
+    """
+    found = []
+    for rows in torch.arange(len(latents)).split(images_per_chunk):
+        asked = prompts.take(rows.tolist())
+        with torch.enable_grad():
+            leaf = latents[rows.to(latents.device)].detach().requires_grad_()
+            scores = reward.score_tensor(policy.decode(leaf), asked.texts, asked.metadata)
+        if not scores.requires_grad:
+            raise ValueError(
+                f"{type(reward).__name__}.score_tensor returned scores without a gradient. Do not detach the images in "
+                "it, or leave 'gradient' out of what the reward offers."
+            )
+        # Not of scores.sum(): credit is assigned without gradients, where a sum would have none.
+        (gradient,) = torch.autograd.grad(scores, leaf, torch.ones_like(scores))
+        found.append(RewardGradient(scores=scores.detach().float().to(latents.device), gradient=gradient))
+    return RewardGradient(
+        scores=torch.cat([chunk.scores for chunk in found]), gradient=torch.cat([chunk.gradient for chunk in found])
+    )
+
+
 class OtherProcessFailed(RuntimeError):
     """A batch could not be collected on another process, which says why; so no process goes on with it."""
 
@@ -215,6 +260,7 @@ class Engine:
             trajectory=trajectory,
             rewards=rewards,
             credit=credit,
+            prompts=prompts.ungrouped(),
             token_grid=self.policy.token_grid(self.image_size),
             keys=keys,
             groups=groups,
@@ -313,6 +359,13 @@ class Engine:
         tally: Tally,
     ) -> CreditContext:
         texts, metadata = prompts.per_rollout(prompts.texts), prompts.per_rollout(prompts.metadata)
+        each = prompts.ungrouped()
+
+        def gradient(latents: Tensor, rollouts: Tensor) -> RewardGradient:
+            asked = each.take(rollouts.tolist())
+            return reward_gradient(
+                self.policy, self.algorithm.reward, latents, asked, images_per_chunk=self.images_per_chunk
+            )
 
         def score(latents: Tensor, rollouts: Tensor) -> RewardOutput:
             rows = rollouts.tolist()
@@ -346,6 +399,7 @@ class Engine:
             keys=keys,
             generator=generator(self.seed, "credit", progress),
             score=score,
+            reward_gradient=gradient,
             complete=complete,
             gather=self.gather,
             rank=self.rank,

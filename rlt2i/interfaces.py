@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import attrs
 import torch
@@ -261,6 +261,8 @@ class Reward(ABC):
     def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """[B] float32 scores, differentiable in the images; only where `offers` holds "gradient".
 
+        Every score depends on its own image alone, and differs from that of `score` by the rounding to 8 bits only.
+
         Args:
             images: [B, 3, H, W] floats in [0, 1].
             prompts, metadata: of the B images.
@@ -282,6 +284,18 @@ class Reward(ABC):
         """Release workers and connections."""
 
 
+class RewardGradient(NamedTuple):
+    """What a differentiable reward said of N decoded latents; both detached.
+
+    Attributes:
+        scores: [N] float32.
+        gradient: [N, C, H, W], of each score with respect to its latents.
+    """
+
+    scores: Tensor
+    gradient: Tensor
+
+
 # ---------------------------------------------------------------------------------------------------------- credit
 
 
@@ -297,6 +311,8 @@ class CreditContext:
         keys: [B] long, a stable identity of each rollout; draws that belong to a rollout are functions of it.
         generator: for draws of a whole batch; a function of run and batch, the same on every process.
         score: (latents [N, C, H, W], rollouts [N]) -> scores of the decoded latents under the rollouts' prompts.
+        reward_gradient: (latents [N, C, H, W], rollouts [N]) -> the same scores and their gradient; only for credit
+            that needs "reward/gradient".
         complete: (latents [N, C, H, W], step, rollouts [N]) -> [N, C, H, W], the deterministic completion from `step`.
         gather: concatenates a [B] tensor over all processes; batch-wide statistics go through it.
         rank: number of this process; its rows come at this place in what `gather` returns.
@@ -311,6 +327,7 @@ class CreditContext:
     keys: Tensor
     generator: torch.Generator
     score: Callable[[Tensor, Tensor], RewardOutput]
+    reward_gradient: Callable[[Tensor, Tensor], RewardGradient]
     complete: Callable[[Tensor, int, Tensor], Tensor]
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
     rank: int = 0
@@ -330,6 +347,11 @@ class CreditAssigner(ABC):
 
         "noise" stands for a sampler with stochastic steps, "groups" for more than one rollout of a prompt.
         """
+
+    @property
+    def weight_needs(self) -> frozenset[str]:
+        """The needs of weight and mask alone, for objectives that leave the advantage aside."""
+        return self.needs
 
     def names(self, need: str) -> str:
         """Which part of this credit has a need, for messages."""
@@ -361,6 +383,8 @@ class UpdateContext:
             without any advantage included: the denominator on the reverse process.
         on_policy: whether the weights are still those of the rollout; then the ratio is 1 by construction.
         weights: name -> context manager under which the policy carries that set ("old", "reference", "ema").
+        reward_gradient: (latents [N, C, H, W], their N prompts) -> scores of the decoded latents and their gradient;
+            only for objectives that require "reward/gradient".
     """
 
     seed: int
@@ -370,12 +394,18 @@ class UpdateContext:
     num_pairs: int
     on_policy: bool
     weights: Callable[[str], AbstractContextManager[None]]
+    reward_gradient: Callable[[Tensor, Prompts], RewardGradient]
 
-    def micro_batches(self, trainable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Split the True entries of `trainable` [B, T] into (rollouts [N], steps [N]) with N <= max_sequences."""
+    def micro_batches(self, trainable: Tensor, *, passes: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Split the True entries of `trainable` [B, T] into (rollouts [N], steps [N]) with N <= max_sequences.
+
+        Args:
+            passes: forward passes that one backward pass goes through; N is smaller by that factor.
+        """
         rollouts, steps = trainable.nonzero(as_tuple=True)
-        for start in range(0, len(rollouts), self.max_sequences):
-            chunk = slice(start, start + self.max_sequences)
+        size = max(1, self.max_sequences // passes)
+        for start in range(0, len(rollouts), size):
+            chunk = slice(start, start + size)
             yield rollouts[chunk], steps[chunk]
 
     def seeds(self, name: str, *keys: Tensor) -> list[int]:
@@ -388,9 +418,12 @@ class Objective(ABC):
 
     Class attributes:
         rollout_weights: which parameter set samples ("online" or "old").
+        uses_advantage: whether the loss depends on the advantage. Where it does not, rollouts of tied groups teach as
+            much as any other, and a group of one will do.
     """
 
     rollout_weights: Literal["online", "old"] = "online"
+    uses_advantage: bool = True
 
     @property
     def requires(self) -> frozenset[str]:
@@ -404,6 +437,14 @@ class Objective(ABC):
     @abstractmethod
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         """Yield losses whose values add up to this process's share of the update's loss."""
+
+    def trained_steps(self, sampler: Sampler) -> int:
+        """(rollout, step) pairs of one rollout that an update learns from.
+
+        Raises:
+            ValueError: when the objective asks for steps that the sampler does not have.
+        """
+        return len(sampler.stochastic_steps(0)) or sampler.num_steps
 
     def old_decay(self, num_updates: int) -> float:
         """Share of "old" that is kept when it follows the policy, after `num_updates` optimiser updates."""

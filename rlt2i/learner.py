@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -10,7 +11,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.engine import reward_gradient
+from rlt2i.interfaces import Objective, Policy, Reward, UpdateContext
 from rlt2i.objectives.reduction import trainable_steps
 from rlt2i.seeds import derive_seed
 from rlt2i.types import Experience
@@ -54,6 +56,7 @@ class Learner:
 
     Attributes:
         policy, objective: what learns, and from which loss.
+        reward: whose gradient objectives may ask for.
         optimizer: over `policy.trainable_parameters()`.
         sets: named copies of the parameters.
         sequences_per_chunk: (rollout, step) pairs per forward pass.
@@ -68,6 +71,7 @@ class Learner:
 
     policy: Policy
     objective: Objective
+    reward: Reward
     optimizer: torch.optim.Optimizer
     sets: ParameterSets
     sequences_per_chunk: int
@@ -123,6 +127,8 @@ class Learner:
         return [experience.take(torch.isin(experience.groups, part).nonzero()[:, 0]) for part in shares]
 
     def _informative_rows(self, experience: Experience) -> Tensor:
+        if not self.objective.uses_advantage:
+            return experience.rewards.valid.nonzero()[:, 0]
         return informative_rows(experience, whole_groups="groups" in self.objective.requires)
 
     def _context(self, num_rollouts: int, num_groups: int, num_pairs: int = 1, *, on_policy: bool) -> UpdateContext:
@@ -134,6 +140,9 @@ class Learner:
             num_pairs=num_pairs,
             on_policy=on_policy,
             weights=self.sets.use,
+            reward_gradient=functools.partial(
+                reward_gradient, self.policy, self.reward, images_per_chunk=self.sequences_per_chunk
+            ),
         )
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ class TrainConfig:
     seed: int = attrs.field(default=0, validator=ge(0))
     updates: int = attrs.field(validator=ge(1))
     prompts_per_update: int = attrs.field(validator=ge(1))
-    group_size: int = attrs.field()
+    group_size: int = attrs.field(validator=ge(1))
     updates_per_rollout: int = attrs.field(default=1, validator=ge(1))
     images_per_device: int = attrs.field(validator=ge(1))
     sequences_per_device: int = attrs.field(validator=ge(1))
@@ -65,15 +65,6 @@ class TrainConfig:
     keep_checkpoints: int = attrs.field(default=2, validator=ge(1))
     max_invalid_share: float = attrs.field(default=0.25, validator=[ge(0), le(1)])
     trackers: tuple[Tracker, ...] = ("tensorboard",)
-
-    @group_size.validator
-    def _check_group_size(self, _: Any, value: int) -> None:
-        if value < 2:
-            raise ValueError(
-                f"group_size={value}: an advantage compares the rollouts of one prompt with each other; a group of "
-                "one has no spread, so every advantage would be 0 and nothing would be learned. Use 2 or more; 8 to 24 "
-                "work well."
-            )
 
     @betas.validator
     def _check_betas(self, _: Any, value: tuple[float, float]) -> None:

@@ -83,6 +83,10 @@ class Prompts:
         """Repeats a per-prompt sequence for each rollout of the group."""
         return [value for value in field for _ in range(self.group_size)]
 
+    def ungrouped(self) -> Prompts:
+        """One entry per rollout: B prompts in groups of one."""
+        return attrs.evolve(self.take(self.per_rollout(range(len(self.texts)))), group_size=1)
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class TokenSpan:
@@ -391,6 +395,7 @@ class Experience:
     """What an objective learns from: trajectories, their rewards and the credit assigned to them.
 
     Attributes:
+        prompts: B prompts in groups of one, what each rollout was asked for.
         token_grid: (h, w) of the policy's image tokens; the grid of token-level ratios.
         keys: [B] long, a stable identity of each rollout; the randomness of an update is a function of it.
         groups: [B] long, a stable identity of each rollout's prompt group.
@@ -399,12 +404,18 @@ class Experience:
     trajectory: Trajectory
     rewards: Rewards
     credit: Credit
+    prompts: Prompts
     token_grid: tuple[int, int]
     keys: Tensor
     groups: Tensor
 
     def __attrs_post_init__(self) -> None:
         axes = Axes("Experience", B=self.trajectory.num_rollouts)
+        if (len(self.prompts.texts), self.prompts.group_size) != (self.trajectory.num_rollouts, 1):
+            raise ValueError(
+                f"Experience.prompts: {len(self.prompts.texts)} prompts in groups of {self.prompts.group_size} for "
+                f"{self.trajectory.num_rollouts} rollouts; one entry per rollout is needed. Use prompts.ungrouped()."
+            )
         axes.check("keys", self.keys, "B")
         axes.check("groups", self.groups, "B")
         axes.check("credit.advantage", self.credit.advantage, "B ... ... ...")
@@ -433,6 +444,7 @@ class Experience:
             trajectory=self.trajectory.take(rows),
             rewards=rewards,
             credit=self.credit.take(rows),
+            prompts=self.prompts.take(rows.tolist()),
             keys=self.keys[rows],
             groups=self.groups[rows],
         )

@@ -56,6 +56,7 @@ def toy_learner(
     return Learner(
         policy=algorithm.policy,  # type: ignore[arg-type]
         objective=algorithm.objective,
+        reward=algorithm.reward,
         optimizer=optimizer,
         sets=ParameterSets(parameters),
         sequences_per_chunk=sequences_per_chunk,

@@ -213,7 +213,7 @@ def test_overrides_go_through_the_same_checks(tmp_path: Path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("group_size: 4", "group_size: 1", "train.group_size: group_size=1: an advantage compares the rollouts"),
+        ("group_size: 4", "group_size: 1", "train: group_size=1: ClippedSurrogate learns from advantages"),
         ("updates: 2", "updates: 0", "train.updates: got 0 (int), expected int >= 1"),
         ("name: toy", "name: Toy!", "name: Recipe(name='Toy!'): run directories start with it"),
         ("about: a toy", "abuot: a toy", "abuot: Recipe has no such field; did you mean 'about'?"),
@@ -299,7 +299,7 @@ def test_groups_that_cannot_be_dealt_evenly_are_refused_with_the_nearest_that_ca
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"group_size": 1}, "a group of one has no spread"),
+        ({"group_size": 0}, "group_size"),
         ({"betas": (0.9, 1.0)}, "both must lie in"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"learning_rate": 0.0}, "learning_rate"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -88,17 +90,21 @@ class ToySpec(PolicySpec):
 class QuadrantBrightness(Reward):
     """How much brighter the top left quadrant is than the rest, in [0, 1]."""
 
-    offers = frozenset({"maps", "regions"})
+    offers = frozenset({"maps", "regions", "gradient"})
     span = (0.0, 1.0)
 
-    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
-        brightness = batch.images.float().mean(dim=1) / 255
+    def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        brightness = images.mean(dim=1)
         half = brightness.shape[-1] // 2
         inside = brightness[:, :half, :half].mean(dim=(1, 2))
         outside = (brightness.sum(dim=(1, 2)) - brightness[:, :half, :half].sum(dim=(1, 2))) / (3 * half * half)
-        maps = torch.zeros_like(brightness)
+        return (inside - outside + 1) / 2
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        scores = self.score_tensor(batch.images.float() / 255, batch.prompts, batch.metadata)
+        maps = torch.zeros_like(batch.images[:, 0].float())
+        half = maps.shape[-1] // 2
         maps[:, :half, :half] = 1
-        scores = (inside - outside + 1) / 2
         valid = torch.ones(len(scores), dtype=torch.bool)
         return RewardOutput(
             scores=scores, valid=valid, components={"strict": scores}, maps=maps if "maps" in want else None

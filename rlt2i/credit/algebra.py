@@ -76,6 +76,10 @@ class Product(CreditAssigner):
     def needs(self) -> frozenset[str]:
         return self.advantage.needs.union(*(a.needs for a in self.allocations))
 
+    @property
+    def weight_needs(self) -> frozenset[str]:
+        return frozenset().union(*(a.needs for a in self.allocations))
+
     def names(self, need: str) -> str:
         parts: tuple[Advantage | Allocation, ...] = (self.advantage, *self.allocations)
         return ", ".join(type(part).__name__ for part in parts if need in part.needs)

@@ -228,6 +228,7 @@ class SD3Policy(Policy):
 
         vae = AutoencoderKL.from_pretrained(**source, subfolder="vae", dtype=spec.image_dtype)
         vae.eval().requires_grad_(False)
+        vae.enable_gradient_checkpointing()  # only where a reward's gradient asks for it; nothing here is larger
         layout = torch.channels_last if spec.image_dtype == torch.bfloat16 else torch.preserve_format
         vae.to(device, memory_format=layout)
         text = load_text_encoders(spec, source, transformer.config.joint_attention_dim, device)

@@ -49,6 +49,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "Sharded": "rlt2i.rewards.sharded:Sharded",
             "WeightedSum": "rlt2i.rewards.combinators:WeightedSum",
             "YesNoJudge": "rlt2i.rewards.judge:YesNoJudge",
+            "ShapesColours": "rlt2i.tasks.shapes.colours:ShapesColours",
             "ShapesReward": "rlt2i.tasks.shapes.reward:ShapesReward",
         },
         "CreditAssigner": {
@@ -79,6 +80,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "RegionMaps": "rlt2i.credit.region_maps:RegionMaps",
             "RelativeL1Chunks": "rlt2i.credit.relative_l1_chunks:RelativeL1Chunks",
             "ResidualContrast": "rlt2i.credit.residual_contrast:ResidualContrast",
+            "RewardSaliency": "rlt2i.credit.reward_saliency:RewardSaliency",
         },
         "Mask": {
             "RandomSubset": "rlt2i.credit.random_subset:RandomSubset",
@@ -90,10 +92,12 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "CRD": "rlt2i.objectives.crd:CRD",
             "ClippedSurrogate": "rlt2i.objectives.clipped_surrogate:ClippedSurrogate",
             "DGPO": "rlt2i.objectives.dgpo:DGPO",
+            "DRaFT": "rlt2i.objectives.draft:DRaFT",
             "DiffusionNFT": "rlt2i.objectives.nft:DiffusionNFT",
             "FlowDPPO": "rlt2i.objectives.dppo:FlowDPPO",
             "GRPOGuard": "rlt2i.objectives.guard:GRPOGuard",
             "OnlineDPO": "rlt2i.objectives.online_dpo:OnlineDPO",
+            "ReFL": "rlt2i.objectives.refl:ReFL",
             "Reinforce": "rlt2i.objectives.reinforce:Reinforce",
             "WeightedMatching": "rlt2i.objectives.sft:WeightedMatching",
         },

@@ -56,7 +56,7 @@ class Recipe:
     credit: CreditAssigner
     objective: Objective
     task: Task
-    train: TrainConfig
+    train: TrainConfig = attrs.field()
 
     @name.validator
     def _check_name(self, _: Any, value: str) -> None:
@@ -74,6 +74,16 @@ class Recipe:
                     f"Recipe(heldout={{{name!r}: ...}}): the name becomes the metric eval/heldout/{name}, so it takes "
                     "letters, digits, '_', '.' and '-' only."
                 )
+
+    @train.validator
+    def _check_train(self, _: Any, value: TrainConfig) -> None:
+        if value.group_size < 2 and self.objective.uses_advantage:
+            raise ValueError(
+                f"group_size={value.group_size}: {type(self.objective).__name__} learns from advantages, which compare "
+                "the rollouts of one prompt with each other; a group of one has no spread, so every advantage would be "
+                "0. Use group_size=2 or more (8 to 24 work well), or an objective that follows the reward's gradient, "
+                "such as DRaFT()."
+            )
 
     def algorithm(self) -> Algorithm:
         """The five parts, checked against each other; no weight is read.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ class WeightedSum(Reward):
     Every reward is behind `scored`, and a sample is valid only where all of them are. Components: the raw
     score of every reward under its name, and its own components under `name/component`. Maps add up with the
     weights of the rewards that have them (positive weights only); regions of a reward with a negative weight
-    change sign.
+    change sign. There is a gradient where every reward has one.
 
     Attributes:
         rewards: name -> (reward, weight).
@@ -50,7 +50,9 @@ class WeightedSum(Reward):
 
     @property
     def offers(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset().union(*(reward.offers for reward, _ in self.rewards.values()))
+        offers = [reward.offers for reward, _ in self.rewards.values()]
+        some, all_of_them = frozenset().union(*offers), frozenset.intersection(*offers)
+        return (some - {"gradient"}) | (all_of_them & {"gradient"})
 
     @property
     def span(self) -> tuple[float, float] | None:  # type: ignore[override]
@@ -100,6 +102,10 @@ class WeightedSum(Reward):
             maps=_add_maps([(weights[name], out.maps) for name, out in outputs.items() if out.maps is not None]),
             info=told if any(told) else None,
         )
+
+    def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        parts = (weight * reward.score_tensor(images, prompts, metadata) for reward, weight in self.rewards.values())
+        return sum(parts, images.new_zeros(len(images)))
 
     def fingerprint(self) -> dict[str, Any]:
         return configuration(self)
@@ -156,10 +162,15 @@ class Affine(Wrapper):
             regions=regions,
         )
 
+    def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        return self.scale * self.reward.score_tensor(images, prompts, metadata) + self.shift
+
 
 @attrs.frozen(kw_only=True)
 class Clip(Wrapper):
     """min(max(score, low), high); nan stays nan. The score of the reward inside is the component `raw`.
+
+    Beyond its range the gradient is 0.
 
     Attributes:
         low, high: the range, in the unit of the reward inside.
@@ -182,6 +193,9 @@ class Clip(Wrapper):
         output = self.reward.score(batch, want)
         scores = output.scores.clamp(self.low, self.high)
         return attrs.evolve(output, scores=scores, components={**output.components, "raw": output.scores})
+
+    def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        return self.reward.score_tensor(images, prompts, metadata).clamp(self.low, self.high)
 
 
 @attrs.frozen(kw_only=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
+from torch import Tensor
 
 from rlt2i.interfaces import Reward
 from rlt2i.rewards.batching import configuration
@@ -13,6 +15,8 @@ from rlt2i.rewards.batching import configuration
 @attrs.frozen(kw_only=True)
 class Wrapper(Reward):
     """A reward that needs and offers what the reward inside it needs and offers.
+
+    Its gradient is that of the reward inside as well; a wrapper that changes scores overrides `score_tensor`.
 
     Attributes:
         reward: the one inside.
@@ -35,6 +39,9 @@ class Wrapper(Reward):
     @property
     def scope(self) -> Literal["sample", "group"]:  # type: ignore[override]
         return self.reward.scope
+
+    def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        return self.reward.score_tensor(images, prompts, metadata)
 
     def fingerprint(self) -> dict[str, Any]:
         return configuration(self)

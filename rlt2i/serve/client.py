@@ -100,7 +100,7 @@ class RemoteReward(Reward):
 
     @property
     def offers(self) -> frozenset[str]:  # type: ignore[override]
-        return self.info().offers
+        return self.info().offers - {"gradient"}  # scores travel, graphs do not
 
     @property
     def span(self) -> tuple[float, float] | None:  # type: ignore[override]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.functional.schedules import even_sigmas
-from rlt2i.interfaces import CreditContext, RewardOutput
+from rlt2i.interfaces import CreditContext, RewardGradient, RewardOutput
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.types import Conditioning, Prompts, Region, Rewards, Trajectory
 
@@ -70,6 +70,9 @@ def make_context(
         scores = finished[:, 0, : SIDE // 2, : SIDE // 2].mean(dim=(1, 2))
         return RewardOutput(scores=scores, valid=torch.isfinite(scores))
 
+    def reward_gradient(finished: Tensor, rollouts: Tensor) -> RewardGradient:
+        return RewardGradient(scores=finished.square().sum(dim=(1, 2, 3)) / 2, gradient=finished)
+
     return CreditContext(
         prompts=Prompts.of([f"prompt {i}" for i in range(groups)], group_size=group_size),
         trajectory=trajectory,
@@ -86,6 +89,7 @@ def make_context(
         keys=torch.arange(count) + 1000 * seed,
         generator=torch.Generator().manual_seed(seed),
         score=score,
+        reward_gradient=reward_gradient,
         complete=complete,
     )
 

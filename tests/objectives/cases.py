@@ -15,9 +15,11 @@ from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.crd import CRD
 from rlt2i.objectives.dgpo import DGPO
 from rlt2i.objectives.dppo import FlowDPPO
+from rlt2i.objectives.draft import DRaFT
 from rlt2i.objectives.guard import GRPOGuard
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.objectives.online_dpo import OnlineDPO
+from rlt2i.objectives.refl import ReFL
 from rlt2i.objectives.reinforce import Reinforce
 from rlt2i.objectives.sft import WeightedMatching
 from rlt2i.samplers.kernels import FlowSDE
@@ -44,7 +46,8 @@ FORWARD: dict[str, Objective] = {
     "sft": WeightedMatching(),
     "dpo": OnlineDPO(refresh_every=1),
 }
-ALL: dict[str, Objective] = REVERSE | FORWARD
+BACKPROP: dict[str, Objective] = {"refl": ReFL(grad_scale=1.0), "draft": DRaFT(steps=2)}
+ALL: dict[str, Objective] = REVERSE | FORWARD | BACKPROP
 STAR = Product(advantage=GroupRelative(), allocations=(TextAttention(blocks="0", entropy_power=0.0),))
 NO_MAP = Product(advantage=GroupRelative(), allocations=(TextAttention(blocks="0", mix=0.0),))
 

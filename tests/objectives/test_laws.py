@@ -17,6 +17,7 @@ from rlt2i.samplers.sde import SDE
 from tests.build import UNIFORM, collect, toy_algorithm, toy_engine, toy_learner
 from tests.objectives.cases import (
     ALL,
+    BACKPROP,
     NO_MAP,
     REVERSE,
     STAR,
@@ -31,7 +32,7 @@ GRANULARITIES = ("sample", "token", "location")
 
 
 @pytest.mark.parametrize("credit", [UNIFORM, STAR], ids=["uniform", "star"])
-@pytest.mark.parametrize("name", ["guard", "dppo", "reinforce", "awm", "awm-location", "dgpo", "crd", "sft"])
+@pytest.mark.parametrize("name", ["guard", "dppo", "reinforce", "awm", "awm-location", "dgpo", "crd", "sft", *BACKPROP])
 def test_learns(name: str, credit):
     algorithm = toy_algorithm(ALL[name], credit=credit, sampler=sampler_for(ALL[name]))
     engine, learner = toy_engine(algorithm), toy_learner(algorithm, learning_rate=0.1)
@@ -139,7 +140,7 @@ def test_a_mask_divides_by_what_is_left(name: str):
     assert_same({k: 2 / 3 * two[k] + 1 / 3 * one[k] for k in whole}, whole)
 
 
-@pytest.mark.parametrize("name", [*(n for n in ALL if n != "dpo"), "guard-location", "clipped-sample"])
+@pytest.mark.parametrize("name", [*(n for n in ALL if n not in ("dpo", *BACKPROP)), "guard-location", "clipped-sample"])
 def test_masked_places_leave_loss_and_denominator(name: str):
     # Half of the places masked and the rest at weight 1 is the same as weight 2 there and 0 elsewhere.
     objective = {

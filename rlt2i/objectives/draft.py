@@ -1,0 +1,129 @@
+"""DRaFT: the reward's gradient through the last steps of the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor
+
+from rlt2i.functional.matching import noised
+from rlt2i.functional.reward_backprop import scale_gradient, truncated_steps
+from rlt2i.functional.transitions import euler
+from rlt2i.interfaces import Objective, Policy, Sampler, UpdateContext
+from rlt2i.objectives.draws import shared_noise
+from rlt2i.objectives.reduction import share, trainable_steps
+from rlt2i.objectives.reward_backprop import credited, rewarded
+from rlt2i.seeds import uniform
+from rlt2i.types import Experience, Loss
+
+
+@attrs.frozen(kw_only=True)
+class DRaFT(Objective):
+    """-r(x_0), the last K steps x' = x + v dt taken again with gradient, + kl_weight |v - v_reference|^2.
+
+    DRaFT-K (arXiv 2309.17400): d r / d theta = sum over the last K steps of (d v_t / d theta)^T g_t, where g_t is the
+    reward's gradient that reaches the velocity of step t. The rollout's stored state T - K is where it starts; any
+    sampler will do, the steps taken again are those of the ODE. The advantage is not used, so groups need no spread;
+    weight and mask of step t apply to g_t. A step that is masked everywhere is a detached velocity.
+
+    Attributes:
+        steps: K. Activations of K network calls are held at once; micro-batches are smaller by that factor.
+        truncation: "fixed" is DRaFT; "random" draws 1..K steps anew for each rollout (AlignProp, arXiv 2310.03739).
+        detach_input: let no gradient through the input of the network, so that it does not multiply from step to step
+            (DRTune).
+        renoised: DRaFT-LV, for K = 1: the mean over the stored last step and so many copies of it, each from the
+            finished latents noised anew.
+        kl_weight: weight of mean (v - v_reference)^2 over the K steps.
+    """
+
+    uses_advantage = False
+
+    steps: int = attrs.field(default=1, validator=validators.ge(1))
+    truncation: Literal["fixed", "random"] = attrs.field(default="fixed", validator=validators.in_(("fixed", "random")))
+    detach_input: bool = False
+    renoised: int = attrs.field(default=0, validator=validators.ge(0))
+    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+
+    def __attrs_post_init__(self) -> None:
+        if self.renoised and self.steps > 1:
+            raise ValueError(
+                f"DRaFT(steps={self.steps}, renoised={self.renoised}): the copies are of the last step alone. Use "
+                "steps=1, or renoised=0."
+            )
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"reward/gradient", "reference"} if self.kl_weight > 0 else {"reward/gradient"})
+
+    def trained_steps(self, sampler: Sampler) -> int:
+        self._check(sampler.num_steps)
+        return self.steps * (1 + self.renoised)
+
+    def _check(self, num_steps: int) -> None:
+        if self.steps > num_steps:
+            raise ValueError(f"DRaFT(steps={self.steps}): the sampler has {num_steps} steps. Use steps <= {num_steps}.")
+
+    def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
+        self._check(experience.trajectory.num_steps)
+        learning = self._learning(experience, context)
+        starts = learning.any(dim=1, keepdim=True).expand(-1, 1 + self.renoised)
+
+        for rollouts, copies in context.micro_batches(starts, passes=self.steps):
+            finished, divergence = self._finish(policy, experience, rollouts, copies, learning, context)
+            reward, metrics = rewarded(finished, experience, rollouts, context)
+            per_pair = -reward
+            metrics["loss/draft"] = per_pair.detach()
+            if self.kl_weight > 0:
+                per_pair = per_pair + self.kl_weight * divergence
+                metrics["kl/reference"] = divergence.detach()
+            yield Loss(value=(per_pair * share(starts, rollouts, context.num_rollouts)).sum(), metrics=metrics)
+
+    def _learning(self, experience: Experience, context: UpdateContext) -> Tensor:
+        """[B, K] bool: the last steps whose velocity has a gradient."""
+        unmasked = trainable_steps(experience, stochastic_only=False)[:, -self.steps :]
+        if self.truncation == "fixed":
+            return unmasked
+        draws = uniform(context.seeds("draft", experience.keys), (), unmasked.device)
+        return unmasked & truncated_steps(draws, self.steps)
+
+    def _finish(
+        self,
+        policy: Policy,
+        experience: Experience,
+        rollouts: Tensor,
+        copies: Tensor,
+        learning: Tensor,
+        context: UpdateContext,
+    ) -> tuple[Tensor, Tensor]:
+        """[N, C, H, W] finished latents with gradient, and [N] the mean distance from the reference on the way."""
+        first = experience.trajectory.num_steps - self.steps
+        latents = self._start(experience, rollouts, copies, first, context)
+        divergence = latents.new_zeros(len(latents))
+        for index in range(self.steps):
+            pairs = experience.pairs(rollouts, torch.full_like(rollouts, first + index))
+            seen = latents.detach() if self.detach_input else latents
+            velocity = policy.velocity(seen, pairs.sigma, pairs.conditioning)
+            if self.kl_weight > 0:
+                with torch.no_grad(), context.weights("reference"):
+                    reference = policy.velocity(seen, pairs.sigma, pairs.conditioning)
+                divergence = divergence + (velocity - reference).pow(2).mean(dim=(1, 2, 3)) / self.steps
+            learned = scale_gradient(credited(velocity, pairs), learning[rollouts, index, None, None, None].float())
+            latents = euler(latents, learned, pairs.sigma, pairs.sigma_next).mean
+        return latents, divergence
+
+    def _start(
+        self, experience: Experience, rollouts: Tensor, copies: Tensor, first: int, context: UpdateContext
+    ) -> Tensor:
+        """[N, C, H, W] states at step `first`: copy 0 is the stored one, the others are noised anew."""
+        trajectory = experience.trajectory
+        stored = trajectory.latents[rollouts, first]
+        if not self.renoised:
+            return stored
+        shape, device = tuple(stored.shape[1:]), stored.device
+        noise = shared_noise(context, experience.keys[rollouts], copies, shape, device)
+        anew = noised(trajectory.latents[rollouts, -1], noise, trajectory.sigmas[first])
+        return torch.where(copies[:, None, None, None] > 0, anew, stored)

@@ -1,0 +1,95 @@
+"""ReFL: one late step looks ahead to the finished image, and the reward's gradient flows through that step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor
+
+from rlt2i.functional.reward_backprop import refl_loss
+from rlt2i.functional.transitions import clean_prediction
+from rlt2i.interfaces import Objective, Policy, Sampler, UpdateContext
+from rlt2i.objectives.reduction import share, trainable_steps
+from rlt2i.objectives.reward_backprop import credited, rewarded
+from rlt2i.seeds import uniform
+from rlt2i.types import Experience, Loss
+
+
+@attrs.frozen(kw_only=True)
+class ReFL(Objective):
+    """grad_scale max(margin - r(x_t - sigma_t v), 0) + kl_weight |v - v_reference|^2, t a random late step.
+
+    Reward feedback learning (ImageReward, arXiv 2304.05977). Until step t the rollout is taken as it was, so its stored
+    state is all that is needed; the gradient flows through one call of the network, its one-step clean prediction, the
+    decoder and the reward. Every rollout draws one unmasked step of the window; one without any is left out. The
+    advantage is not used, so groups need no spread; weight and mask apply to the gradient of the velocity.
+
+    Attributes:
+        margin: reward above which an image teaches nothing, in the unit of the reward.
+        grad_scale: factor of the reward's loss.
+        window: (first, last), last exclusive, the steps to draw from; None stands for the last quarter.
+        kl_weight: weight of mean (v - v_reference)^2. ReFL holds the policy back with its pretraining loss instead.
+    """
+
+    uses_advantage = False
+
+    margin: float = 2.0
+    grad_scale: float = attrs.field(default=1e-3, validator=validators.gt(0))
+    window: tuple[int, int] | None = None
+    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+
+    def __attrs_post_init__(self) -> None:
+        if self.window is not None and not 0 <= self.window[0] < self.window[1]:
+            raise ValueError(f"ReFL(window={self.window}): 0 <= first < last must hold, last exclusive.")
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"reward/gradient", "reference"} if self.kl_weight > 0 else {"reward/gradient"})
+
+    def trained_steps(self, sampler: Sampler) -> int:
+        self._window(sampler.num_steps)
+        return 1
+
+    def _window(self, num_steps: int) -> tuple[int, int]:
+        first, last = self.window or (3 * num_steps // 4, num_steps)
+        if last > num_steps:
+            raise ValueError(
+                f"ReFL(window={self.window}): the sampler has {num_steps} steps. Use last <= {num_steps}, or "
+                "window=None for the last quarter."
+            )
+        return first, last
+
+    def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
+        chosen = self._draw(experience, context)
+        for rollouts, steps in context.micro_batches(chosen):
+            pairs = experience.pairs(rollouts, steps)
+            velocity = policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
+            clean = clean_prediction(pairs.latents, credited(velocity, pairs), pairs.sigma)
+            reward, metrics = rewarded(clean, experience, rollouts, context)
+            hinge = refl_loss(reward, margin=self.margin)
+            per_pair = self.grad_scale * hinge
+            metrics |= {"loss/refl": per_pair.detach(), "backprop/above_margin": (hinge.detach() == 0).float()}
+
+            if self.kl_weight > 0:
+                with torch.no_grad(), context.weights("reference"):
+                    reference = policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
+                divergence = (velocity - reference).pow(2).mean(dim=(1, 2, 3))
+                per_pair = per_pair + self.kl_weight * divergence
+                metrics["kl/reference"] = divergence.detach()
+
+            yield Loss(
+                value=(per_pair * share(chosen, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=steps
+            )
+
+    def _draw(self, experience: Experience, context: UpdateContext) -> Tensor:
+        """[B, T] bool: one unmasked step of the window for each rollout."""
+        num_steps, device = experience.trajectory.num_steps, experience.trajectory.sigmas.device
+        first, last = self._window(num_steps)
+        eligible = trainable_steps(experience, stochastic_only=False).clone()
+        eligible[:, :first], eligible[:, last:] = False, False
+        order = uniform(context.seeds("refl", experience.keys), (num_steps,), device)
+        drawn = torch.where(eligible, order, -1.0).argmax(dim=1, keepdim=True)
+        return eligible & torch.zeros_like(eligible).scatter(1, drawn, True)
