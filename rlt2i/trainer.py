@@ -21,12 +21,11 @@ from rlt2i.checkpoint import (
 from rlt2i.config import recipe_hash
 from rlt2i.engine import Collected, Engine, Stopwatch
 from rlt2i.evaluate import Evaluation, evaluate
-from rlt2i.functional.groups import masked_std, tied
-from rlt2i.functional.maps import effective_support, map_entropy
-from rlt2i.health import health_metrics
+from rlt2i.health import diversity_metrics, health_metrics
 from rlt2i.interfaces import Policy
 from rlt2i.learner import Learner, UpdateRefused
 from rlt2i.logbook import Logbook
+from rlt2i.observations import observations
 from rlt2i.optimizer_state import optimizer_tensors, restore_optimizer
 from rlt2i.processes import Processes
 from rlt2i.progress import summary_line
@@ -119,8 +118,10 @@ class Trainer:
                 self._save()
                 raise
         self._mention_uniform_prompts(collected)
-        metrics |= self._observations(collected) | {f"seconds/{k}": v for k, v in watch.seconds.items()}
+        metrics |= observations(collected, self.processes.mean) | {f"seconds/{k}": v for k, v in watch.seconds.items()}
         metrics["rewards/invalid"] = invalid
+        differing = diversity_metrics(collected.images, collected.prompts.group_size)
+        metrics |= {name: self.processes.mean(values) for name, values in differing.items()}
         if train.reference:
             metrics["kl/base"] = self._drift(collected)
         if self._shows_maps():
@@ -171,27 +172,6 @@ class Trainer:
             f"invalid, more than max_invalid_share={limit:.0%}. Why: {tally}. {consequence}, and the last update is "
             "saved. Mend the reward, then resume with --resume latest."
         )
-
-    def _observations(self, collected: Collected) -> dict[str, float]:
-        """What the log says about a batch, as means over all processes."""
-        experience, rewards = collected.experience, collected.experience.rewards
-        kept = rewards.valid
-        size = collected.prompts.group_size
-        by_group, judged = rewards.final.view(-1, size), kept.view(-1, size)
-        compared = judged.any(dim=1)  # a group of which nothing was judged has no spread
-        seen = {
-            "reward/mean": rewards.final[kept],
-            "reward/spread": masked_std(by_group, judged, 1, correction=0)[compared, 0],
-            "reward/tied_groups": tied(by_group, judged)[compared, 0].float(),
-            **{f"reward/{name}": values[kept] for name, values in rewards.terms.items()},
-        }
-        weight = experience.credit.weight
-        if weight.shape[2:] != (1, 1):
-            seen |= {"map/entropy": map_entropy(weight), "map/effective_support": effective_support(weight)}
-        metrics = {name: self.processes.mean(values) for name, values in seen.items()}
-        if weight.numel() > 1:
-            metrics["map/max"] = float(weight.max())
-        return metrics
 
     @torch.no_grad()
     def _drift(self, collected: Collected, count: int = 32) -> float:
@@ -245,7 +225,7 @@ class Trainer:
         if first:
             self.base = result
         metrics = result.metrics(None if first else self.base) | {"seconds/eval": watch.seconds["eval"]}
-        metrics |= {name: float(value) for name, value in health_metrics(result.images, group_size=1).items()}
+        metrics |= {name: float(value) for name, value in health_metrics(result.images).items()}
         if self.processes.is_main:
             write_evaluation(self._evaluation_file(), result)
         self._remember(metrics, phase="eval")

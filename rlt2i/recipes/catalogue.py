@@ -25,11 +25,16 @@ class RecipeEntry:
 def list_recipes() -> list[RecipeEntry]:
     """The recipes that ship with the package, by name."""
     entries = []
-    for path in sorted(FOLDER.glob("*.yaml")):
+    for path in shipped().values():
         mapping = read_yaml(path)
         words = {field: str(mapping.get(field, "")) for field in ("name", "about", "evidence")}
         entries.append(RecipeEntry(path=path, **words))
     return entries
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of the recipes that ship with the package."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
 def find_recipe(name_or_path: str) -> Path | str:
@@ -38,9 +43,9 @@ def find_recipe(name_or_path: str) -> Path | str:
     Raises:
         ConfigError: when there is no such recipe.
     """
-    shipped = {path.stem: path for path in FOLDER.glob("*.yaml")}
-    if name_or_path in shipped:
-        return shipped[name_or_path]
+    files = shipped()
+    if name_or_path in files:
+        return files[name_or_path]
     path = Path(name_or_path)
     if path.is_dir() and (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"
@@ -51,6 +56,6 @@ def find_recipe(name_or_path: str) -> Path | str:
     if is_reference(name_or_path):
         return name_or_path
     raise ConfigError(
-        f"unknown recipe {name_or_path!r}{did_you_mean(name_or_path, shipped)} Shipped: {', '.join(sorted(shipped))}. "
+        f"unknown recipe {name_or_path!r}{did_you_mean(name_or_path, files)} Shipped: {', '.join(files)}. "
         "Or give a YAML file, a run directory, or module:function."
     )

@@ -1,0 +1,67 @@
+"""What the log says about a batch before anything is learned from it: its rewards, and the shape of its credit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from rlt2i.engine import Collected
+from rlt2i.functional.groups import masked_std, tied
+from rlt2i.functional.maps import effective_support, map_entropy
+
+
+def observations(collected: Collected, mean: Callable[[Tensor], float]) -> dict[str, float]:
+    """The metrics of a batch.
+
+    Args:
+        collected: the batch of this process.
+        mean: over the elements of a tensor, and over all processes.
+    """
+    experience, rewards = collected.experience, collected.experience.rewards
+    kept = rewards.valid
+    size = collected.prompts.group_size
+    by_group, judged = rewards.final.view(-1, size), kept.view(-1, size)
+    compared = judged.any(dim=1)  # a group of which nothing was judged has no spread
+    seen = {
+        "reward/mean": rewards.final[kept],
+        "reward/spread": masked_std(by_group, judged, 1, correction=0)[compared, 0],
+        "reward/tied_groups": tied(by_group, judged)[compared, 0].float(),
+        **{f"reward/{name}": values[kept] for name, values in rewards.terms.items()},
+    }
+    weights = weight_statistics(experience.credit.weight, experience.trajectory.stochastic)
+    metrics = {name: mean(values) for name, values in (seen | weights).items() if not name.endswith("max")}
+    return metrics | {name: float(values.max()) for name, values in weights.items() if name.endswith("max")}
+
+
+def weight_statistics(weight: Tensor, stochastic: Tensor) -> dict[str, Tensor]:
+    """How concentrated a weight is, over the axes that it resolves; nothing for uniform credit.
+
+    Over space every map is judged by itself. Over time it is the mean weight of each step, on the steps that are
+    trained: the stochastic ones, or all of a deterministic rollout.
+
+    Args:
+        weight: [1|B, 1|T, 1|h, 1|w].
+        stochastic: [T] bool.
+
+    Returns:
+        "map/..." [1|B, 1|T] where the weight resolves places, "time/..." [1|B] where it resolves steps: entropy
+        relative to uniform, effective support as a share of the places or steps, and the largest weight.
+    """
+    statistics = {}
+    if weight.shape[2:] != (1, 1):
+        statistics |= _concentration("map", weight)
+    if weight.shape[1] > 1:
+        steps = weight.mean(dim=(2, 3))
+        trained = steps[:, stochastic] if stochastic.any() else steps
+        statistics |= _concentration("time", trained[..., None])
+    return statistics
+
+
+def _concentration(axis: str, weight: Tensor) -> dict[str, Tensor]:
+    """Of [..., h, w] weights."""
+    return {
+        f"{axis}/entropy": map_entropy(weight),
+        f"{axis}/effective_support": effective_support(weight),
+        f"{axis}/max": weight.amax(dim=(-2, -1)),
+    }
