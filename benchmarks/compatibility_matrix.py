@@ -44,8 +44,14 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "SDE": {"num_steps": STEPS},
     "ODE": {"num_steps": STEPS},
     "DPM2": {"num_steps": STEPS},
+    "Recorded": {"num_steps": STEPS},
+    "BranchSDE": {"num_steps": STEPS, "branches": 2},
+    "TreeSDE": {"num_steps": STEPS, "splits": (0, 2, 4)},
 }
 """Part -> arguments, where the defaults do not suit the toy policy."""
+
+GROUP_SIZES: Mapping[str, int] = {"BranchSDE": 10, "TreeSDE": 8, "Recorded": 2}
+"""Sampler -> rollouts per prompt, where it is not 6: these samplers make one number of them and no other."""
 
 
 @attrs.frozen(kw_only=True)
@@ -78,7 +84,8 @@ def _tiny_transformer() -> str:
     return folder
 
 
-def _part(kind: str, name: str, **more: Any) -> Any:
+def part(kind: str, name: str, **more: Any) -> Any:
+    """A registered part, with the arguments of `OPTIONS`."""
     cls = load_object(PARTS[kind][name])
     if "allocation" in attrs.fields_dict(cls):
         more["allocation"] = ATTENTION
@@ -88,27 +95,29 @@ def _part(kind: str, name: str, **more: Any) -> Any:
 
 
 def credits() -> dict[str, CreditAssigner]:
-    """Every advantage alone, every allocation and mask on the group-relative advantage, and STAR on a dense one."""
-    table: dict[str, CreditAssigner] = {n: Product(advantage=_part("Advantage", n)) for n in PARTS["Advantage"]}
+    """Every advantage alone, every allocation and mask on the group-relative one, STAR on a dense one, and TempFlow."""
+    table: dict[str, CreditAssigner] = {n: Product(advantage=part("Advantage", n)) for n in PARTS["Advantage"]}
     relative = GroupRelative()
     for name in PARTS["Allocation"]:
-        table[f"GroupRelative x {name}"] = Product(advantage=relative, allocations=(_part("Allocation", name),))
+        table[f"GroupRelative x {name}"] = Product(advantage=relative, allocations=(part("Allocation", name),))
     for name in PARTS.get("Mask", {}):
-        table[f"GroupRelative x {name}"] = Product(advantage=relative, masks=(_part("Mask", name),))
-    dense = _part("Advantage", "StepGain")
+        table[f"GroupRelative x {name}"] = Product(advantage=relative, masks=(part("Mask", name),))
+    dense = part("Advantage", "StepGain")
     table["StepGain x TextAttention"] = Product(advantage=dense, allocations=(ATTENTION,))
+    tree, noise_aware = part("Advantage", "TreeAdvantage"), part("Allocation", "NoiseAware")
+    table["TreeAdvantage x NoiseAware"] = Product(advantage=tree, allocations=(noise_aware,))
     return table
 
 
 def objectives() -> dict[str, Objective]:
-    return {name: _part("Objective", name) for name in PARTS["Objective"]}
+    return {name: part("Objective", name) for name in PARTS["Objective"]}
 
 
 def samplers() -> dict[str, Sampler]:
     """Every sampler, and every kernel in the one that takes any."""
-    table = {name: _part("Sampler", name) for name in PARTS["Sampler"] if name != "SDE"}
+    table = {name: part("Sampler", name) for name in PARTS["Sampler"] if name != "SDE"}
     for name in PARTS["TransitionKernel"]:
-        table[f"SDE({name})"] = _part("Sampler", "SDE", kernel=_part("TransitionKernel", name))
+        table[f"SDE({name})"] = part("Sampler", "SDE", kernel=part("TransitionKernel", name))
     return dict(sorted(table.items()))
 
 
@@ -164,7 +173,9 @@ def compatibility() -> list[Cell]:
 
 def _collected(algorithm: Algorithm) -> Experience | ValueError:
     try:
-        return collect(toy_engine(algorithm), prompts=3, group_size=6).experience
+        group_size = GROUP_SIZES.get(type(algorithm.sampler).__name__, 6)
+        algorithm.check_group_size(group_size)
+        return collect(toy_engine(algorithm), prompts=3, group_size=group_size).experience
     except ValueError as refused:
         return refused
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
+from rlt2i.engine import chunk_size
 from rlt2i.tasks.base import check_metadata
 from rlt2i.train_config import BatchPlan, derive_batch
 
@@ -15,12 +18,15 @@ def batch_plan(recipe: Recipe, *, world_size: int) -> BatchPlan:
     """The batch arithmetic of a recipe.
 
     Raises:
-        ValueError: when whole groups cannot be dealt evenly to the processes.
+        ValueError: when whole groups cannot be dealt evenly to the processes, or one must fit into a forward pass and
+            does not.
     """
-    num_steps = recipe.sampler.num_steps
+    num_steps, train = recipe.sampler.num_steps, recipe.train
+    images = chunk_size(recipe.sampler, train.group_size, train.images_per_device)
+    train = attrs.evolve(train, images_per_device=images)
     draws: Any = getattr(recipe.objective, "sigmas", None)
     trained = recipe.objective.trained_steps(recipe.sampler) if draws is None else draws.count
-    return derive_batch(recipe.train, world_size=world_size, num_steps=num_steps, trained_steps=trained)
+    return derive_batch(train, world_size=world_size, num_steps=num_steps, trained_steps=trained)
 
 
 def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:

@@ -154,6 +154,11 @@ class Sampler(ABC):
     def stochastic_steps(self, progress: int) -> tuple[int, ...]:
         """The steps that have a log-probability in rollout batch number `progress`."""
 
+    @property
+    def noisy_steps(self) -> int:
+        """Of them, those at which one rollout draws noise: all, unless its group divides them up."""
+        return len(self.stochastic_steps(0))
+
     @abstractmethod
     def rollout(self, policy: Policy, conditioning: Conditioning, request: RolloutRequest) -> Trajectory:
         """One trajectory per row of the conditioning, without gradient."""
@@ -444,7 +449,7 @@ class Objective(ABC):
         Raises:
             ValueError: when the objective asks for steps that the sampler does not have.
         """
-        return len(sampler.stochastic_steps(0)) or sampler.num_steps
+        return sampler.noisy_steps or sampler.num_steps
 
     def old_decay(self, num_updates: int) -> float:
         """Share of "old" that is kept when it follows the policy, after `num_updates` optimiser updates."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.compatibility_matrix import PAGE, Cell, compatibility, credits, objectives, page, samplers
+from rlt2i.captures import EDGES, PREFERENCE
 from rlt2i.recipes import PARTS
 
 pytestmark = pytest.mark.slow
@@ -40,11 +41,20 @@ def test_refusals_come_before_any_weight_is_read(cells: list[Cell]):
     assert not [cell for cell in cells if cell.late]
 
 
-def test_only_likelihoods_and_credit_for_noise_need_noise(cells: list[Cell]):
+def test_only_likelihoods_and_credit_for_noise_or_branches_need_them(cells: list[Cell]):
     # Whatever the credit, an objective that needs no log-probability takes every sampler that the credit takes.
     for cell in cells:
-        if "log_probs" not in objectives()[cell.objective].requires and "noise" not in credits()[cell.credit].needs:
+        if "log_probs" not in objectives()[cell.objective].requires and not (
+            credits()[cell.credit].needs & {"noise", EDGES, PREFERENCE}
+        ):
             assert not cell.refusal, cell
+
+
+def test_credit_for_branches_is_refused_by_name_under_every_other_sampler(cells: list[Cell]):
+    tree = [cell for cell in cells if cell.credit == "TreeAdvantage"]
+    refused = {cell.sampler for cell in tree if EDGES in cell.refusal}
+    assert {cell.sampler for cell in tree if cell.works} == {"BranchSDE", "TreeSDE"} == set(samplers()) - refused
+    assert all("Use a sampler whose rollouts branch" in cell.refusal for cell in tree if EDGES in cell.refusal)
 
 
 def test_every_part_is_in_the_matrix():

@@ -39,6 +39,10 @@ class BranchingSampler(StochasticSampler):
     def stochastic_steps(self, progress: int) -> tuple[int, ...]:
         return tuple((self.paths.edges >= 0).any(dim=0).nonzero()[:, 0].tolist())
 
+    @property
+    def noisy_steps(self) -> int:
+        return int((self.paths.edges >= 0).sum(dim=1).max())
+
     def check_group_size(self, group_size: int) -> None:
         leaves = len(self.paths.states)
         if group_size != leaves:
