@@ -18,6 +18,7 @@ import pytest
 from rlt2i import interfaces
 from rlt2i.config import ConfigError, load_object, parse_yaml
 from rlt2i.credit.algebra import Advantage, Allocation, Mask
+from rlt2i.durable import plain_json
 from rlt2i.recipes import PARTS, Recipe, build_part, list_recipes, load_recipe, recipe_from_mapping
 from rlt2i.recipes.catalogue import FOLDER
 from rlt2i.tasks.base import Task
@@ -66,6 +67,7 @@ def test_shipped_recipes_parse_and_round_trip(name: str):
     assert again == recipe
     assert again.hash == recipe.hash
     assert recipe.name == name
+    plain_json(recipe.mapping(), "recipe")  # a run writes it down
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -31,7 +31,7 @@ class CRD(Objective):
     Attributes:
         beta: scale of the implicit reward.
         advantage_clip: the advantage at which the label a saturates.
-        temperature: infinite centres on the mean; finite on the good and on the bad samples in turn, softmax(+-a / T).
+        temperature: None centres on the mean; a number on the good and on the bad samples in turn, softmax(+-a / T).
         form: "mse", or "bce" of sigmoids.
         adaptive: divide each error by its own scale, without gradient.
         centre: over the rollouts of a prompt, or, as the public code does, over everything in a micro-batch: then
@@ -44,7 +44,10 @@ class CRD(Objective):
 
     beta: float = attrs.field(default=1.0, validator=validators.gt(0))
     advantage_clip: float = attrs.field(default=5.0, validator=validators.gt(0))
-    temperature: float = attrs.field(default=math.inf, validator=validators.gt(0))
+    temperature: float | None = attrs.field(
+        default=None,
+        validator=validators.optional(validators.gt(0)),  # type: ignore[arg-type]
+    )
     form: CRDForm = attrs.field(default="mse", validator=validators.in_(("mse", "bce")))
     adaptive: bool = True
     centre: Literal["group", "micro_batch"] = attrs.field(
@@ -74,6 +77,7 @@ class CRD(Objective):
         groups, keys = experience.groups, experience.keys
         sigma, step = self.sigmas.draw(experience, groups, context=context)
         kept = trainable_steps(experience, stochastic_only=False).gather(1, step)
+        temperature = math.inf if self.temperature is None else self.temperature
 
         for rollouts, draws in whole_groups(experience, kept, context, who="CRD"):
             noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=keys, context=context)
@@ -84,7 +88,7 @@ class CRD(Objective):
             reward = (weight_and_mask(pairs, noisy.grid) * reward_map).mean(dim=(1, 2))
             label = nft_label(pairs.advantage.mean(dim=(1, 2)), clip=self.advantage_clip)
             together = members if self.centre == "group" else torch.zeros_like(members)
-            loss = crd_loss(reward, label, together, beta=self.beta, temperature=self.temperature, form=self.form)
+            loss = crd_loss(reward, label, together, beta=self.beta, temperature=temperature, form=self.form)
             per_pair = loss * self.advantage_clip / self.beta
             metrics = {
                 "loss/crd": per_pair.detach(),
