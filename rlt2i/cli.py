@@ -118,6 +118,14 @@ def parser() -> argparse.ArgumentParser:
     _add_drawing(maps, "maps.png")
 
     report = add("report", _report, "write the report of a run, one self-contained HTML page")
+    pairs = add("pairs", _pairs, "draw, score and keep the best and the worst image of every prompt, for offline DPO")
+    _add_run(pairs)
+    pairs.add_argument("folder", type=Path, help="gets pairs.jsonl and images/; goes on where it was cut off")
+    pairs.add_argument("--prompts", type=int, default=600, help="how many of the training stream (default 600)")
+    pairs.add_argument("--images", type=int, default=4, help="drawn per prompt (default 4)")
+    pairs.add_argument("--seed", type=int, default=0)
+    pairs.add_argument("--steps", type=int, help="denoising steps (default: those of the recipe's evaluation)")
+
     report.add_argument("run", type=Path, help="run directory")
     report.add_argument("--out", type=Path, help="file to write (default RUN/report.html)")
 
@@ -317,6 +325,63 @@ def _serve_reward(options: argparse.Namespace) -> int:
 def _reward(options: argparse.Namespace) -> int:
     from rlt2i.recipes.parts import PARTS
     from rlt2i.rewards.selftest import main as test_reward
+def _eval_suite(options: argparse.Namespace) -> None:
+    import attrs
+
+    from rlt2i.suites import load_suite
+    from rlt2i.suites.evaluate import evaluate_suite, named_rewards
+    from rlt2i.suites.folder import Folder, Shard
+
+    there = Folder(path=Path(options.run))
+    target: Recipe | Folder
+    if (there.path / "fingerprint.json").is_file():
+        if options.suite:
+            raise ValueError(f"eval: {options.run} is an evaluation and knows its suite; leave --suite out.")
+        target, run_dir, suite, score_only = there, None, load_suite(there.path / "suite.yaml"), True
+    else:
+        target, run_dir = _loaded(options)
+        suite, score_only = load_suite(options.suite), options.score_only
+        if options.steps:
+            suite = attrs.evolve(suite, steps=options.steps)
+    report = evaluate_suite(
+        target,
+        suite,
+        run_dir=run_dir,
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+        prompts=options.prompts,
+        out=options.out,
+        against=options.against,
+        shard=Shard.parse(options.shard) if options.shard else None,
+        score_only=score_only,
+        added=named_rewards(options.reward),
+        rescore=options.rescore,
+        features=options.features,
+    )
+    if report is not None:
+        print(report.text(), end="")
+
+
+def _pairs(options: argparse.Namespace) -> None:
+    from rlt2i.inspection import load_policy
+    from rlt2i.pairs import PAIRS, make_pairs
+
+    recipe, folder = _loaded(options)
+    policy = load_policy(recipe, run_dir=folder, checkpoint=options.checkpoint, weights=options.weights)
+    trained = folder is not None or options.checkpoint is not None
+    count = make_pairs(
+        recipe,
+        policy,
+        options.folder,
+        prompts=options.prompts,
+        images=options.images,
+        seed=options.seed,
+        num_steps=options.steps,
+        weights=f"{options.weights} of {options.checkpoint or folder}" if trained else "base",
+    )
+    print(f"{options.folder / PAIRS}: {count} pairs")
+
+
 
     return test_reward([options.name, *options.rest], parts=PARTS)
 

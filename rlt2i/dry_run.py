@@ -37,8 +37,7 @@ def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
     """
     train = recipe.train
     recipe.algorithm().check_group_size(train.group_size)
-    for part in (recipe.sampler, recipe.reward, *recipe.heldout.values()):
-        check_metadata(recipe.task, part)
+    check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
     batch = batch_plan(recipe, world_size=world_size)
     parts = [f"{recipe.name}  {recipe.hash[:8]}  evidence: {recipe.evidence}", recipe.about, "", batch.table()]
     size = _size(recipe, batch)

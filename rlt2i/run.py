@@ -47,8 +47,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
     processes = Processes()
     train = recipe.train
     recipe.algorithm().check_group_size(train.group_size)
-    for part in (recipe.sampler, recipe.reward, *recipe.heldout.values()):
-        check_metadata(recipe.task, part)
+    check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
     batch = batch_plan(recipe, world_size=processes.world_size)
     say: Callable[[str], None] = functools.partial(print, flush=True) if processes.is_main else lambda _: None
     recipe = _resolved(recipe, run_dir if resume is not None else None, processes, say)

@@ -17,6 +17,7 @@ from rlt2i.samplers.sde import SDE
 from rlt2i.tasks.base import as_prompts
 from rlt2i.weights import ParameterSets
 from tests.toy import SIDE, QuadrantBrightness, ToySpec, ToyTask
+from tests.toy_pairs import toy_pairs
 
 UNIFORM = Product(advantage=GroupRelative())
 
@@ -68,7 +69,8 @@ def toy_learner(
 
 def collect(engine: Engine, *, update: int = 0, prompts: int = 4, group_size: int = 8, first: int = 0) -> Collected:
     start = update * prompts + first
-    drawn = ToyTask().train_prompts(seed=0, start=start, count=prompts)
+    task = toy_pairs() if engine.algorithm.sampler.requires else ToyTask()
+    drawn = task.train_prompts(seed=0, start=start, count=prompts)
     return engine.collect(as_prompts(drawn, group_size=group_size, start=start), progress=update)
 
 

@@ -24,7 +24,9 @@ LAYERS = (
     {"engine", "learner", "weights", "checkpoint", "runlog", "trackers", "optimizer_state", "processes"},
     {"evaluate", "evaluation", "localisation", "artifacts"},
     {"recipes"},
-    {"rundirs", "report", "serve", "plan", "dry_run", "auto", "logbook", "observations", "trainer", "run", "inspection"},
+    {"rundirs", "report", "serve", "plan", "dry_run", "auto", "logbook", "observations", "trainer", "run"}
+    | {"inspection", "pairs"},
+    {"suites"},
     {"cli"},
     {"__main__", "__init__"},
 )

@@ -60,6 +60,9 @@ class ToyPolicy(Policy):
     def decode(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(2 * latents)
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        return torch.logit(images, eps=1 / 255) / 2
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {"image": self.image, **dict(self.network.named_parameters())}
 

@@ -239,6 +239,22 @@ def reward_weights(rewards: Tensor, *, valid: Tensor | None = None) -> Tensor:
     return rewards if valid is None else torch.where(valid, rewards, 0)
 
 
+def recorded_preference(verdict: Tensor, group_size: int, *, valid: Tensor | None = None) -> Tensor:
+    """What was said of recorded images as an advantage: the verdict itself, 0 where its group is not whole.
+
+    Args:
+        verdict: [B], +1 for the winner and -1 for the loser of a pair.
+        group_size: G, the rollouts that were judged together; they are adjacent.
+        valid: [B] bool.
+
+    Returns:
+        [B]; every group has the mean of its verdicts, or is 0.
+    """
+    whole = torch.ones_like(verdict, dtype=torch.bool) if valid is None else valid
+    whole = whole.view(-1, group_size).all(dim=1).repeat_interleave(group_size)
+    return torch.where(whole, verdict, 0)
+
+
 def group_std(rewards: Tensor, group_size: int | Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Population std of each group's rewards, exactly 0 for a tied group: a group that is 0 teaches nothing.
 

@@ -107,6 +107,12 @@ class Guided(Policy):
     def decode(self, latents: Tensor) -> Tensor:
         return self.policy.decode(latents)
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        return self.policy.encode_images(images)
+
+    def initial_latents(self, noise: Tensor, sigma: Tensor) -> Tensor:
+        return self.policy.initial_latents(noise, sigma)
+
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         return self.policy.trainable_parameters()
 

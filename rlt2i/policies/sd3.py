@@ -314,6 +314,15 @@ class SD3Policy(Policy):
         images = self.vae.decode(scaled, return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """The mean of the autoencoder's posterior, never a draw from it."""
+        config = self.vae.config
+        pixels = (2 * images - 1).to(self.device, self.vae.dtype)
+        if self.vae.dtype == torch.bfloat16:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        mean = self.vae.encode(pixels).latent_dist.mode().float()
+        return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
 

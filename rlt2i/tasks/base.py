@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from rlt2i.interfaces import Reward
+from rlt2i.interfaces import Reward, Sampler
 from rlt2i.types import Prompts
 
 
@@ -59,15 +59,17 @@ def as_prompts(prompts: list[TaskPrompt], *, group_size: int, start: int = 0) ->
     )
 
 
-def check_metadata(task: Task, reward: Reward) -> None:
-    """Refuse a reward that would look for task data that is not there.
+def check_metadata(task: Task, *parts: Reward | Sampler) -> None:
+    """Refuse rewards, and samplers that read, that would look for task data that is not there.
 
     Raises:
         ValueError: naming what is missing and what exists.
     """
-    missing = sorted(reward.requires - task.provides)
-    if missing:
-        raise ValueError(
-            f"{type(reward).__name__} needs the metadata {missing}, but the prompts of {type(task).__name__} carry "
-            f"{sorted(task.provides) or 'none'}. Use the reward with its own task, or add the keys to your prompt file."
-        )
+    for part in parts:
+        missing = sorted(part.requires - task.provides) if part.requires else []
+        if missing:
+            raise ValueError(
+                f"{type(part).__name__} needs the metadata {missing}, but the prompts of {type(task).__name__} carry "
+                f"{sorted(task.provides) or 'none'}. Use the {'reward' if isinstance(part, Reward) else 'sampler'} "
+                "with its own task, or add the keys to your prompt file."
+            )

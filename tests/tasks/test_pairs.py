@@ -1,0 +1,114 @@
+"""Pair files: what is read, what is refused and why, and which prompts are held out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rlt2i.rewards.geneval import GenEvalReward
+from rlt2i.samplers.ode import ODE
+from rlt2i.samplers.recorded import Recorded
+from rlt2i.tasks.base import check_metadata
+from rlt2i.tasks.pairs import PairFileTask, read_pairs
+from rlt2i.tasks.promptfile import PromptFileTask
+from rlt2i.tasks.shapes.task import ShapesTask
+from tests.toy import SIDE, ToyTask
+from tests.toy_pairs import write_pairs
+
+
+def picture(file: Path, size: tuple[int, int] = (SIDE, SIDE)) -> None:
+    Image.fromarray(np.zeros((size[1], size[0], 3), dtype=np.uint8)).save(file)
+
+
+def row(**fields: object) -> str:
+    return json.dumps({"prompt": "a cow", "winner": "a.png", "loser": "b.png"} | fields)
+
+
+def file(folder: Path, *rows: str) -> Path:
+    for name in ("a.png", "b.png", "c.png"):
+        picture(folder / name)
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def test_rows_carry_metadata_core_phrases_and_absolute_paths(tmp_path: Path):
+    path = file(tmp_path, row(core=["cow"], category="animals", note=3), "")
+    (pair,) = read_pairs(path, SIDE)
+    assert (pair.text, pair.core, pair.category) == ("a cow", ("cow",), "animals")
+    assert pair.metadata["note"] == 3
+    assert pair.metadata["winner"] == str(tmp_path / "a.png")
+    assert pair.metadata["loser"] == str(tmp_path / "b.png")
+
+
+def test_every_tenth_prompt_is_held_out_with_all_its_pairs(tmp_path: Path):
+    rows = [row(prompt=f"prompt {i}") for i in range(20)]
+    again = [row(prompt=f"prompt {i}", winner="b.png", loser="c.png") for i in (3, 9)]
+    task = PairFileTask(pairs=str(file(tmp_path, *rows, *again)), image_size=SIDE)
+    assert [p.text for p in task.eval_prompts(2)] == ["prompt 9", "prompt 19"]
+    assert task.eval_prompts(2)[0].metadata["winner"].endswith("a.png")
+    stream = [p.text for p in task.train_prompts(seed=0, start=0, count=19)]
+    assert sorted(stream) == sorted([f"prompt {i}" for i in range(20) if i not in (9, 19)] + ["prompt 3"])
+    assert task.provides == {"prompt", "winner", "loser"}
+
+
+def test_another_task_can_evaluate(tmp_path: Path):
+    task = PairFileTask(pairs=str(file(tmp_path, row())), evaluation=ToyTask(), image_size=SIDE)
+    assert task.eval_prompts(3) == ToyTask().eval_prompts(3)
+    assert [p.text for p in task.train_prompts(seed=0, start=0, count=3)] == ["a cow"] * 3
+    check_metadata(task, Recorded(), ODE())
+    with pytest.raises(ValueError, match="GenEvalReward needs the metadata"):
+        check_metadata(task, GenEvalReward())
+    with pytest.raises(ValueError, match="images of 32 pixels"):
+        PairFileTask(pairs="a.jsonl", evaluation=ShapesTask(), image_size=SIDE)
+
+
+def test_a_task_without_pairs_is_refused_before_training(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("".join(f"prompt {i}\n" for i in range(10)))
+    with pytest.raises(ValueError, match=r"Recorded needs the metadata \['loser', 'winner'\].*Use the sampler with"):
+        check_metadata(PromptFileTask(train=str(tmp_path / "a.txt")), Recorded())
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["{oops"], "line 1: not JSON"),
+        (["[1]"], "line 1: expected an object"),
+        (['{"prompt": "cow", "winner": "a.png"}'], 'line 1: expected a text under "loser", got None'),
+        ([row(prompt=" ")], 'expected a text under "prompt"'),
+        ([row(core="cow")], '"core" must be a list'),
+        ([row(), row(winner="gone.png")], "line 2: the winner 'gone.png' is not there; paths start at"),
+        ([row(loser="pairs.jsonl")], "the loser 'pairs.jsonl' is no image that can be read"),
+        ([row(loser="wide.png")], "the loser 'wide.png' has 16 x 8 pixels, expected 8 x 8"),
+        ([row(loser="a.png")], "winner and loser are the same image"),
+        ([row(), row(loser="c.png"), row()], "line 3: this pair is already on line 1"),
+        ([""], "holds no pair"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_its_line(tmp_path: Path, rows: list[str], message: str):
+    picture(tmp_path / "wide.png", (16, 8))
+    path = file(tmp_path, *rows)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_pairs(path, SIDE)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_there_says_how_to_make_one(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="`rlt2i pairs RECIPE FOLDER` makes one"):
+        PairFileTask(pairs=str(tmp_path / "gone.jsonl")).train_prompts(seed=0, start=0, count=1)
+    with pytest.raises(ValueError, match=r"expected a \.jsonl file"):
+        PairFileTask(pairs="pairs.csv")
+    with pytest.raises(ValueError, match="too few to hold out"):
+        PairFileTask(pairs=str(file(tmp_path, row())), image_size=SIDE).eval_prompts(1)
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path):
+    task = PairFileTask(pairs=str(write_pairs(tmp_path, count=10)), image_size=SIDE)
+    assert task.eval_prompts(1)[0].text == "bright corner 9"
+    file(tmp_path, *(row(prompt=f"other {i}") for i in range(10)))
+    assert task.eval_prompts(1)[0].text == "other 9"
