@@ -26,6 +26,7 @@ from .awm import (
     awm_kl_map,
     awm_log_likelihood,
     awm_noise_scale,
+    awm_sum_first,
 )
 from .branching import (
     Paths,
@@ -210,6 +211,7 @@ __all__ = [
     "awm_kl_map",
     "awm_log_likelihood",
     "awm_noise_scale",
+    "awm_sum_first",
     "balance_turning_points",
     "best_of_group",
     "best_worst_pairs",

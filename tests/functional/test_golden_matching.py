@@ -11,6 +11,7 @@ from rlt2i.functional import (
     awm_kl_map,
     awm_log_likelihood,
     awm_noise_scale,
+    awm_sum_first,
     clipped_surrogate,
     crd_centred_loss,
     crd_kl_weight,
@@ -93,7 +94,7 @@ def test_awm_loss(case: Case):
     log_ratio = log_likelihood(v) - log_likelihood(case.tensor("v_old"))
     times = len(t) // len(advantage)  # (T * B), t-major
     if case["loss_type"] == "sum_first":
-        log_ratio = log_ratio.view(times, -1).mean(dim=0)
+        log_ratio = awm_sum_first(log_ratio, times)
     else:
         advantage = advantage.repeat(times)
     surrogate = clipped_surrogate(log_ratio, advantage, case["clip_range"])

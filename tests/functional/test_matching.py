@@ -12,6 +12,7 @@ from rlt2i.functional import (
     awm_kl_map,
     awm_log_likelihood,
     awm_noise_scale,
+    awm_sum_first,
     clipped_surrogate,
     crd_centred_loss,
     crd_kl_weight,
@@ -165,6 +166,19 @@ def test_awm_by_hand():
     torch.testing.assert_close(awm_noise_scale(torch.tensor([0.5, 1.0])), torch.tensor([0.7, 7.0]))
     elbo = awm_kl_map(pixel(3.0, 1.0), pixel(0.0, 0.0), 0.5, weighting="elbo")
     assert elbo.item() == pytest.approx(5.0 / (2 * 0.49))
+
+
+def test_awm_sum_first_by_hand():
+    # Two samples at three times, times outermost: means of (1, 3, 5) and of (2, 4, 9).
+    log_ratio = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 9.0], requires_grad=True)
+    torch.testing.assert_close(awm_sum_first(log_ratio, 3), torch.tensor([3.0, 5.0]))
+    with pytest.raises(ValueError, match="times=4 does not divide 6 log-ratios"):
+        awm_sum_first(log_ratio, 4)
+    # On policy it has the gradient of one ratio per sample and time.
+    on_policy, advantage = log_ratio - log_ratio.detach(), torch.tensor([1.0, -2.0])
+    sum_first = clipped_surrogate(awm_sum_first(on_policy, 3), advantage, 0.1).loss.mean()
+    exp_first = clipped_surrogate(on_policy, advantage.repeat(3), 0.1).loss.mean()
+    torch.testing.assert_close(gradient(sum_first, log_ratio), gradient(exp_first, log_ratio))
 
 
 def test_on_policy_awm_has_ratio_one_and_pulls_towards_good_samples():

@@ -1,6 +1,7 @@
 """Transition kernels, Gaussian maps, solvers and the change of variables: by hand, then laws."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from rlt2i.functional import (
     noise_prediction,
     reference_kl_map,
     scaled_linear_alpha_bars,
+    sd3_sigmas,
     squared_error_map,
     transition_to_flow,
     v_prediction_to_velocity,
@@ -67,6 +69,36 @@ def test_first_step_of_flow_sde_has_std_a():
     # 1 - sigma_1 = -dt cancels the step size.
     step = flow_sde(one(0.0), one(0.0), 1.0, 0.96, sigma_max=0.96, noise_level=0.7)
     assert step.std.item() == pytest.approx(0.7)
+
+
+# Ten steps of the SD3 schedule, a = .7 for Flow-SDE, .8 for CPS, .3 for Dance-SDE. By step: -dt; s, full std and
+# |d mean / d v| of Flow-SDE; full std and |d mean / d v| of CPS; full std of Dance-SDE and its |d mean / d v| / std.
+TEN_STEPS = (
+    (0.0399, 3.506, 0.7000, 0.0399, 0.9131, 0.0399, 0.0599, 0.666),
+    (0.0468, 3.435, 0.7430, 0.0582, 0.8686, 0.0719, 0.0649, 0.722),
+    (0.0557, 2.273, 0.5362, 0.0693, 0.8157, 0.1070, 0.0708, 0.790),
+    (0.0673, 1.719, 0.4459, 0.0838, 0.7517, 0.1450, 0.0778, 0.871),
+    (0.0831, 1.359, 0.3918, 0.1034, 0.6727, 0.1855, 0.0865, 0.972),
+    (0.1051, 1.088, 0.3528, 0.1309, 0.5727, 0.2269, 0.0973, 1.101),
+    (0.1373, 0.861, 0.3191, 0.1709, 0.4421, 0.2651, 0.1112, 1.272),
+    (0.1868, 0.652, 0.2820, 0.2326, 0.2644, 0.2896, 0.1297, 1.515),
+    (0.2691, 0.434, 0.2254, 0.3351, 0.0085, 0.2736, 0.1556, 1.931),
+    (0.0089, 0.066, 0.0063, 0.0111, 0.0000, 0.0089, 0.0283, 1.888),
+)
+
+
+def test_ten_steps_of_the_sd3_schedule():
+    sigmas, zero, unit = sd3_sigmas(10).double(), one(0), one(1)
+    for (now, then), row in zip(pairwise(sigmas), TEN_STEPS, strict=True):
+        flow = flow_sde(zero, unit, now, then, sigma_max=sigmas[1], noise_level=0.7)
+        kept = cps(zero, unit, now, then, noise_level=0.8)
+        dance = dance_sde(zero, unit, now, then, eta=0.3)
+        found = (
+            *(now - then, flow.scale, flow.std, flow.mean.abs()),
+            *(kept.std, kept.mean.abs(), dance.std, dance.mean.abs() / dance.std),
+        )
+        for value, stated in zip(found, row, strict=True):
+            assert float(value) == pytest.approx(stated, abs=6e-4 if stated in (row[1], row[-1]) else 6e-5)
 
 
 def test_dance_sde_by_hand():
