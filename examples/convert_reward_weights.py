@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import tempfile
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from rlt2i.rewards import convert, mask2former
 from rlt2i.rewards.aesthetic import HEAD_FILE
-from rlt2i.rewards.weights import weights_home
+from rlt2i.rewards.weights import SOURCE_FILE, weights_home
 
 State = Mapping[str, Tensor]
 
@@ -130,21 +131,23 @@ def read(checkpoint: Path) -> State:
     return stored.get("state_dict", stored)
 
 
-def check(checkpoint: Path, expected: str) -> None:
+def check(checkpoint: Path, expected: str) -> str:
+    """The file's SHA-256, if it is the expected one."""
     with checkpoint.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if not found.startswith(expected):
         raise SystemExit(f"{checkpoint}: SHA-256 is {found}, expected {expected}...; not used")
     print(f"SHA-256 {found}" + ("" if expected else " (none is on record yet: compare with its publisher)"))
+    return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(RELEASES))
     parser.add_argument("--checkpoint", type=Path, help="a file that is already here, instead of a download")
     parser.add_argument("--sha256", help="what the file must have, instead of what is on record")
     parser.add_argument("--out", type=Path, help="folder to write; default: where the reward looks")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     release = RELEASES[options.name]
     folder = options.out or weights_home() / options.name
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,9 +156,11 @@ def main() -> None:
             checkpoint = Path(scratch) / "checkpoint"
             print(f"downloading {release.url}")
             urllib.request.urlretrieve(release.url, checkpoint)
-        check(checkpoint, release.sha256 if options.sha256 is None else options.sha256)
+        found = check(checkpoint, release.sha256 if options.sha256 is None else options.sha256)
         folder.mkdir(parents=True, exist_ok=True)
         release.write(read(checkpoint), folder)
+    source = {"url": release.url, "sha256": found, "licence": release.licence}
+    (folder / SOURCE_FILE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {folder} (licence of the weights: {release.licence})")
 
 

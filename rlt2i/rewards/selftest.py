@@ -25,6 +25,7 @@ from rlt2i.rewards.batching import REASON
 from rlt2i.rewards.combinators import Affine
 from rlt2i.rewards.guard import scored
 from rlt2i.rewards.naming import named_reward
+from rlt2i.rewards.released import check
 from rlt2i.rewards.selftest_cases import CASES, Case, drawing_case
 from rlt2i.rewards.wrapper import Wrapper
 
@@ -120,6 +121,11 @@ def main(arguments: Sequence[str] | None = None, *, parts: Parts | None = None) 
     if bool(options.good) != bool(options.bad):
         raise ValueError("reward test: --good and --bad belong together.")
     reward = named_reward(options.name, options.set, parts=parts)
+    if options.released or options.expect or options.record:
+        try:
+            return check(reward, expect=options.expect, record=options.record)
+        finally:
+            reward.close()
     try:
         verdict = judge_case(reward, _own_case(options) if options.good else case_for(reward))
     finally:
@@ -165,4 +171,9 @@ def parser() -> argparse.ArgumentParser:
     )
     words.add_argument("--prompt", default="", help="of your own pictures")
     words.add_argument("--metadata", default="{}", metavar="JSON", help="of your own pictures")
+    words.add_argument(
+        "--released", action="store_true", help="fetch the released weights and compare them with what is recorded"
+    )
+    words.add_argument("--expect", type=Path, metavar="FILE", help="compare with this expectation file")
+    words.add_argument("--record", type=Path, metavar="FILE", help="write what was found as an expectation file")
     return words

@@ -14,6 +14,9 @@ import torch
 CONVERT: Final = "examples/convert_reward_weights.py"
 """The script that downloads a released checkpoint, checks its SHA-256 and writes what loads here."""
 
+SOURCE_FILE: Final = "source.json"
+"""Beside converted weights: URL, SHA-256 and licence of the checkpoint that they were made of."""
+
 _SAMPLE: Final = 1 << 16
 
 
