@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlt2i.interfaces import Reward
-from rlt2i.rewards.jpeg import JPEGIncompressibility
+from rlt2i.cli import main as cli
+from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
+from rlt2i.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rlt2i.rewards.wire import batch_from_bytes, output_to_bytes
+from rlt2i.rewards.wrapper import Wrapper
 from rlt2i.run import train
 from rlt2i.runlog import read_metrics
 from rlt2i.serve.client import RemoteReward
@@ -25,7 +29,7 @@ from rlt2i.serve.protocol import digest
 from rlt2i.trainer import RunStopped
 from tests import toy_recipe
 from tests.rewards.fakes import Grey
-from tests.serve.servers import Answer, Rogue, remote
+from tests.serve.servers import Answer, Rogue, free_port, remote
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
@@ -33,16 +37,22 @@ pytest.importorskip("httpx")
 ROOT = Path(__file__).parents[2]
 
 
-@contextmanager
-def served(*arguments: str) -> Iterator[str]:
-    """The URL of a reward server in another process."""
-    command = [sys.executable, "-m", "rlt2i", "serve-reward", *arguments, "--port", "0"]
+def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """A reward server in another process, and its URL once it listens."""
+    command = [sys.executable, "-m", "rlt2i", "serve-reward", *arguments]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
+    assert process.stdout is not None
+    return process, json.loads(process.stdout.readline())["url"]
+
+
+@contextmanager
+def served(*arguments: str) -> Iterator[str]:
+    """The URL of a reward server in another process, for as long as the block lasts."""
+    process, url = start(*arguments, "--port", "0")
     try:
-        assert process.stdout is not None
-        yield json.loads(process.stdout.readline())["url"]
+        yield url
     finally:
         process.terminate()
         process.wait(30)
@@ -64,24 +74,68 @@ def test_a_run_stops_with_a_message_when_its_server_dies(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_learns_the_same_from_a_served_reward(tmp_path):
-    """Two updates of the toy policy: the same rewards, and the same weights bit for bit."""
+def test_the_embedded_model_learns_the_same_from_a_served_reward(tmp_path):
+    """`rlt2i train` twice, with the reward in the process and behind a server: equal scores, equal weights."""
+    small = ["updates=2", "prompts_per_update=2", "group_size=4", "eval_prompts=6", "eval_steps=4", "trackers=[]"]
+    settings = [word for setting in small for word in ("--set", f"train.{setting}")]
 
-    def run(name: str, reward: Reward) -> tuple[list[dict[str, object]], dict[str, torch.Tensor]]:
-        recipe = attrs.evolve(toy_recipe.clipped(updates=2), reward=reward)
-        train(recipe, tmp_path / name)
+    def run(recipe: str, name: str) -> tuple[list[dict[str, object]], dict[str, torch.Tensor]]:
+        assert cli(["train", recipe, *settings, "--run-dir", str(tmp_path / name)]) == 0
         lines = [
             {key: value for key, value in line.items() if key.startswith(("reward", "eval/reward"))}
-            for line in read_metrics(tmp_path / name)
+            for phase in ("train", "eval")
+            for line in read_metrics(tmp_path / name, phase)
         ]
         return lines, load_file(next((tmp_path / name / "checkpoint-00000002").glob("online*.safetensors")))
 
-    metrics, weights = run("here", JPEGIncompressibility())
-    with served("JPEGIncompressibility") as url:
-        remote = RemoteReward(urls=(url,), serves="JPEGIncompressibility", chunk=5)
-        remote_metrics, remote_weights = run("there", remote)
-        remote.close()
-    assert remote_metrics == metrics
-    assert any(line.get("reward/mean") for line in metrics)
+    here, weights = run("jpeg-shapes", "here")
+    with served("JPEGCompressibility", "--set", "quality=95") as url:
+        text = (ROOT / "rlt2i" / "recipes" / "jpeg-shapes.yaml").read_text()
+        reward = f"reward: {{type: RemoteReward, urls: ['{url}'], serves: JPEGCompressibility, chunk: 5}}"
+        (tmp_path / "served.yaml").write_text(re.sub(r"^reward: .*$", reward, text, flags=re.MULTILINE))
+        there, remote_weights = run(str(tmp_path / "served.yaml"), "there")
+    assert there == here
+    assert [line["reward/mean"] < -0.1 for line in here[:2]] == [True, True]
+    assert len(here) == 4  # two updates, two evaluations
     assert remote_weights.keys() == weights.keys()
     assert all(torch.equal(remote_weights[name], tensor) for name, tensor in weights.items())
+    assert json.loads((tmp_path / "there" / "reward.json").read_text())["of"] == JPEGCompressibility().fingerprint()
+
+
+@attrs.frozen(kw_only=True)
+class Interrupted(Wrapper):
+    """Another reward whose server is killed just before the second training batch, and started again."""
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        if batch.ids is not None and str(batch.ids[0]).split("/")[2] == "4":
+            process, arguments = SERVER.pop()
+            process.kill()
+            process.wait(30)
+            threading.Timer(0.5, lambda: SERVER.append((start(*arguments)[0], arguments))).start()
+        return self.reward.score(batch, want)
+
+
+SERVER: list[tuple[subprocess.Popen[str], tuple[str, ...]]] = []
+
+
+@pytest.mark.slow
+def test_a_run_outlives_a_restart_of_its_server(tmp_path):
+    def run(name: str, reward: Reward) -> list[object]:
+        train(attrs.evolve(toy_recipe.clipped(updates=3, eval_prompts=0), reward=reward), tmp_path / name)
+        return [(line["reward/mean"], line["rewards/invalid"]) for line in read_metrics(tmp_path / name)]
+
+    arguments = ("JPEGIncompressibility", "--port", str(free_port()))
+    process, url = start(*arguments)
+    SERVER.append((process, arguments))
+    try:
+        client = RemoteReward(urls=(url,), patience_s=120.0)
+        there = run("there", Interrupted(reward=client))
+        client.close()
+        assert SERVER[0][0] is not process
+    finally:
+        for running, _ in SERVER:
+            running.terminate()
+            running.wait(30)
+        SERVER.clear()
+    assert there == run("here", JPEGIncompressibility())
+    assert not (tmp_path / "there" / "failures.jsonl").exists()
