@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import attrs
 import pytest
 import torch
@@ -25,6 +27,7 @@ from rlt2i.types import Experience
 from tests.build import UNIFORM, collect, toy_algorithm, toy_engine
 from tests.toy import CAPTURE, SIDE, ToyTask
 
+DOCS = Path(__file__).parents[2] / "docs" / "algorithms"
 TREE = TreeSDE(num_steps=6, splits=(0, 2, 4))
 BRANCHES = BranchSDE(num_steps=6, steps=(1, 4), branches=2)
 SIZES: dict[Sampler, int] = {TREE: 8, BRANCHES: 6}
@@ -149,6 +152,22 @@ def test_a_rollout_off_a_trunk_is_trained_at_its_own_step_only_whatever_the_cred
     assert trained.nonzero().tolist() == [[row, 1 + row % 6 // 2] for row in range(12)]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "sequences", "edges", "separate"),
+    [("branch-grpo-shapes", 53, 28, 80), ("tempflow-shapes", 240, 36, 360), ("tempflow-sd35-geneval", 279, 54, 540)],
+)
+def test_budgets_of_the_recipes_are_those_on_their_pages(recipe, sequences, edges, separate):
+    sampler = load_recipe(recipe).sampler
+    states, taken = sampler.paths
+    assert sum(len(column.unique()) for column in states.T) == sequences
+    assert sum(len(column[column >= 0].unique()) for column in taken.T) == edges
+    assert states.numel() == separate
+    page = (DOCS / f"{recipe.removesuffix('-sd35-geneval').removesuffix('-shapes')}.md").read_text(encoding="utf-8")
+    (budget,) = [part for part in page.split("\n\n") if part.startswith("**Budget**")]
+    for number in (sequences, edges, separate):
+        assert f" {number}" in budget.replace("\n", " ")
+
+
 def test_plans_count_what_a_rollout_is_trained_at():
     assert (TREE.noisy_steps, BRANCHES.noisy_steps) == (5, 1)
     assert batch_plan(load_recipe("tempflow-shapes"), world_size=1).trained_steps == 1
@@ -188,15 +207,13 @@ def test_a_group_that_does_not_fit_into_memory_is_refused_before_anything_is_loa
     recipe = load_recipe("branch-grpo-shapes", ["train.images_per_device=7"])
     with pytest.raises(ValueError, match="Use images_per_device >= 8"):
         batch_plan(recipe, world_size=1)
-    assert (
-        batch_plan(load_recipe("branch-grpo-shapes", ["train.images_per_device=50"]), world_size=1).images_per_device
-        == 48
-    )
+    recipe = load_recipe("branch-grpo-shapes", ["train.images_per_device=50"])
+    assert batch_plan(recipe, world_size=1).images_per_device == 48
 
 
 def test_tree_credit_needs_a_sampler_that_branches():
     credit = Product(advantage=TreeAdvantage())
-    with pytest.raises(ValueError, match="TreeAdvantage needs .*edges.* SDE .*Use a sampler whose rollouts branch"):
+    with pytest.raises(ValueError, match=r"TreeAdvantage needs .*edges.* Use a sampler whose rollouts branch"):
         toy_algorithm(ClippedSurrogate(), credit=credit)
     assert toy_algorithm(ClippedSurrogate(), credit=credit, sampler=TREE).captures == {EDGES}
     assert toy_algorithm(ClippedSurrogate(), credit=UNIFORM, sampler=TREE).captures == frozenset()
