@@ -16,6 +16,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i import __version__
 from rlt2i.seeds import RolloutNoise, derive_seed
 from rlt2i.shapes import Axes
 from rlt2i.types import Conditioning, Credit, Experience, Loss, Prompts, Region, Rewards, Trajectory
@@ -244,6 +245,10 @@ class RewardOutput:
             axes.check("maps", self.maps, "B h w")
 
 
+CODE = f"rlt2i {__version__}"
+"""The version of the code that scores, for fingerprints."""
+
+
 class Reward(ABC):
     """Judges finished images.
 
@@ -283,7 +288,7 @@ class Reward(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What decides the scores (model id, revision, preprocessing, version); goes into the run log."""
         fields = attrs.asdict(self, recurse=False) if attrs.has(type(self)) else {}  # type: ignore[arg-type]
-        return {"reward": type(self).__name__, **{k: repr(v) for k, v in fields.items()}}
+        return {"reward": type(self).__name__, **{k: repr(v) for k, v in fields.items()}, "code": CODE}
 
     def close(self) -> None:  # noqa: B027 - most rewards hold nothing
         """Release workers and connections."""

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
+from rlt2i.interfaces import CODE, Reward, RewardBatch, RewardOutput
 from rlt2i.types import Region
 
 REASON = "error"
@@ -137,6 +137,7 @@ def configuration(reward: Reward, *, without: Sequence[str] = (), **extra: Any) 
     return {
         "reward": type(reward).__name__,
         "settings": {name: _described(getattr(reward, name)) for name in kept},
+        "code": CODE,
         **extra,
     }
 

@@ -17,7 +17,7 @@ from attrs import validators
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
+from rlt2i.interfaces import CODE, Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import with_reasons
 from rlt2i.rewards.weights import find_weights, full_precision, weights_identity
 
@@ -151,6 +151,7 @@ class ImageTextReward(Reward):
             **weights,
             "preprocessing": "shortest edge bicubic antialiased, 8 bit, centre crop, OpenAI mean, std",
             "transformers": transformers.__version__,
+            "code": CODE,
         }
 
 

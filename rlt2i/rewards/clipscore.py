@@ -24,10 +24,12 @@ class CLIPScore(CLIPReward):
             compared.
     """
 
-    span = (-1.0, 100.0)
-
     path: str = "openai/clip-vit-large-patch14"
     scale: CLIPScale = attrs.field(default="cosine", validator=validators.in_(("cosine", "hessel", "percent")))
+
+    @property
+    def span(self) -> tuple[float, float]:  # type: ignore[override]
+        return {"cosine": (-1.0, 1.0), "hessel": (0.0, 2.5), "percent": (0.0, 100.0)}[self.scale]
 
     def of_cosine(self, cosine: Tensor, scale: Tensor) -> Tensor:
         if self.scale == "cosine":

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
-from rlt2i.references import load_object
+from rlt2i.references import load_object, reference_to
 from rlt2i.rewards.batching import REASON, configuration, with_reasons
 from rlt2i.rewards.guard import scored
 from rlt2i.rewards.wrapper import Wrapper
@@ -198,6 +198,25 @@ class Clip(Wrapper):
         return self.reward.score_tensor(images, prompts, metadata).clamp(self.low, self.high)
 
 
+def _named(function: str | Callable[..., Any]) -> str:
+    """The name under which a recipe finds a function again.
+
+    Raises:
+        ValueError: for one that has no such name.
+    """
+    if isinstance(function, str):
+        return function
+    name = getattr(function, "__qualname__", "")
+    if not name or "<" in name:
+        raise ValueError(
+            f"Function(function={function!r}): a recipe cannot name it, because it is defined inside another function "
+            "or without a name. Define it with `def` at the top of a module or a file."
+        )
+    if function.__module__ == "__main__":
+        return f"{Path(inspect.getsourcefile(function) or '').resolve()}:{name}"
+    return reference_to(function)
+
+
 @attrs.frozen(kw_only=True)
 class Function(Reward):
     """A plain function `(images, prompts, metadata) -> scores` as a reward.
@@ -206,12 +225,13 @@ class Function(Reward):
     tensor). None, nan and infinity stand for "could not judge" and make that sample invalid.
 
     Attributes:
-        function: `module:function`, or `file.py:function`.
+        function: `module:function` or `file.py:function`; in Python also the function itself, defined at the top of
+            a module, so that a recipe can name it.
         requires: metadata keys that the function reads.
         span: documented range; a score outside is invalid under `Guarded`, in a sum, and on a server.
     """
 
-    function: str = attrs.field(validator=validators.matches_re(r".+:\w+(\.\w+)*"))
+    function: str = attrs.field(converter=_named, validator=validators.matches_re(r".+:\w+(\.\w+)*"))
     requires: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
     span: tuple[float, float] | None = None
 

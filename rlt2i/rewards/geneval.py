@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlt2i.functional import geneval as rules
 from rlt2i.functional.geneval import CLASSES, COUNTING_THRESHOLD, RULES, THRESHOLD, Detection, Objects, Rule
-from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
+from rlt2i.interfaces import CODE, Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import REASON
 from rlt2i.rewards.clip_family import load_clip
 from rlt2i.rewards.geneval_colour import Cutout, classify_colours
@@ -119,6 +119,7 @@ class GenEvalReward(Reward):
             "colour_model": weights_identity(self.colour_model),
             "preprocessing": "1333x800 bilinear without antialiasing, RGB; no NMS; 16 per class; float32",
             "transformers": transformers.__version__,
+            "code": CODE,
         }
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from attrs import validators
 from PIL import Image, features
 from torch import Tensor
 
-from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
+from rlt2i.interfaces import CODE, Reward, RewardBatch, RewardOutput
 
 
 def jpeg_kilobytes(images: Tensor, quality: int) -> Tensor:
@@ -64,4 +64,4 @@ def _output(scores: Tensor) -> RewardOutput:
 
 def _fingerprint(reward: JPEGCompressibility | JPEGIncompressibility) -> dict[str, Any]:
     encoder = features.version("libjpeg_turbo") or features.version("jpg")
-    return {"reward": type(reward).__name__, "quality": reward.quality, "encoder": f"libjpeg {encoder}"}
+    return {"reward": type(reward).__name__, "quality": reward.quality, "encoder": f"libjpeg {encoder}", "code": CODE}

@@ -2,20 +2,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import attrs
 import pytest
 import torch
 
 from rlt2i.config import build, to_mapping
-from rlt2i.interfaces import Reward, RewardOutput
+from rlt2i.interfaces import CODE, Reward, RewardOutput
 from rlt2i.recipes.parts import PARTS
 from rlt2i.rewards.batching import failed, merge, split_rows, take_batch
 from rlt2i.rewards.cached import Cached
 from rlt2i.rewards.combinators import Affine, Clip, Function, WeightedSum
 from rlt2i.rewards.guard import Guarded, scored
 from rlt2i.rewards.pooled import Pooled, usable_cores
-from tests.rewards.fakes import Broken, Dying, Grey, Needy, batch_of, output_of, raises
+from tests.rewards.fakes import Broken, Dying, Grey, Needy, batch_of, mean_grey, output_of, raises
 
 FAKES = "tests.rewards.fakes"
 
@@ -131,6 +135,29 @@ def test_a_function_from_a_file(tmp_path):
     assert reward.score(batch_of(1, 100)).scores.tolist() == [6.0, 8.0]
     assert reward.requires == {"value"}
     assert len(reward.fingerprint()["source"]) == 64
+
+
+def test_in_python_a_function_stands_for_itself():
+    reward = Function(function=mean_grey, span=(0.0, 255.0))
+    assert reward == Function(function=f"{FAKES}:mean_grey", span=(0.0, 255.0))
+    assert reward.score(batch_of(7, 9)).scores.tolist() == [7.0, 9.0]
+    assert build(Reward, to_mapping(reward, parts=PARTS), parts=PARTS) == reward
+    for nameless in (lambda images, prompts, metadata: [0.0], raises(ValueError())):
+        with pytest.raises(ValueError, match="Define it with `def` at the top of a module"):
+            Function(function=nameless)
+
+
+def test_a_function_of_a_script_is_named_by_its_file(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from rlt2i.rewards.combinators import Function\n"
+        "def red(images, prompts, metadata):\n    return images[:, 0].float().mean(dim=(1, 2))\n"
+        "if __name__ == '__main__':\n    print(Function(function=red).function)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == f"{script}:red", done.stderr
+    assert Function(function=done.stdout.strip()).score(batch_of(5)).scores.tolist() == [5.0]
 
 
 def test_a_function_that_returns_too_few_scores_fails_aloud():
@@ -292,7 +319,8 @@ def test_combinators_can_be_written_in_a_recipe():
 
 
 def test_fingerprints_hold_what_decides_the_scores():
-    affine = {"reward": "Affine", "settings": {"reward": {"reward": "Grey", "version": 1}, "scale": 2.0, "shift": 0.0}}
+    settings = {"reward": {"reward": "Grey", "version": 1}, "scale": 2.0, "shift": 0.0}
+    affine = {"reward": "Affine", "settings": settings, "code": CODE}
     pool = Pooled(reward=Affine(reward=Grey(), scale=2.0), workers=7)
-    assert pool.fingerprint() == {"reward": "Pooled", "settings": {"reward": affine}}
+    assert pool.fingerprint() == {"reward": "Pooled", "settings": {"reward": affine}, "code": CODE}
     assert json.loads(json.dumps(pool.fingerprint())) == pool.fingerprint()
