@@ -144,11 +144,13 @@ class Sampler(ABC):
 
     Class attributes:
         offers: captures that the sampler records itself.
+        requires: metadata keys of the training prompts, for samplers that read rather than denoise.
         whole_groups: whether a group must be rolled out in one piece, since its rollouts share steps.
     """
 
     num_steps: int
     offers: frozenset[str] = frozenset({"clean_predictions"})
+    requires: frozenset[str] = frozenset()
     whole_groups: bool = False
 
     @abstractmethod
