@@ -199,6 +199,23 @@ def test_every_public_name_can_be_imported():
     assert run_python(code) == "[] True"
 
 
+def test_every_part_is_a_public_name_and_parts_of_algorithms_pull_in_no_model_library():
+    kinds = ("Advantage", "Allocation", "Mask", "Objective", "Sampler", "TransitionKernel", "CreditAssigner")
+    code = (
+        "import sys, rlt2i; from rlt2i.recipes.parts import PARTS;"
+        "names = {name for table in PARTS.values() for name in table};"
+        f"parts = [getattr(rlt2i, name).__name__ == name for kind in {kinds!r} for name in PARTS[kind]];"
+        f"print(names - set(rlt2i.__all__), all(parts), sorted({MODEL_LIBRARIES!r} & set(sys.modules)))"
+    )
+    assert run_python(code) == "set() True []"
+
+
+def test_a_star_import_gives_what_is_public():
+    assert run_python("from rlt2i import *; print(DiffusionNFT.__name__, load_recipe.__name__)") == (
+        "DiffusionNFT load_recipe"
+    )
+
+
 def test_an_unknown_name_is_an_attribute_error():
     import rlt2i
 
