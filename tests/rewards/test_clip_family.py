@@ -118,6 +118,33 @@ def test_scores_are_the_formulas_on_the_models_own_outputs(folder: Path):
     torch.testing.assert_close(aesthetic, output.image_embeds @ weight + 5.0, atol=1e-4, rtol=1e-4)
 
 
+def test_image_reward_is_its_formula_on_the_models_own_outputs(folder: Path):
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, BlipTextModel, BlipVisionModel
+
+    blip = folder / "blip"
+    vision = BlipVisionModel.from_pretrained(blip / "vision").eval()
+    text = BlipTextModel.from_pretrained(blip / "text", add_pooling_layer=False).eval()
+    tokenizer, head = AutoTokenizer.from_pretrained(blip), load_file(blip / "head.safetensors")
+    images = images_of(6, SIDE, SIDE)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    expected = []
+    for image, prompt in zip(images, PROMPTS, strict=True):  # one pair at a time, and without padding
+        tokens = tokenizer([prompt], truncation=True, max_length=35, return_tensors="pt")
+        with torch.no_grad():
+            seen = vision(pixel_values=((image / 255 - mean) / std)[None]).last_hidden_state
+            read = text(
+                input_ids=tokens["input_ids"],
+                attention_mask=tokens["attention_mask"],
+                encoder_hidden_states=seen,
+                is_decoder=False,
+            ).last_hidden_state[0, 0]
+        raw = float(read @ head["weight"] + head["bias"])
+        expected.append((raw - 0.16717362830052426) / 1.0333394966054072)
+    scores = ImageReward(path=str(blip), tokenizer=str(blip)).score(batch_of(images, PROMPTS)).scores
+    torch.testing.assert_close(scores, torch.tensor(expected), atol=2e-4, rtol=1e-4)
+
+
 def test_a_prompt_longer_than_the_model_reads_keeps_its_end_token(folder: Path):
     towers = load_clip(str(folder / "clip"), "main", "", "cpu")
     with torch.no_grad():

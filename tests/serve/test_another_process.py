@@ -76,8 +76,9 @@ def test_a_run_stops_with_a_message_when_its_server_dies(tmp_path):
 @pytest.mark.slow
 def test_the_embedded_model_learns_the_same_from_a_served_reward(tmp_path):
     """`rlt2i train` twice, with the reward in the process and behind a server: equal scores, equal weights."""
-    small = ["updates=2", "prompts_per_update=2", "group_size=4", "eval_prompts=6", "eval_steps=4", "trackers=[]"]
-    settings = [word for setting in small for word in ("--set", f"train.{setting}")]
+    small = ["train.updates=2", "train.prompts_per_update=2", "train.group_size=4", "train.trackers=[]"]
+    small += ["train.eval_prompts=6", "train.eval_steps=2", "sampler.num_steps=4", "objective.sigmas.count=1"]
+    settings = [word for setting in small for word in ("--set", setting)]
 
     def run(recipe: str, name: str) -> tuple[list[dict[str, object]], dict[str, torch.Tensor]]:
         assert cli(["train", recipe, *settings, "--run-dir", str(tmp_path / name)]) == 0
