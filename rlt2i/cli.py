@@ -106,18 +106,18 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=int, default=4, help="images per prompt (default 4)")
     _add_drawing(sample, "sample.png")
 
-    evaluate = add("eval", _eval, "score a policy on the held-out prompts of its task, beside the base")
+    evaluate = add("eval", _eval, "score a policy on held-out prompts, by its own task or by a suite")
     _add_run(evaluate)
-    evaluate.add_argument("--prompts", type=int, help="how many (default: as in the recipe)")
-    evaluate.add_argument("--steps", type=int, help="denoising steps (default: as in the recipe)")
-    evaluate.add_argument("--out", type=Path, help="also write the numbers as JSON")
+    evaluate.add_argument("--prompts", type=int, help="how many (default: as in the recipe, or all of the suite)")
+    evaluate.add_argument("--steps", type=int, help="denoising steps (default: as in the suite or recipe)")
+    evaluate.add_argument("--out", type=Path, help="also write the numbers as JSON; with --suite, the folder to use")
+    _add_suite(evaluate)
 
     maps = add("maps", _maps, "draw the allocation map of every denoising step over the image")
     _add_run(maps)
     maps.add_argument("--prompt", required=True)
     _add_drawing(maps, "maps.png")
 
-    report = add("report", _report, "write the report of a run, one self-contained HTML page")
     pairs = add("pairs", _pairs, "draw, score and keep the best and the worst image of every prompt, for offline DPO")
     _add_run(pairs)
     pairs.add_argument("folder", type=Path, help="gets pairs.jsonl and images/; goes on where it was cut off")
@@ -126,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     pairs.add_argument("--seed", type=int, default=0)
     pairs.add_argument("--steps", type=int, help="denoising steps (default: those of the recipe's evaluation)")
 
+    report = add("report", _report, "write the report of a run, one self-contained HTML page")
     report.add_argument("run", type=Path, help="run directory")
     report.add_argument("--out", type=Path, help="file to write (default RUN/report.html)")
 
@@ -172,6 +173,31 @@ def _add_run(sub: argparse.ArgumentParser) -> None:
         default="best",
         help="best is the average where there is one (default best)",
     )
+
+
+def _add_suite(sub: argparse.ArgumentParser) -> None:
+    suite = sub.add_argument_group(
+        "suites",
+        "Draws the images of a suite into a folder, scores them, and reports with intervals. Every stage goes on where "
+        "it was cut off. Instead of a run, name the folder of an evaluation to judge its images again.",
+    )
+    suite.add_argument("--suite", metavar="NAME", help="a shipped suite, or a YAML file; see docs/evaluation.md")
+    suite.add_argument(
+        "--against", type=Path, metavar="DIR", help="evaluation to pair with (default the base's, beside)"
+    )
+    suite.add_argument(
+        "--shard", metavar="I/N", help="this process's share, where independent processes share the work"
+    )
+    suite.add_argument("--score-only", action="store_true", help="draw nothing, judge what is saved")
+    suite.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="[NAME=]REWARD",
+        help="judge by one more reward: short name, module:Class, or YAML file; may be repeated",
+    )
+    suite.add_argument("--rescore", action="append", default=[], metavar="NAME", help="forget a reward's scores first")
+    suite.add_argument("--features", metavar="MODEL", help="measure diversity in a timm model's features, or 'pixels'")
 
 
 def _add_drawing(sub: argparse.ArgumentParser, out: str) -> None:
@@ -270,6 +296,15 @@ def _save_picture(picture: object, out: Path) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    if options.suite or (Path(options.run) / "fingerprint.json").is_file():
+        _eval_suite(options)
+        return
+    if used := [
+        flag for flag in ("against", "shard", "score_only", "reward", "rescore", "features") if getattr(options, flag)
+    ]:
+        raise ValueError(
+            f"eval: --{used[0].replace('_', '-')} goes with --suite NAME, or with the folder of an evaluation."
+        )
     import json
 
     from rlt2i.inspection import evaluate_run
@@ -290,41 +325,6 @@ def _eval(options: argparse.Namespace) -> None:
         options.out.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def _report(options: argparse.Namespace) -> None:
-    from rlt2i.report import write_report
-
-    print(write_report(options.run, options.out))
-
-
-def _compare(options: argparse.Namespace) -> None:
-    from rlt2i.report import compare_runs
-
-    arms: dict[str, list[Path]] = {}
-    for word in options.arms:
-        arm, equals, runs = word.partition("=")
-        if not equals or not arm or not runs:
-            raise ValueError(f"compare: {word!r} should read ARM=RUN[,RUN...], for example star=runs/a,runs/b.")
-        arms.setdefault(arm, []).extend(Path(run) for run in runs.split(",") if run)
-    comparison = compare_runs(arms, options.out, baseline=options.baseline, metric=options.metric)
-    print(comparison.sentence)
-    print(f"{comparison.csv}\n{comparison.svg}\n{comparison.text}")
-
-
-def _pretrain(options: argparse.Namespace) -> None:
-    from rlt2i.tasks.shapes.pretrain import main as pretrain_shapes
-
-    pretrain_shapes(options.rest)
-
-
-def _serve_reward(options: argparse.Namespace) -> int:
-    from rlt2i.serve.server import main as serve_reward
-
-    return serve_reward([options.name, *options.rest])
-
-
-def _reward(options: argparse.Namespace) -> int:
-    from rlt2i.recipes.parts import PARTS
-    from rlt2i.rewards.selftest import main as test_reward
 def _eval_suite(options: argparse.Namespace) -> None:
     import attrs
 
@@ -382,6 +382,41 @@ def _pairs(options: argparse.Namespace) -> None:
     print(f"{options.folder / PAIRS}: {count} pairs")
 
 
+def _report(options: argparse.Namespace) -> None:
+    from rlt2i.report import write_report
+
+    print(write_report(options.run, options.out))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from rlt2i.report import compare_runs
+
+    arms: dict[str, list[Path]] = {}
+    for word in options.arms:
+        arm, equals, runs = word.partition("=")
+        if not equals or not arm or not runs:
+            raise ValueError(f"compare: {word!r} should read ARM=RUN[,RUN...], for example star=runs/a,runs/b.")
+        arms.setdefault(arm, []).extend(Path(run) for run in runs.split(",") if run)
+    comparison = compare_runs(arms, options.out, baseline=options.baseline, metric=options.metric)
+    print(comparison.sentence)
+    print(f"{comparison.csv}\n{comparison.svg}\n{comparison.text}")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from rlt2i.tasks.shapes.pretrain import main as pretrain_shapes
+
+    pretrain_shapes(options.rest)
+
+
+def _serve_reward(options: argparse.Namespace) -> int:
+    from rlt2i.serve.server import main as serve_reward
+
+    return serve_reward([options.name, *options.rest])
+
+
+def _reward(options: argparse.Namespace) -> int:
+    from rlt2i.recipes.parts import PARTS
+    from rlt2i.rewards.selftest import main as test_reward
 
     return test_reward([options.name, *options.rest], parts=PARTS)
 

@@ -66,30 +66,81 @@ def clustered_mean(
     if not 0 < confidence < 1 or resamples < 1:
         raise ValueError(f"confidence={confidence}, resamples={resamples}: use 0 < confidence < 1, resamples >= 1.")
     values = _checked(values, clusters)
-    names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
-    member = torch.tensor([names[name] for name in clusters])
-    sums = torch.zeros(len(names), dtype=torch.float64).index_add(0, member, values)
-    counts = torch.zeros(len(names), dtype=torch.float64).index_add(0, member, torch.ones_like(values))
-    low = high = std_error = float("nan")
-    if len(names) > 1:
-        random = generator("bootstrap", seed)
-        means = []
-        for start in range(0, resamples, rows := max(1, _CHUNK // len(names))):
-            shape = (min(rows, resamples - start), len(names))
-            drawn = torch.randint(len(names), shape, generator=random)
-            means.append(sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1))
-        resampled = torch.cat(means)
-        tail = (1 - confidence) / 2
-        bounds = torch.quantile(resampled, torch.tensor([tail, 1 - tail], dtype=torch.float64))
-        low, high, std_error = bounds[0].item(), bounds[1].item(), resampled.std(correction=0).item()
+    low, high, std_error = _bounds(
+        _resampled_means(values, clusters, generator("bootstrap", seed), resamples), confidence
+    )
     return Interval(
         mean=values.mean().item(),
         low=low,
         high=high,
         std_error=std_error,
-        clusters=len(names),
+        clusters=len(set(clusters)),
         values=len(values),
     )
+
+
+def mean_of_categories(
+    values: Tensor,
+    clusters: Sequence[Hashable],
+    categories: Sequence[Hashable],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Interval:
+    """Mean of the categories' means, GenEval's overall score, with a cluster-bootstrap percentile interval.
+
+    The clusters of each category are drawn among themselves (a stratified bootstrap), so every draw weighs the
+    categories alike, as the score does.
+
+    Args:
+        values, clusters, seed, confidence, resamples: see `clustered_mean`.
+        categories: N labels; all values of a cluster are of one category.
+
+    Returns:
+        The bounds are nan when a category has a single cluster: then nothing says how much it would vary.
+
+    Raises:
+        ValueError: as `clustered_mean`, or for a cluster in two categories.
+    """
+    values = _checked(values, clusters)
+    if len(categories) != len(values):
+        raise ValueError(f"mean_of_categories: {len(categories)} categories for {len(values)} values.")
+    members: dict[Hashable, list[int]] = {}
+    home: dict[Hashable, Hashable] = {}
+    for row, (cluster, category) in enumerate(zip(clusters, categories, strict=True)):
+        members.setdefault(category, []).append(row)
+        if home.setdefault(cluster, category) != category:
+            raise ValueError(f"mean_of_categories: {cluster!r} is in {home[cluster]!r} and in {category!r}.")
+    means, draws = [], []
+    for number, rows in enumerate(members.values()):
+        inside = [clusters[row] for row in rows]
+        means.append(values[torch.tensor(rows)].mean())
+        draws.append(
+            _resampled_means(values[torch.tensor(rows)], inside, generator("bootstrap", seed, number), resamples)
+        )
+    low, high, std_error = _bounds(torch.stack(draws).mean(dim=0), confidence)
+    return Interval(
+        mean=torch.stack(means).mean().item(),
+        low=low,
+        high=high,
+        std_error=std_error,
+        clusters=len(home),
+        values=len(values),
+    )
+
+
+def any_of_cluster(values: Tensor, clusters: Sequence[Hashable]) -> tuple[Tensor, list[Hashable]]:
+    """The largest value of each cluster: of right and wrong (1 and 0), whether any image of a prompt is right.
+
+    Returns:
+        [C], and the C clusters in order of first appearance.
+    """
+    values = _checked(values, clusters)
+    best: dict[Hashable, float] = {}
+    for cluster, value in zip(clusters, values.tolist(), strict=True):
+        best[cluster] = max(value, best.get(cluster, value))
+    return torch.tensor(list(best.values()), dtype=torch.float64), list(best)
 
 
 def paired_difference(
@@ -132,6 +183,31 @@ def category_means(values: Tensor, categories: Sequence[Hashable]) -> dict[Hasha
     for index, name in enumerate(categories):
         rows.setdefault(name, []).append(index)
     return {name: values[torch.tensor(members)].mean().item() for name, members in rows.items()}
+
+
+def _resampled_means(values: Tensor, clusters: Sequence[Hashable], random: torch.Generator, resamples: int) -> Tensor:
+    """[resamples] means of C clusters drawn with replacement out of C; nan for a single cluster."""
+    names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
+    if len(names) == 1:
+        return torch.full((resamples,), float("nan"), dtype=torch.float64)
+    member = torch.tensor([names[name] for name in clusters])
+    sums = torch.zeros(len(names), dtype=torch.float64).index_add(0, member, values)
+    counts = torch.zeros(len(names), dtype=torch.float64).index_add(0, member, torch.ones_like(values))
+    means = []
+    for start in range(0, resamples, rows := max(1, _CHUNK // len(names))):
+        shape = (min(rows, resamples - start), len(names))
+        drawn = torch.randint(len(names), shape, generator=random)
+        means.append(sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1))
+    return torch.cat(means)
+
+
+def _bounds(resampled: Tensor, confidence: float) -> tuple[float, float, float]:
+    """(low, high, standard error) of resampled means; nan where they are."""
+    if resampled.isnan().any():
+        return float("nan"), float("nan"), float("nan")
+    tail = (1 - confidence) / 2
+    bounds = torch.quantile(resampled, torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return bounds[0].item(), bounds[1].item(), resampled.std(correction=0).item()
 
 
 def _checked(values: Tensor, labels: Sequence[Hashable]) -> Tensor:

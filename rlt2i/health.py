@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+_IMAGES_PER_PASS = 64
 # ITU-R BT.601, the luma of JPEG.
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -92,19 +93,20 @@ def pixel_features(images: Tensor, *, side: int = 16) -> Tensor:
     return adaptive_avg_pool2d(images.float() / 255 - 0.5, side).flatten(1)
 
 
-def mean_pairwise_distance(features: Tensor, group_size: int) -> Tensor:
-    """Mean Euclidean distance between the members of each group: mean over i < j of ||f_i - f_j||.
+def mean_cosine_distance(features: Tensor, group_size: int) -> Tensor:
+    """Mean cosine distance between the members of each group: mean over i < j of 1 - cos(f_i, f_j).
 
     Args:
         features: [B, D]; the G members of a group are adjacent.
         group_size: G >= 2, divides B.
 
     Returns:
-        [B / G] float32, in the unit of the features; 0 for G copies.
+        [B / G] float32 in [0, 2]; 0 for G copies.
     """
-    grouped = _grouped(features, group_size)
-    pairs = torch.triu_indices(group_size, group_size, offset=1, device=features.device)
-    return torch.linalg.vector_norm(grouped[:, pairs[0]] - grouped[:, pairs[1]], dim=2).mean(dim=1)
+    unit = torch.nn.functional.normalize(_grouped(features, group_size).double(), dim=2)
+    cosines = unit @ unit.mT
+    off_diagonal = cosines.sum(dim=(1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(dim=1)
+    return (1 - off_diagonal / (group_size * (group_size - 1))).clamp(min=0).float()
 
 
 def vendi_score(features: Tensor, group_size: int) -> Tensor:
@@ -126,21 +128,28 @@ def vendi_score(features: Tensor, group_size: int) -> Tensor:
     return nats.exp().float()
 
 
-def health_metrics(images: Tensor, group_size: int, features: Tensor | None = None) -> dict[str, Tensor]:
-    """All of the above as scalars for the log, "health/<measure>".
+MEASURES = (edge_density, colour_entropy, saturation, dark_fraction, high_frequency_energy)
+"""What is measured of every image: [B, 3, H, W] uint8 -> [B]."""
+
+
+def diversity_metrics(images: Tensor, group_size: int) -> dict[str, Tensor]:
+    """How much the images of one prompt differ, in averaged pixels: "diversity/cosine_distance" and
+    "diversity/vendi", [B / G] each.
 
     Args:
-        images: [B, 3, H, W] uint8.
-        group_size: G; with 1 there is no diversity to measure.
-        features: [B, D] embeddings for the diversity; `pixel_features` where there are none.
+        images: [B, 3, H, W] uint8; the G images of a prompt are adjacent.
+        group_size: G >= 2, divides B.
     """
-    measures = (edge_density, colour_entropy, saturation, dark_fraction, high_frequency_energy)
-    found = {f"health/{measure.__name__}": measure(images).mean() for measure in measures}
-    if group_size > 1:
-        features = pixel_features(images) if features is None else features
-        found["health/pairwise_distance"] = mean_pairwise_distance(features, group_size).mean()
-        found["health/vendi"] = vendi_score(features, group_size).mean()
-    return found
+    features = torch.cat([pixel_features(chunk) for chunk in images.split(_IMAGES_PER_PASS)])
+    return {
+        "diversity/cosine_distance": mean_cosine_distance(features, group_size),
+        "diversity/vendi": vendi_score(features, group_size),
+    }
+
+
+def health_metrics(images: Tensor) -> dict[str, Tensor]:
+    """Means of all measures of [B, 3, H, W] uint8 images for the log, "health/<measure>"."""
+    return {f"health/{measure.__name__}": measure(images).mean() for measure in MEASURES}
 
 
 def _check(images: Tensor) -> None:

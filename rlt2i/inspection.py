@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlt2i.auto import resolve_auto
-from rlt2i.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from rlt2i.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, verify_checkpoint
 from rlt2i.engine import decode, reward_gradient, rollout
 from rlt2i.evaluate import Evaluation, evaluate
 from rlt2i.interfaces import CreditContext, Policy, RewardOutput
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 Weights = Literal["best", "online", "ema", "base"]
 
 
-def load_policy(
-    recipe: Recipe, *, run_dir: Path | None = None, checkpoint: Path | None = None, weights: Weights = "best"
-) -> Policy:
-    """A recipe's policy with the weights of a checkpoint, or its base weights where there is no run.
+def find_weights(
+    *, run_dir: Path | None = None, checkpoint: Path | None = None, weights: Weights = "best"
+) -> tuple[Path, Weights] | None:
+    """The checkpoint folder and the set in it that are meant; None for the base.
 
     Args:
         checkpoint: default the newest of the run.
@@ -38,20 +38,46 @@ def load_policy(
     Raises:
         CheckpointError: when the run holds no complete checkpoint, or not the weights asked for.
     """
-    policy = recipe.algorithm().load("cuda" if torch.cuda.is_available() else "cpu").policy
-    assert isinstance(policy, Policy)
     if weights == "base" or (run_dir is None and checkpoint is None):
-        return policy
+        return None
     path = checkpoint or latest_checkpoint(run_dir)  # type: ignore[arg-type]  # one of them is given
     if path is None:
         raise CheckpointError(f"{run_dir}: holds no complete checkpoint. Look at the base with --weights base.")
-    saved = load_checkpoint(path).tensors
-    name = ("ema" if "ema" in saved else "online") if weights == "best" else weights
-    if name not in saved:
-        raise CheckpointError(f"{path}: holds no {name!r} weights, only {sorted(saved)}. Use --weights online.")
+    files = verify_checkpoint(path)["files"]
+    name: Weights = ("ema" if "ema.safetensors" in files else "online") if weights == "best" else weights
+    if f"{name}.safetensors" not in files:
+        saved = sorted(file.removesuffix(".safetensors") for file in files if "/" not in file)
+        raise CheckpointError(f"{path}: holds no {name!r} weights, only {saved}. Use --weights online.")
+    return path, name
+
+
+def load_policy(
+    recipe: Recipe,
+    *,
+    run_dir: Path | None = None,
+    checkpoint: Path | None = None,
+    weights: Weights = "best",
+    device: torch.device | str | None = None,
+) -> Policy:
+    """A recipe's policy with the weights of a checkpoint, or its base weights where there is no run.
+
+    Args:
+        run_dir, checkpoint, weights: see `find_weights`.
+        device: default the accelerator, where there is one.
+
+    Raises:
+        CheckpointError: when the run holds no complete checkpoint, or not the weights asked for.
+    """
+    found = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
+    policy = recipe.algorithm().load(device or ("cuda" if torch.cuda.is_available() else "cpu")).policy
+    assert isinstance(policy, Policy)
+    if found is None:
+        return policy
+    path, name = found
+    saved = load_checkpoint(path).tensors[name]
     with torch.no_grad():
         for key, parameter in policy.trainable_parameters().items():
-            parameter.copy_(saved[name][key])
+            parameter.copy_(saved[key])
     return policy
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from torch import Tensor
 
 from rlt2i.algorithm import Algorithm
 from rlt2i.auto import asks_for_auto, resolve_auto
@@ -26,7 +24,7 @@ from rlt2i.processes import Processes
 from rlt2i.signals import GracefulStop
 from rlt2i.tasks.base import check_metadata
 from rlt2i.trainer import Trainer
-from rlt2i.weights import ParameterSets
+from rlt2i.weights import ParameterSets, tensors_sha256
 
 if TYPE_CHECKING:
     from rlt2i.recipes import Recipe
@@ -160,14 +158,5 @@ def _assemble(
         engine=engine,
         learner=learner,
         say=say,
-        start=_identity(parameters),
+        start=tensors_sha256(parameters),
     )
-
-
-def _identity(parameters: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the starting weights."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(parameters.items()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

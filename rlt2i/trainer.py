@@ -120,8 +120,9 @@ class Trainer:
         self._mention_uniform_prompts(collected)
         metrics |= observations(collected, self.processes.mean) | {f"seconds/{k}": v for k, v in watch.seconds.items()}
         metrics["rewards/invalid"] = invalid
-        differing = diversity_metrics(collected.images, collected.prompts.group_size)
-        metrics |= {name: self.processes.mean(values) for name, values in differing.items()}
+        if train.group_size > 1:
+            differing = diversity_metrics(collected.images, train.group_size)
+            metrics |= {name: self.processes.mean(values) for name, values in differing.items()}
         if train.reference:
             metrics["kl/base"] = self._drift(collected)
         if self._shows_maps():

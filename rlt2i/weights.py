@@ -7,6 +7,7 @@ same.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -241,3 +242,12 @@ class ParameterSets:
     def _unknown(self, call: str, name: str) -> str:
         known = [ONLINE, *self._sets]
         return f"ParameterSets.{call}({name!r}): no such set; there are {known}. Call add({name!r}) first."
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names and bytes of tensors: the identity of a set of weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

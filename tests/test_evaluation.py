@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlt2i.evaluation import category_means, clustered_mean, paired_difference
+from rlt2i.evaluation import any_of_cluster, category_means, clustered_mean, mean_of_categories, paired_difference
 
 
 def test_two_clusters_by_hand():
@@ -87,6 +87,36 @@ def test_single_prompt_has_a_mean_and_no_interval():
 def test_category_means_by_hand():
     means = category_means(torch.tensor([1.0, 0.0, 1.0, 0.5]), ["two", "one", "two", "one"])
     assert list(means.items()) == [("two", 1.0), ("one", 0.25)]
+
+
+def test_mean_of_categories_by_hand():
+    # Three images of category a (mean 1), one prompt of b right and one wrong: (1 + 1/2) / 2, not 4/5.
+    values = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    categories = ["a", "a", "a", "b", "b"]
+    found = mean_of_categories(values, ["p", "p", "q", "r", "s"], categories, seed=0, resamples=20_000)
+    assert found.mean == 0.75
+    assert (found.low, found.high) == (0.5, 1.0)  # b is 0, 1/2 or 1; a does not vary
+    assert found.std_error == pytest.approx(math.sqrt(1 / 8) / 2, abs=0.005)
+    assert (found.clusters, found.values) == (4, 5)
+
+
+def test_mean_of_categories_draws_each_category_from_itself():
+    # Without the strata a draw could hold one category only, and categories that differ would widen the interval.
+    values = torch.cat([torch.zeros(20), torch.ones(20)])
+    found = mean_of_categories(values, range(40), ["a"] * 20 + ["b"] * 20, seed=0)
+    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)
+    single = mean_of_categories(torch.tensor([1.0, 0.0, 1.0]), [0, 1, 2], ["a", "a", "b"], seed=0)
+    assert single.mean == 0.75
+    assert math.isnan(single.low)
+    with pytest.raises(ValueError, match="'p' is in 'a' and in 'b'"):
+        mean_of_categories(torch.ones(2), ["p", "p"], ["a", "b"], seed=0)
+    with pytest.raises(ValueError, match="1 categories for 2 values"):
+        mean_of_categories(torch.ones(2), ["p", "q"], ["a"], seed=0)
+
+
+def test_any_of_cluster_by_hand():
+    best, names = any_of_cluster(torch.tensor([0.0, 1.0, 0.0, 0.0]), ["p", "p", "q", "q"])
+    assert (best.tolist(), names) == ([1.0, 0.0], ["p", "q"])
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from torch import Tensor
 from rlt2i.health import (
     colour_entropy,
     dark_fraction,
+    diversity_metrics,
     edge_density,
     health_metrics,
     high_frequency_energy,
-    mean_pairwise_distance,
+    mean_cosine_distance,
     pixel_features,
     saturation,
     vendi_score,
@@ -95,10 +96,10 @@ def test_pixel_features_average_down():
     assert features.tolist() == [[-0.5, 0.5] * 6]
 
 
-def test_mean_pairwise_distance_by_hand():
-    # (0,0), (3,4), (6,8): distances 5, 10, 5. Three copies: 0.
-    features = torch.tensor([[0.0, 0], [3, 4], [6, 8], [1, 1], [1, 1], [1, 1]])
-    torch.testing.assert_close(mean_pairwise_distance(features, 3), torch.tensor([20 / 3, 0.0]))
+def test_mean_cosine_distance_by_hand():
+    # Right angle 1, opposite 2, right angle 1: 4/3. Three copies, whatever their length: 0.
+    features = torch.tensor([[1.0, 0], [0, 5], [-2, 0], [1, 1], [2, 2], [3, 3]])
+    torch.testing.assert_close(mean_cosine_distance(features, 3), torch.tensor([4 / 3, 0.0]))
 
 
 def test_vendi_score_by_hand():
@@ -114,21 +115,26 @@ def test_vendi_score_by_hand():
 def test_diversity_does_not_depend_on_the_order_within_a_group():
     features = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     turned = features.view(2, 4, 5).flip(1).flatten(0, 1)
-    torch.testing.assert_close(mean_pairwise_distance(turned, 4), mean_pairwise_distance(features, 4))
+    torch.testing.assert_close(mean_cosine_distance(turned, 4), mean_cosine_distance(features, 4))
     torch.testing.assert_close(vendi_score(turned, 4), vendi_score(features, 4))
 
 
 def test_health_metrics_are_scalars_for_the_log():
     images = torch.cat([_HALVES, _HALVES, _CHECKERS, _flat(255, 0, 0)])
-    found = health_metrics(images, group_size=2)
+    found = health_metrics(images)
+    assert len(found) == 5
     assert all(v.ndim == 0 and math.isfinite(v) for v in found.values())
     assert found["health/dark_fraction"].item() == pytest.approx((0.5 + 0.5 + 0.5 + 0.0) / 4)
-    # Groups: two copies (Vendi 1), and two different images.
-    assert 1.0 < found["health/vendi"].item() < 1.5 + 1e-6
-    own = health_metrics(images, group_size=2, features=torch.eye(4))
-    assert own["health/vendi"].item() == pytest.approx(2.0)
-    assert own["health/pairwise_distance"].item() == pytest.approx(math.sqrt(2))
-    assert not [k for k in health_metrics(images, group_size=1) if "vendi" in k or "pairwise" in k]
+
+
+def test_diversity_metrics_are_of_groups(monkeypatch):
+    # Black and white halves, and black and white the other way round: opposite features. Copies: none.
+    images = torch.cat([_HALVES, 255 - _HALVES, _HALVES, _HALVES])
+    found = diversity_metrics(images, group_size=2)
+    torch.testing.assert_close(found["diversity/cosine_distance"], torch.tensor([2.0, 0.0]))
+    torch.testing.assert_close(found["diversity/vendi"], torch.tensor([1.0, 1.0]))  # opposite is on one line
+    monkeypatch.setattr("rlt2i.health._IMAGES_PER_PASS", 3)
+    torch.testing.assert_close(diversity_metrics(images, group_size=2), found)
 
 
 def test_refusals():
@@ -139,4 +145,4 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"\[4, 4\] with group_size=3"):
         vendi_score(torch.eye(4), 3)
     with pytest.raises(ValueError, match="group_size=1"):
-        mean_pairwise_distance(torch.eye(4), 1)
+        mean_cosine_distance(torch.eye(4), 1)

@@ -50,10 +50,9 @@ class FeatureSaliency(Allocation):
 
     def weight(self, context: CreditContext) -> Tensor:
         device = context.trajectory.latents.device
-        network, mean, std = _load(self.model, self.resolution, str(device))
         features = torch.cat(
             [
-                _patch_features(network, (images.to(device).float() / 255), mean, std, self.resolution, self.model)
+                patch_features(images.to(device), self.model, self.resolution)
                 for images in context.images.split(_IMAGES_PER_PASS)
             ]
         )
@@ -94,7 +93,7 @@ def principal_saliency(features: Tensor, components: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=2)
-def _load(model: str, resolution: int, device: str) -> tuple[torch.nn.Module, Tensor, Tensor]:
+def _load(model: str, resolution: int, device: str) -> tuple[Any, Tensor, Tensor]:
     """A frozen transformer, and the mean and standard deviation [3, 1, 1] of the images it knows."""
     import timm
 
@@ -106,11 +105,21 @@ def _load(model: str, resolution: int, device: str) -> tuple[torch.nn.Module, Te
     return network, mean, std
 
 
-def _patch_features(network: Any, images: Tensor, mean: Tensor, std: Tensor, resolution: int, name: str) -> Tensor:
-    """[N, 3, H, W] images in [0, 1] -> [N, h, w, D], class and register tokens left out."""
-    size = (resolution, resolution)
-    seen = interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
-    tokens = network.forward_features((seen - mean) / std)
+def patch_features(images: Tensor, model: str, resolution: int = 224) -> Tensor:
+    """[N, 3, H, W] uint8 images -> [N, h, w, D] tokens of a frozen transformer, class and register tokens left out.
+
+    Args:
+        model, resolution: see `FeatureSaliency`.
+
+    Raises:
+        ValueError: when the model has no patch tokens.
+    """
+    network, mean, std = _load(model, resolution, str(images.device))
+    seen = interpolate(
+        images.float() / 255, size=(resolution, resolution), mode="bicubic", align_corners=False, antialias=True
+    ).clamp(0, 1)
+    with torch.no_grad():
+        tokens = network.forward_features((seen - mean) / std)
     if tokens.ndim != 3 or not hasattr(network, "patch_embed"):
-        raise ValueError(f"FeatureSaliency(model={name!r}): no patch tokens. Use a plain vision transformer.")
+        raise ValueError(f"FeatureSaliency(model={model!r}): no patch tokens. Use a plain vision transformer.")
     return tokens[:, network.num_prefix_tokens :].unflatten(1, tuple(network.patch_embed.grid_size))
