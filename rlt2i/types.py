@@ -294,6 +294,12 @@ class Rewards:
             axes.check(f"terms[{name!r}]", tensor, "B")
         if self.maps is not None:
             axes.check("maps", self.maps, "B h w")
+            if not (torch.isfinite(self.maps).all() and (self.maps >= 0).all()):
+                low, high = float(self.maps.min()), float(self.maps.max())
+                raise ValueError(
+                    f"Rewards.maps: values from {low:g} to {high:g}; a map says how much of the judged content is at a "
+                    "place, so it is finite and not negative. Give 0 where nothing was judged."
+                )
         bad = ~torch.isfinite(self.values).all(dim=1) & self.valid
         if bad.any():
             raise ValueError(
@@ -424,6 +430,13 @@ class Experience:
         if steps not in (1, self.trajectory.num_steps):
             raise ValueError(
                 f"Experience: credit resolves {steps} steps, the trajectory has {self.trajectory.num_steps}."
+            )
+        sides = tuple(self.trajectory.latents.shape[-2:])
+        if any(side % cells for side, cells in zip(sides, self.credit.grid, strict=True)):
+            raise ValueError(
+                f"Experience: a credit grid of {self.credit.grid} does not divide latents of {sides} into equal cells, "
+                "so a map could not be laid over the loss without moving it. Use a grid whose sides divide those of "
+                "the latents, such as the policy's token grid."
             )
 
     @property

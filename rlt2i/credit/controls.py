@@ -37,7 +37,7 @@ class Shuffled(Allocation):
         return self.allocation.needs
 
     def weight(self, context: CreditContext) -> Tensor:
-        weight = self.allocation.weight(context)
+        weight = _resolving_places(self, self.allocation.weight(context))
         if len(weight) == 1:  # a map that all rollouts share is permuted for each of them
             weight = weight.expand(len(context.keys), -1, -1, -1)
         _, steps, height, width = weight.shape
@@ -62,7 +62,7 @@ class Inverted(Allocation):
         return self.allocation.needs
 
     def weight(self, context: CreditContext) -> Tensor:
-        return inverted_map(self.allocation.weight(context))
+        return inverted_map(_resolving_places(self, self.allocation.weight(context)))
 
 
 @attrs.frozen(kw_only=True)
@@ -92,3 +92,18 @@ class Oracle(Allocation):
         # An image without any judged object has no region: its weight is uniform, not zero.
         region = torch.where(region.amax(dim=(2, 3), keepdim=True) > 0, region, torch.ones_like(region))
         return (1 - self.mix) + self.mix * mean_one(region + self.floor, dims=(2, 3))
+
+
+def _resolving_places(control: Shuffled | Inverted, weight: Tensor) -> Tensor:
+    """The weight itself.
+
+    Raises:
+        ValueError: where it is the same at every place, so that the control would compare it with itself.
+    """
+    if weight.shape[2:] == (1, 1):
+        kind, of = type(control).__name__, type(control.allocation).__name__
+        raise ValueError(
+            f"{kind}(allocation={of}): {of} weighs steps and not places, so there is no map to turn around or to "
+            f"permute. Use {kind} on an allocation over space such as TextAttention, or leave {of} out for the control."
+        )
+    return weight

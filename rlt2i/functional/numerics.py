@@ -39,6 +39,7 @@ def per_sample(value: Scalar, like: Tensor, *, name: str = "value") -> Tensor:
         return torch.full((like.shape[0],) + (1,) * (like.ndim - 1), value, dtype=like.dtype, device=like.device)
     value = value.to(device=like.device, dtype=like.dtype)
     if value.ndim == like.ndim and value.ndim > 1:
+        check_broadcasts_into(like, **{name: value})
         return value
     if value.ndim > 1 or value.numel() not in (1, like.shape[0]):
         raise ValueError(
