@@ -41,7 +41,7 @@ from rlt2i.samplers.sde import SDE
 from rlt2i.tasks.base import as_prompts
 from rlt2i.tasks.shapes.reward import ShapesReward
 from rlt2i.tasks.shapes.task import ShapesTask
-from rlt2i.types import Experience
+from rlt2i.types import Experience, Prompts
 from rlt2i.weights import ParameterSets
 
 SETTINGS: dict[str, tuple[Sampler, Objective]] = {

@@ -22,6 +22,7 @@ from rlt2i.credit.random_window import RandomWindow
 from rlt2i.credit.region_maps import RegionMaps
 from rlt2i.credit.relative_l1_chunks import RelativeL1Chunks
 from rlt2i.credit.residual_contrast import ResidualContrast
+from rlt2i.credit.reward_saliency import RewardSaliency
 from rlt2i.credit.rwr import RewardWeights
 from rlt2i.credit.sliding_window import SlidingWindow
 from rlt2i.credit.turning_points import TurningPoints
@@ -48,6 +49,8 @@ ALLOCATIONS: list[Allocation] = [
     RegionMaps(),
     RegionMaps(signs="all", mix=1.0),
     ResidualContrast(),
+    RewardSaliency(),
+    RewardSaliency(at="predictions", form="gradient_times_input"),
     Influence(blocks=2),
 ]
 MASKS: list[Mask] = [SlidingWindow(width=2, period=3), RandomWindow(width=2), RandomSubset()]

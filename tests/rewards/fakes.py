@@ -51,6 +51,20 @@ class Grey(Reward):
 
 
 @attrs.frozen(kw_only=True)
+class Bright(Reward):
+    """Mean brightness in [0, 1], with a gradient."""
+
+    span = (0.0, 1.0)
+    offers = frozenset({"gradient"})
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        return output_of(self.score_tensor(batch.images.float() / 255, batch.prompts, batch.metadata))
+
+    def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+
+@attrs.frozen(kw_only=True)
 class Broken(Reward):
     """Does whatever `act` does with a batch."""
 

@@ -19,7 +19,7 @@ from rlt2i.rewards.cached import Cached
 from rlt2i.rewards.combinators import Affine, Clip, Function, WeightedSum
 from rlt2i.rewards.guard import Guarded, scored
 from rlt2i.rewards.pooled import Pooled, usable_cores
-from tests.rewards.fakes import Broken, Dying, Grey, Needy, batch_of, mean_grey, output_of, raises
+from tests.rewards.fakes import Bright, Broken, Dying, Grey, Needy, batch_of, mean_grey, output_of, raises
 
 FAKES = "tests.rewards.fakes"
 
@@ -117,6 +117,40 @@ def test_senseless_scales_are_refused():
         Affine(reward=Grey(), scale=0.0)
     with pytest.raises(ValueError, match="low < high"):
         Clip(reward=Grey(), low=1.0, high=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize(
+    ("reward", "slope"),
+    [
+        (Affine(reward=Bright(), scale=-3.0, shift=1.0), -3.0),
+        (Clip(reward=Bright(), low=0.0, high=1.0), 1.0),
+        (Clip(reward=Bright(), low=0.0, high=0.1), 0.0),
+        (WeightedSum(rewards={"a": (Bright(), 2.0), "b": (Affine(reward=Bright(), scale=0.5), 4.0)}), 4.0),
+        (Guarded(reward=Bright()), 1.0),
+        (Cached(reward=Bright()), 1.0),
+        (Pooled(reward=Bright()), 1.0),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Reward) else "",
+)
+def test_gradients_pass_through(reward: Reward, slope: float):
+    assert "gradient" in reward.offers
+    batch = batch_of(51, 102)
+    images = (batch.images.float() / 255).requires_grad_()
+    scores = reward.score_tensor(images, batch.prompts, batch.metadata)
+    torch.testing.assert_close(scores.detach(), reward.score(batch).scores)
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    torch.testing.assert_close(gradient, torch.full_like(images, slope / 48))  # 3 x 4 x 4 pixels a mean
+
+
+def test_a_sum_has_a_gradient_only_where_all_of_its_rewards_have_one():
+    mixed = WeightedSum(rewards={"grey": (Grey(), 1.0), "bright": (Bright(), 1.0)})
+    assert mixed.offers == {"maps", "regions"}
+    with pytest.raises(ValueError, match="Grey has no gradient"):
+        mixed.score_tensor(torch.zeros(1, 3, 4, 4), ["x"], [{}])
+    assert "gradient" not in Affine(reward=Grey(), scale=2.0).offers
 
 
 # ---------------------------------------------------------------------------------------------------------- functions
