@@ -303,6 +303,13 @@ def test_captures_that_nobody_records_are_refused():
     refused(lambda: toy_algorithm(ClippedSurrogate(), credit=credit), "TextAttention", "attention", "ToySpec")
 
 
+@pytest.mark.parametrize("decay", [-0.5, 1.5, 3, float("nan")])
+def test_an_old_policy_that_keeps_more_than_all_of_itself_is_refused(decay: float):
+    refused(lambda: DiffusionNFT(decay=decay), f"decay={decay}", "share")
+    assert DiffusionNFT(decay=0.9).old_decay(500) == 0.9
+    assert DiffusionNFT(decay=2).old_decay(74) == 0.0
+
+
 def test_a_parameter_set_that_nobody_keeps_is_named():
     algorithm = toy_algorithm(ClippedSurrogate())
     learner = toy_learner(algorithm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -34,7 +34,8 @@ class DiffusionNFT(Objective):
         label: what the advantage is replaced by ("all" keeps it).
         kl_weight: weight of mean (v - v_reference)^2.
         sigmas: the noise levels trained at.
-        decay: schedule of the old policy: 0 follows at once, 1 is min(.001 s, .5), 2 waits 75 updates; or a constant.
+        decay: schedule of the old policy: 0 follows at once, 1 is min(.001 s, .5), 2 waits 75 updates; or a constant
+            share below 1.
         sample_with: which weights sample.
     """
 
@@ -44,8 +45,16 @@ class DiffusionNFT(Objective):
     label: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
     kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
-    decay: Literal[0, 1, 2] | float = 1
+    decay: Literal[0, 1, 2] | float = attrs.field(default=1)
     sample_with: Literal["online", "old"] = "old"
+
+    @decay.validator
+    def _check_decay(self, _: Any, value: float) -> None:
+        if value not in (0, 1, 2) and not 0 <= value < 1:
+            raise ValueError(
+                f"DiffusionNFT(decay={value}): the old policy keeps a share of itself. Use a schedule, 0, 1 or 2, or a "
+                "constant share below 1."
+            )
 
     @property
     def rollout_weights(self) -> Literal["online", "old"]:  # type: ignore[override]
