@@ -12,6 +12,7 @@ from rlt2i.rewards.selftest import case_for, judge_case, main
 from rlt2i.rewards.selftest_cases import CASES, drawing_case
 from rlt2i.tasks.shapes.reward import ShapesReward
 from tests.rewards.fakes import Broken, Grey, Needy, output_of, raises
+from tests.rewards.tiny_models import save_blip, save_clip, save_detector, save_head
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,26 @@ def test_the_ocr_reward_passes_its_case():
     verdict = judge_case(OCRReward(workers=1), case_for(OCRReward()))
     assert verdict.problems == ()
     assert verdict.scores[0] == 1.0
+
+
+@pytest.mark.parametrize("name", ["PickScore", "CLIPScore", "HPSv2", "Aesthetic", "ImageReward", "GenEvalReward"])
+def test_model_rewards_can_score_their_case(name, tmp_path, capsys):
+    """On random weights the order means nothing; that every picture gets a number and a time does."""
+    clip, blip, head = save_clip(tmp_path / "clip"), save_blip(tmp_path / "blip"), save_head(tmp_path / "head")
+    fields = {
+        "PickScore": {"path": clip, "tokenizer": ""},
+        "CLIPScore": {"path": clip},
+        "HPSv2": {"path": clip, "tokenizer": ""},
+        "Aesthetic": {"path": clip, "head": head},
+        "ImageReward": {"path": blip, "tokenizer": blip},
+    }
+    if name == "GenEvalReward":
+        fields[name] = {"detector": save_detector(tmp_path / "detector"), "colour_model": clip}
+    words = [word for field, value in fields[name].items() for word in ("--set", f"{field}='{value}'")]
+    main([name, *words], parts=PARTS)
+    out = capsys.readouterr().out
+    assert "s per image" in out
+    assert "was not scored" not in out
 
 
 @pytest.mark.parametrize(
