@@ -38,6 +38,7 @@ WIDTH = 128
 
 WHY_NOT = {
     "influence-shapes": "An update measures every rollout with 408 network calls on top of its own 10.",
+    "offline-dpo-shapes": "It reads a file of pairs, which `rlt2i pairs dpo-shapes pairs/shapes` makes first.",
     "feature-saliency-shapes": "It needs the weights of DINOv2 from the hub, which the other recipes do without.",
 }
 """Recipe -> why it has no curve, where there is more to say than that nobody has run it."""
@@ -70,7 +71,7 @@ class Page:
     @property
     def embedded(self) -> list[str]:
         """Recipes of the embedded task."""
-        return [name for name in self.recipes if "sd35" not in name]
+        return [name for name in self.recipes if name.endswith("-shapes")]
 
 
 def read_page(path: Path, text: str | None = None) -> Page:
@@ -222,6 +223,8 @@ def results(page: Page) -> str:
         said.append(f"`rlt2i train {without[0]} --run-dir runs/{without[0]}` is such a run.")
     if any("sd35" in name for name in page.recipes):
         said.append("Nobody has run the SD3.5 recipes: they need the weights and a GPU.")
+    elif len(page.recipes) > len(page.embedded):
+        said.append("Nobody has run the recipe of the full model: it needs the weights and a GPU.")
     return _wrapped("**Results**: " + " ".join(said))
 
 
@@ -236,7 +239,8 @@ def resulted(text: str, page: Page) -> str:
 
 def table(pages: Sequence[Page], entries: dict[str, RecipeEntry]) -> str:
     """One row a page."""
-    lines = ["| method | kind | paper | recipes of the embedded task | SD3.5-M | page |", "|---|---|---|---|---|---|"]
+    columns = ("method", "kind", "paper", "recipes of the embedded task", "full models", "page")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for page in sorted(pages, key=lambda page: page.title.lower()):
         large = [name for name in page.recipes if name not in page.embedded]
         cells = (

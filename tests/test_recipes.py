@@ -22,6 +22,7 @@ from rlt2i.durable import plain_json
 from rlt2i.recipes import PARTS, Recipe, build_part, list_recipes, load_recipe, recipe_from_mapping
 from rlt2i.recipes.catalogue import FOLDER
 from rlt2i.tasks.base import Task
+from rlt2i.tasks.pairs import PairFileTask
 from rlt2i.train_config import TrainConfig, derive_batch
 from rlt2i.trainer import continuity
 from rlt2i.types import TransitionKernel
@@ -71,10 +72,15 @@ def test_shipped_recipes_parse_and_round_trip(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shipped_recipes_are_algorithms_whose_parts_fit(name: str):
+def test_shipped_recipes_are_algorithms_whose_parts_fit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = load_recipe(name)
     recipe.algorithm().check_group_size(recipe.train.group_size)
     assert recipe.train.image_size == recipe.task.image_size
+    if isinstance(recipe.task, PairFileTask):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FileNotFoundError, match="rlt2i pairs RECIPE FOLDER"):
+            _ = recipe.task.provides
+        return
     assert recipe.reward.requires <= recipe.task.provides
 
 

@@ -9,11 +9,15 @@ state times a number:
 The density of a step changes by the constant k^D, which cancels in every ratio.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from .numerics import Scalar, check_same_shape, full_precision, per_sample
 from .transitions import Transition
+
+Spacing = Literal["leading", "trailing"]
 
 
 def scaled_linear_alpha_bars(
@@ -148,6 +152,57 @@ def v_prediction_to_velocity(x: Tensor, prediction: Tensor, sigma: Scalar) -> Te
     sigma = per_sample(sigma, x, name="sigma")
     scale = _flow_scale(sigma)
     return scale**2 * (2 * sigma - 1) * x + scale * prediction
+
+
+def ddim_timesteps(
+    num_steps: int, *, num_train_timesteps: int = 1000, spacing: Spacing = "leading", steps_offset: int = 0
+) -> Tensor:
+    """The timesteps that DDIM visits, as in diffusers (arXiv 2305.08891, table 2, names the spacings).
+
+        leading:   t_i = i (M // N) + offset,   i = N - 1 .. 0         (Stable Diffusion 1.x and 2.x, offset 1)
+        trailing:  t_i = round(M - i M / N) - 1, i = 0 .. N - 1
+
+    Args:
+        num_steps: N.
+        num_train_timesteps: M.
+        spacing: "leading" never visits the noisiest timesteps; "trailing" begins at the last one.
+        steps_offset: of "leading".
+
+    Returns:
+        [N] long, decreasing, in [0, M).
+
+    Raises:
+        ValueError: when there are more steps than timesteps, or the offset leads beyond them.
+    """
+    if not 1 <= num_steps <= num_train_timesteps:
+        raise ValueError(
+            f"num_steps={num_steps}: the model knows {num_train_timesteps} noise levels. Use 1 <= num_steps <= "
+            f"{num_train_timesteps}."
+        )
+    if spacing == "trailing":
+        steps = torch.arange(num_steps, dtype=torch.float64)
+        return (num_train_timesteps - steps * num_train_timesteps / num_steps).round().long() - 1
+    steps = torch.arange(num_steps - 1, -1, -1) * (num_train_timesteps // num_steps) + steps_offset
+    if int(steps[0]) >= num_train_timesteps:
+        raise ValueError(
+            f"num_steps={num_steps}, steps_offset={steps_offset}: the first timestep would be {int(steps[0])}, but "
+            f"the model has {num_train_timesteps}. Use fewer steps."
+        )
+    return steps
+
+
+def nearest_timestep(sigma: Tensor, alpha_bars: Tensor) -> Tensor:
+    """The timestep of a model whose noise level is nearest to a flow time; exact for levels of the model's own.
+
+    Args:
+        sigma: [B].
+        alpha_bars: [M] cumulative products, decreasing.
+
+    Returns:
+        [B] long. Beyond the model's noisiest level it is the last timestep.
+    """
+    levels = vp_sigma(alpha_bars)
+    return (full_precision(sigma)[:, None] - levels).abs().argmin(dim=1)
 
 
 def ddim_previous_timestep(timestep: Tensor, *, num_steps: int, num_train_timesteps: int = 1000) -> Tensor:

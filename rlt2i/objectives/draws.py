@@ -23,7 +23,8 @@ class SigmaDraws:
         grid: "uniform" draws sigma in [low, high], stratified, and reads the credit of the nearest sampler step;
             "rollout" draws sampler steps without replacement, as DiffusionNFT and DGPO do; "stratified" draws one
             sampler step in each of `count` equal ranges, as AWM does.
-        low, high: bounds of "uniform".
+        low, high: bounds of "uniform"; nothing is drawn above the first noise level of the rollout, since a model whose
+            schedule starts below 1 knows nothing of noisier states.
         steps: (first, last), last exclusive, the sampler steps to draw from; None stands for all but the last.
     """
 
@@ -61,9 +62,9 @@ class SigmaDraws:
         seeds = context.seeds("sigma", keys)
         if self.grid == "uniform":
             within = uniform(seeds, (self.count,), sigmas.device)
+            high = min(self.high, float(sigmas[0]))
             sigma = (
-                self.low
-                + (self.high - self.low) * (torch.arange(self.count, device=sigmas.device) + within) / self.count
+                self.low + (high - self.low) * (torch.arange(self.count, device=sigmas.device) + within) / self.count
             )
             step = (sigma[..., None] - sigmas[:-1]).abs().argmin(dim=-1)
             return sigma, step

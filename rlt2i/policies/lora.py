@@ -61,27 +61,46 @@ def _master(linear: torch.nn.Linear) -> MasterLinear:
 def save_lora(transformer: Any, folder: Path) -> tuple[str, ...]:
     """Write `pytorch_lora_weights.safetensors`, as StableDiffusion3Pipeline.load_lora_weights reads it.
 
-    The scale alpha / rank is multiplied into B, and alpha = rank written, so that a loader that ignores the metadata
-    still applies the adapter at full strength.
-
     Returns:
         The keys written.
     """
     from diffusers import StableDiffusion3Pipeline
-    from peft import get_peft_model_state_dict
 
-    config = transformer.peft_config["default"]
-    scale = config.lora_alpha / config.r
-    weights = {
-        name: (tensor * scale if "lora_B" in name else tensor).detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(transformer).items()
-    }
-    trained = sum(parameter.requires_grad for parameter in transformer.parameters())
-    if not weights or len(weights) != trained:
-        raise RuntimeError(f"LoRA export: {len(weights)} tensors to write for {trained} trainable parameters.")
-    metadata = {**config.to_dict(), "lora_alpha": config.r}
-    metadata["target_modules"] = sorted(metadata["target_modules"])
+    weights, metadata = exported_lora(transformer)
     StableDiffusion3Pipeline.save_lora_weights(
         folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata, safe_serialization=True
     )
     return tuple(weights)
+
+
+def save_unet_lora(unet: Any, folder: Path) -> tuple[str, ...]:
+    """The same for StableDiffusionPipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    weights, metadata = exported_lora(unet)
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata, safe_serialization=True
+    )
+    return tuple(weights)
+
+
+def exported_lora(network: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The adapter's tensors and its configuration, for a file.
+
+    The scale alpha / rank is multiplied into B, and alpha = rank written, so that a loader that ignores the metadata
+    still applies the adapter at full strength.
+    """
+    from peft import get_peft_model_state_dict
+
+    config = network.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    weights = {
+        name: (tensor * scale if "lora_B" in name else tensor).detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(network).items()
+    }
+    trained = sum(parameter.requires_grad for parameter in network.parameters())
+    if not weights or len(weights) != trained:
+        raise RuntimeError(f"LoRA export: {len(weights)} tensors to write for {trained} trainable parameters.")
+    metadata = {**config.to_dict(), "lora_alpha": config.r}
+    metadata["target_modules"] = sorted(metadata["target_modules"])
+    return weights, metadata

@@ -11,6 +11,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "PolicySpec": {
             "SD3": "rlt2i.policies.sd3:SD3",
+            "StableDiffusion": "rlt2i.policies.sd:StableDiffusion",
         },
         "Sampler": {
             "BranchSDE": "rlt2i.samplers.branching:BranchSDE",
