@@ -22,7 +22,17 @@ COLUMNS = (
     "eval/strict_gain_high",
     "eval/objects",
     "eval/objects_asked",
+    "eval/reward",
+    "eval/reward_gain",
+    "eval/reward_gain_low",
+    "eval/reward_gain_high",
+    "eval/heldout/shapes",
+    "eval/heldout/shapes_gain",
+    "eval/heldout/shapes_gain_low",
+    "eval/heldout/shapes_gain_high",
+    "eval/heldout/shapes/strict",
 )
+"""Written where a run logs them; the gains of the reward itself where there is no strict score."""
 
 
 def main() -> None:
@@ -34,11 +44,13 @@ def main() -> None:
     recipe = load_recipe(options.run)
     versions = json.loads((options.run / "versions.json").read_text())
     trained = {r["step"]: r for r in read_metrics(options.run, "train")}
+    evaluations = read_metrics(options.run, "eval")
+    named = {name for record in evaluations for name in record}
     rows = []
-    for record in read_metrics(options.run, "eval"):
+    for record in evaluations:
         row = {"recipe": recipe.name, "hash": recipe.hash[:12], "seed": recipe.train.seed, "update": record["step"]}
         row["commit"] = str((versions.get("git") or {}).get("commit", ""))[:12]
-        row |= {name: f"{record[name]:.4f}" if name in record else "" for name in COLUMNS}
+        row |= {name: f"{record[name]:.4f}" if name in record else "" for name in COLUMNS if name in named}
         reward = trained.get(record["step"], {}).get("reward/mean")
         row["reward/mean"] = "" if reward is None else f"{reward:.4f}"
         rows.append(row)
