@@ -24,6 +24,7 @@ from rlt2i.functional import (
     flow_sde,
     grpo_guard_log_ratio,
     log_prob_map,
+    nft_branch_error,
     nft_branches,
     nft_loss_map,
     weighted_matching_loss_map,
@@ -119,6 +120,15 @@ def test_the_adaptive_scale_of_a_branch_is_a_constant():
     loss = nft_loss_map(v, old, zero, zero, 1.0, one, beta=1.0, clip=1.0).sum()  # residual -3, w = 3
     assert loss.item() == pytest.approx(3.0)
     assert torch.autograd.grad(loss, v)[0].item() == pytest.approx(2.0)
+
+
+def test_the_adaptive_scale_has_a_floor():
+    # A residual of 1e-7 divides by 1e-5, not by itself: l = 1e-14 / 1e-5.
+    residual = torch.full((1, 1, 2, 2), 1e-7).double()
+    assert adaptive_weight(residual).item() == pytest.approx(1e-5)
+    zero = torch.zeros_like(residual)
+    error = nft_branch_error(-residual, zero, zero, 1.0)
+    torch.testing.assert_close(error, torch.full((1, 2, 2), 1e-9).double())
 
 
 def test_flow_dppo_masks_from_the_threshold_on():
