@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import attrs
 import pytest
 
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
+from rlt2i.samplers.sde import SDE
 from tests.build import collect, toy_algorithm, toy_engine, toy_learner
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -56,6 +58,35 @@ def test_own_reward_scores(extending):
     red[:, 0] = 255
     batch = RewardBatch(images=red, prompts=["red"], metadata=[{}])
     assert float(extending["Redness"]().score(batch).scores) == 1.0
+
+
+def test_own_kernel_keeps_the_noise_level_and_trains(extending):
+    import torch
+
+    kernel = extending["FreshNoise"](share=0.6)
+    # With x0 = 0 and eps = 1 at sigma = 0.8: x' = 0.5 (sqrt(1 - .36) + .6 z), a mean of .4 and a std of .3.
+    state, half = torch.full((1, 3, 2, 2), 0.8), torch.tensor([0.5])
+    step = kernel.transition(state, torch.ones(1, 3, 2, 2), torch.tensor([0.8]), half, sigma_max=0.9)
+    torch.testing.assert_close(step.mean, torch.full((1, 3, 2, 2), 0.4))
+    torch.testing.assert_close(step.std.flatten(), torch.tensor([0.3]))
+    algorithm = toy_algorithm(ClippedSurrogate(), sampler=SDE(num_steps=6, window=(0, 3), kernel=kernel))
+    metrics = toy_learner(algorithm).learn(collect(toy_engine(algorithm)).experience)
+    assert metrics["ratio/abs_minus_one_max"] == 0
+    assert metrics["grad_norm"] > 0
+
+
+def test_own_backbone_learns(extending, tmp_path):
+    toy = toy_algorithm(ClippedSurrogate())
+    algorithm = attrs.evolve(toy, policy=extending["OnePaintingSpec"]()).load()
+    engine, learner = toy_engine(algorithm), toy_learner(algorithm, learning_rate=0.1)
+    rewards = []
+    for update in range(8):
+        batch = collect(engine, update=update)
+        learner.learn(batch.experience)
+        rewards.append(float(batch.scores.scores.mean()))
+    assert rewards[-1] > rewards[0] + 0.01
+    algorithm.policy.export(tmp_path)
+    assert (tmp_path / "painting.safetensors").exists()
 
 
 def test_links_between_pages_lead_somewhere():
