@@ -143,8 +143,6 @@ def evaluate(
     images = decode(policy, trajectory.clean_latents, images_per_chunk=images_per_chunk)
     pictures = RewardBatch(images=images, prompts=batch.texts, metadata=batch.metadata)
     output = scored(reward, pictures)
-    tally = Tally()
-    tally.add(output)
     components = with_same_components(output.components, len(mine), gather, device)
 
     def whole(tensor: Tensor) -> Tensor:
@@ -167,5 +165,5 @@ def evaluate(
         valid=whole(output.valid),
         components={name: whole(values) for name, values in components.items()},
         heldout={name: other(held_out) for name, held_out in (heldout or {}).items()},
-        reasons=tally.together(gather, device).reasons,
+        reasons=Tally.of(output).together(gather, device).reasons,
     )

@@ -10,6 +10,8 @@ from torch.nn.functional import interpolate
 from rlt2i.captures import parse_attention_name
 from rlt2i.engine import decode, rollout
 from rlt2i.interfaces import Policy, Reward, RewardBatch
+from rlt2i.rewards.agreement import Tally
+from rlt2i.rewards.guard import scored
 from rlt2i.samplers.ode import ODE
 from rlt2i.types import Prompts
 
@@ -100,9 +102,13 @@ def measure_localisation(
     batch = RewardBatch(
         images=images, prompts=prompts.per_rollout(prompts.texts), metadata=prompts.per_rollout(prompts.metadata)
     )
-    maps = reward.score(batch, frozenset({"maps"})).maps
-    assert maps is not None
-    maps = maps.to(trajectory.latents.device)
+    judged = scored(reward, batch, frozenset({"maps"}))
+    if judged.maps is None or not judged.valid.any():
+        raise ValueError(
+            f"measure_localisation: the reward could judge none of {len(images)} images, so there are no regions to "
+            f"compare attention with. Why: {Tally.of(judged)}."
+        )
+    maps = judged.maps.to(trajectory.latents.device)
     grid = policy.token_grid(image_size)
     inside = interpolate(maps[:, None].float(), size=grid, mode="area")[:, 0].flatten(1) > 0.25
     usable = inside.any(dim=1) & ~inside.all(dim=1)

@@ -16,6 +16,8 @@ from rlt2i.durable import replace_text
 from rlt2i.engine import decode, rollout
 from rlt2i.functional.preference import best_worst_pairs
 from rlt2i.interfaces import Policy, RewardBatch
+from rlt2i.rewards.agreement import Tally
+from rlt2i.rewards.guard import scored
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt, as_prompts, check_metadata
@@ -109,14 +111,20 @@ def _batch(
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     pictures = decode(policy, trajectory.clean_latents, images_per_chunk=train.images_per_device)
-    output = recipe.reward.score(
+    output = scored(
+        recipe.reward,
         RewardBatch(
             images=pictures,
             prompts=prompts.per_rollout(prompts.texts),
             metadata=prompts.per_rollout(prompts.metadata),
             groups=torch.arange(len(drawn)).repeat_interleave(images),
-        )
+        ),
     )
+    if not output.valid.any():
+        raise ValueError(
+            f"pairs: the reward could judge none of {len(output.valid)} images. Why: {Tally.of(output)}. What was made "
+            "before is there; mend the reward and run the command again."
+        )
     chosen = best_worst_pairs(output.scores, images, valid=output.valid)
     rows = []
     for i, prompt in enumerate(drawn):

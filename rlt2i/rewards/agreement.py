@@ -44,6 +44,13 @@ class Tally:
         """Of the images, those that were not judged."""
         return self.invalid / self.images if self.images else 0.0
 
+    @classmethod
+    def of(cls, output: RewardOutput) -> Tally:
+        """The count of a single answer."""
+        tally = cls()
+        tally.add(output)
+        return tally
+
     def add(self, output: RewardOutput) -> None:
         """Count one answer of the reward."""
         valid = output.valid.tolist()
