@@ -6,7 +6,6 @@ reaches the velocity of step t. Credit weights g_t place by place; nothing here 
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .numerics import check_broadcasts_into, check_same_shape
@@ -59,20 +58,32 @@ def refl_loss(reward: Tensor, *, margin: float) -> Tensor:
     return (margin - reward).clamp(min=0)
 
 
-def truncated_steps(uniform: Tensor, num_steps: int) -> Tensor:
-    """Randomised truncation (AlignProp, arXiv 2310.03739): how many of the last steps a rollout learns from.
+def last_steps(unmasked: Tensor, depth: Tensor | int) -> Tensor:
+    """The last steps that a rollout learns from, masked ones not counted (DRaFT-K, arXiv 2309.17400).
 
-        K ~ Uniform{1, ..., num_steps}
+    Args:
+        unmasked: [B, T] bool.
+        depth: K, the same for all rollouts or [B] long.
+
+    Returns:
+        [B, T] bool, at most K of each row.
+    """
+    from_the_end = unmasked.long().flip(1).cumsum(dim=1).flip(1)
+    limit = depth[:, None] if isinstance(depth, Tensor) else depth
+    return unmasked & (from_the_end <= limit)
+
+
+def random_depth(uniform: Tensor, num_steps: int) -> Tensor:
+    """Randomised truncation, K ~ Uniform{1, ..., num_steps} (AlignProp, arXiv 2310.03739).
 
     Args:
         uniform: [B] draws in [0, 1).
         num_steps: the most steps.
 
     Returns:
-        [B, num_steps] bool, the last K of each row.
+        [B] long.
     """
-    depth = 1 + (uniform * num_steps).long()
-    return torch.arange(num_steps, device=uniform.device) >= num_steps - depth[:, None]
+    return 1 + (uniform * num_steps).long()
 
 
 def gradient_saliency(gradient: Tensor, latents: Tensor, *, form: Saliency = "gradient") -> Tensor:

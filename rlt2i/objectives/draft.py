@@ -11,7 +11,7 @@ from attrs import validators
 from torch import Tensor
 
 from rlt2i.functional.matching import noised
-from rlt2i.functional.reward_backprop import scale_gradient, truncated_steps
+from rlt2i.functional.reward_backprop import last_steps, random_depth, scale_gradient
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import Objective, Policy, Sampler, UpdateContext
 from rlt2i.objectives.draws import shared_noise
@@ -28,15 +28,16 @@ class DRaFT(Objective):
     DRaFT-K (arXiv 2309.17400): d r / d theta = sum over the last K steps of (d v_t / d theta)^T g_t, where g_t is the
     reward's gradient that reaches the velocity of step t. The rollout's stored state T - K is where it starts; any
     sampler will do, the steps taken again are those of the ODE. The advantage is not used, so groups need no spread;
-    weight and mask of step t apply to g_t. A step that is masked everywhere is a detached velocity.
+    weight and mask of step t apply to g_t. A step that is masked everywhere is a detached velocity and does not count:
+    K is the number of unmasked steps.
 
     Attributes:
         steps: K. Activations of K network calls are held at once; micro-batches are smaller by that factor.
         truncation: "fixed" is DRaFT; "random" draws 1..K steps anew for each rollout (AlignProp, arXiv 2310.03739).
         detach_input: let no gradient through the input of the network, so that it does not multiply from step to step
             (DRTune).
-        renoised: DRaFT-LV, for K = 1: the mean over the stored last step and so many copies of it, each from the
-            finished latents noised anew.
+        renoised: DRaFT-LV, for K = 1: the mean over the stored step and so many copies of it, each from the finished
+            latents noised anew.
         kl_weight: weight of mean (v - v_reference)^2 over the K steps.
     """
 
@@ -71,9 +72,10 @@ class DRaFT(Objective):
         self._check(experience.trajectory.num_steps)
         learning = self._learning(experience, context)
         starts = learning.any(dim=1, keepdim=True).expand(-1, 1 + self.renoised)
+        held = int(learning.any(dim=0).sum())
 
-        for rollouts, copies in context.micro_batches(starts, passes=self.steps):
-            finished, divergence = self._finish(policy, experience, rollouts, copies, learning, context)
+        for rollouts, copies in context.micro_batches(starts, passes=max(1, held)):
+            finished, divergence = self._finish(policy, experience, rollouts, copies, learning[rollouts], context)
             reward, metrics = rewarded(finished, experience, rollouts, context)
             per_pair = -reward
             metrics["loss/draft"] = per_pair.detach()
@@ -83,12 +85,12 @@ class DRaFT(Objective):
             yield Loss(value=(per_pair * share(starts, rollouts, context.num_rollouts)).sum(), metrics=metrics)
 
     def _learning(self, experience: Experience, context: UpdateContext) -> Tensor:
-        """[B, K] bool: the last steps whose velocity has a gradient."""
-        unmasked = trainable_steps(experience, stochastic_only=False)[:, -self.steps :]
+        """[B, T] bool: the steps whose velocity has a gradient."""
+        unmasked = trainable_steps(experience, stochastic_only=False)
         if self.truncation == "fixed":
-            return unmasked
+            return last_steps(unmasked, self.steps)
         draws = uniform(context.seeds("draft", experience.keys), (), unmasked.device)
-        return unmasked & truncated_steps(draws, self.steps)
+        return last_steps(unmasked, random_depth(draws, self.steps))
 
     def _finish(
         self,
@@ -99,31 +101,42 @@ class DRaFT(Objective):
         learning: Tensor,
         context: UpdateContext,
     ) -> tuple[Tensor, Tensor]:
-        """[N, C, H, W] finished latents with gradient, and [N] the mean distance from the reference on the way."""
-        first = experience.trajectory.num_steps - self.steps
-        latents = self._start(experience, rollouts, copies, first, context)
+        """Take the steps again from each rollout's first learning step on.
+
+        Args:
+            rollouts, copies: [N] long.
+            learning: [N, T] bool.
+
+        Returns:
+            [N, C, H, W] finished latents with gradient, and [N] the mean distance from the reference at the steps that
+            learn.
+        """
+        latents = torch.empty_like(experience.trajectory.latents[rollouts, 0])
         divergence = latents.new_zeros(len(latents))
-        for index in range(self.steps):
-            pairs = experience.pairs(rollouts, torch.full_like(rollouts, first + index))
+        for step in range(int(learning.any(dim=0).long().argmax()), learning.shape[1]):
+            begun = learning[:, :step].any(dim=1)[:, None, None, None]
+            latents = torch.where(begun, latents, self._start(experience, rollouts, copies, step, context))
+            pairs, learns = experience.pairs(rollouts, torch.full_like(rollouts, step)), learning[:, step]
             seen = latents.detach() if self.detach_input else latents
-            velocity = policy.velocity(seen, pairs.sigma, pairs.conditioning)
-            if self.kl_weight > 0:
+            with torch.set_grad_enabled(bool(learns.any())):
+                velocity = policy.velocity(seen, pairs.sigma, pairs.conditioning)
+            if self.kl_weight > 0 and learns.any():
                 with torch.no_grad(), context.weights("reference"):
                     reference = policy.velocity(seen, pairs.sigma, pairs.conditioning)
-                divergence = divergence + (velocity - reference).pow(2).mean(dim=(1, 2, 3)) / self.steps
-            learned = scale_gradient(credited(velocity, pairs), learning[rollouts, index, None, None, None].float())
+                divergence = divergence + learns * (velocity - reference).pow(2).mean(dim=(1, 2, 3))
+            learned = scale_gradient(credited(velocity, pairs), learns[:, None, None, None].float())
             latents = euler(latents, learned, pairs.sigma, pairs.sigma_next).mean
-        return latents, divergence
+        return latents, divergence / learning.sum(dim=1)
 
     def _start(
-        self, experience: Experience, rollouts: Tensor, copies: Tensor, first: int, context: UpdateContext
+        self, experience: Experience, rollouts: Tensor, copies: Tensor, step: int, context: UpdateContext
     ) -> Tensor:
-        """[N, C, H, W] states at step `first`: copy 0 is the stored one, the others are noised anew."""
+        """[N, C, H, W] states before a step: copy 0 is the stored one, the others are noised anew."""
         trajectory = experience.trajectory
-        stored = trajectory.latents[rollouts, first]
+        stored = trajectory.latents[rollouts, step]
         if not self.renoised:
             return stored
         shape, device = tuple(stored.shape[1:]), stored.device
         noise = shared_noise(context, experience.keys[rollouts], copies, shape, device)
-        anew = noised(trajectory.latents[rollouts, -1], noise, trajectory.sigmas[first])
+        anew = noised(trajectory.latents[rollouts, -1], noise, trajectory.sigmas[step])
         return torch.where(copies[:, None, None, None] > 0, anew, stored)

@@ -9,7 +9,7 @@ import torch
 from attrs import validators
 from torch import Tensor
 
-from rlt2i.functional.reward_backprop import refl_loss
+from rlt2i.functional.reward_backprop import last_steps, refl_loss
 from rlt2i.functional.transitions import clean_prediction
 from rlt2i.interfaces import Objective, Policy, Sampler, UpdateContext
 from rlt2i.objectives.reduction import share, trainable_steps
@@ -24,8 +24,9 @@ class ReFL(Objective):
 
     Reward feedback learning (ImageReward, arXiv 2304.05977). Until step t the rollout is taken as it was, so its stored
     state is all that is needed; the gradient flows through one call of the network, its one-step clean prediction, the
-    decoder and the reward. Every rollout draws one unmasked step of the window; one without any is left out. The
-    advantage is not used, so groups need no spread; weight and mask apply to the gradient of the velocity.
+    decoder and the reward. Every rollout draws one unmasked step of the window, and takes its last unmasked step where
+    the window has none. The advantage is not used, so groups need no spread; weight and mask apply to the gradient of
+    the velocity.
 
     Attributes:
         margin: reward above which an image teaches nothing, in the unit of the reward.
@@ -85,11 +86,12 @@ class ReFL(Objective):
             )
 
     def _draw(self, experience: Experience, context: UpdateContext) -> Tensor:
-        """[B, T] bool: one unmasked step of the window for each rollout."""
-        num_steps, device = experience.trajectory.num_steps, experience.trajectory.sigmas.device
-        first, last = self._window(num_steps)
-        eligible = trainable_steps(experience, stochastic_only=False).clone()
-        eligible[:, :first], eligible[:, last:] = False, False
-        order = uniform(context.seeds("refl", experience.keys), (num_steps,), device)
+        """[B, T] bool: one unmasked step for each rollout that has any."""
+        unmasked = trainable_steps(experience, stochastic_only=False)
+        steps = torch.arange(unmasked.shape[1], device=unmasked.device)
+        first, last = self._window(len(steps))
+        within = unmasked & (steps >= first) & (steps < last)
+        eligible = torch.where(within.any(dim=1, keepdim=True), within, last_steps(unmasked, 1))
+        order = uniform(context.seeds("refl", experience.keys), (len(steps),), unmasked.device)
         drawn = torch.where(eligible, order, -1.0).argmax(dim=1, keepdim=True)
-        return eligible & torch.zeros_like(eligible).scatter(1, drawn, True)
+        return eligible & (steps == drawn)

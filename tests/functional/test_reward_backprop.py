@@ -8,9 +8,10 @@ import torch
 from rlt2i.functional.reward_backprop import (
     first_order,
     gradient_saliency,
+    last_steps,
+    random_depth,
     refl_loss,
     scale_gradient,
-    truncated_steps,
 )
 
 
@@ -47,11 +48,17 @@ def test_refl_by_hand():
     assert slope[2] == 0.0
 
 
-def test_truncated_steps_by_hand():
-    # 1 + floor(3 u): one, two and three of the last three steps.
-    found = truncated_steps(torch.tensor([0.0, 0.4, 0.99]), 3)
-    assert found.tolist() == [[False, False, True], [False, True, True], [True, True, True]]
-    assert truncated_steps(torch.rand(5, generator=torch.Generator().manual_seed(0)), 1).all()
+def test_last_steps_by_hand():
+    unmasked = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    assert last_steps(unmasked, 2).long().tolist() == [[0, 0, 1, 1], [0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
+    depths = torch.tensor([1, 3, 1, 1])
+    assert last_steps(unmasked, depths).long().tolist() == [[0, 0, 0, 1], [1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_random_depth_by_hand():
+    # 1 + floor(3 u)
+    assert random_depth(torch.tensor([0.0, 0.4, 0.99]), 3).tolist() == [1, 2, 3]
+    assert (random_depth(torch.rand(5, generator=torch.Generator().manual_seed(0)), 1) == 1).all()
 
 
 def test_saliency_by_hand():

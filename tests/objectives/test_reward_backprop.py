@@ -17,7 +17,7 @@ from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.credit.residual_contrast import ResidualContrast
 from rlt2i.engine import reward_gradient
 from rlt2i.functional.matching import noised
-from rlt2i.functional.reward_backprop import truncated_steps
+from rlt2i.functional.reward_backprop import random_depth
 from rlt2i.functional.transitions import clean_prediction, euler
 from rlt2i.interfaces import Objective, Policy, Reward, RewardBatch, RewardOutput
 from rlt2i.objectives.draft import DRaFT
@@ -26,6 +26,8 @@ from rlt2i.objectives.refl import ReFL
 from rlt2i.recipes import recipe_from_mapping
 from rlt2i.references import parse_yaml
 from rlt2i.rewards.guard import Guarded
+from rlt2i.run import train
+from rlt2i.runlog import read_metrics
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.seeds import uniform
@@ -151,13 +153,15 @@ def test_refl_draws_every_step_of_the_last_quarter_and_no_other():
     chosen = objective._draw(experience, context)
     assert chosen.sum(dim=1).tolist() == [1] * 32
     assert chosen.any(dim=0).nonzero().flatten().tolist() == [9, 10, 11]
-    # A masked step is not drawn, and a rollout with nothing left is left out.
+    # A masked step is not drawn; without any step of the window it is the last one, and without any step none.
     mask = torch.ones(32, 12, 1, 1, dtype=torch.bool)
     mask[:, 9:11] = False
     mask[0] = False
+    mask[1, 6:] = False
     chosen = objective._draw(with_credit(experience, mask=mask), context)
-    assert chosen[1:, 11].all()
+    assert chosen[2:, 11].all()
     assert not chosen[0].any()
+    assert chosen[1].nonzero().flatten().tolist() == [5]
 
 
 # -------------------------------------------------------------------------------------------- against plain autograd
@@ -214,7 +218,7 @@ def test_the_steps_taken_again_end_where_the_rollout_did():
     experience = collect(toy_engine(algorithm), prompts=2, group_size=4).experience
     context = toy_learner(algorithm)._context(8, 2, on_policy=True)
     rows = torch.arange(8)
-    learning = torch.ones(8, 4, dtype=torch.bool)
+    learning = torch.arange(6).expand(8, -1) >= 2
     ended, _ = objective._finish(algorithm.policy, experience, rows, 0 * rows, learning, context)  # type: ignore[arg-type]
     torch.testing.assert_close(ended.detach(), experience.trajectory.clean_latents)
 
@@ -230,7 +234,7 @@ def test_random_truncation_is_draft_of_the_drawn_depth():
     algorithm = toy_algorithm(objective, sampler=ODE(num_steps=6))
     experience = collect(toy_engine(algorithm), prompts=3, group_size=4).experience
     context = toy_learner(algorithm)._context(1, 1, on_policy=True)
-    depths = truncated_steps(uniform(context.seeds("draft", experience.keys), (), torch.device("cpu")), 5).sum(dim=1)
+    depths = random_depth(uniform(context.seeds("draft", experience.keys), (), torch.device("cpu")), 5)
     assert len(depths.unique()) > 2
     for row in range(4):
         alone = experience.take(torch.tensor([row]))
@@ -256,11 +260,32 @@ def test_weight_and_mask_apply_place_by_place(objective: Objective):
     assert torch.equal(masked["image"][..., :4], plain["image"][..., :4])
 
 
-def test_a_masked_step_is_a_detached_velocity():
+def test_a_masked_step_is_a_detached_velocity_and_does_not_count():
+    # Steps 1 and 3 learn; step 1 passes through step 3, x' (1 - a / 4), and unchanged through step 2.
     mask = torch.tensor([True, True, False, True]).view(1, 4, 1, 1)
-    experience, last = linear_gradient(DRaFT())
+    experience, _ = linear_gradient(DRaFT())
     _, two = linear_gradient(DRaFT(steps=2), with_credit(experience, mask=mask))
-    assert_same(two, last)
+    torch.testing.assert_close(two["image"][0], (1 + (1 - 0.5 / 4)) * MAP / 4)
+    # A window far from the end learns as well.
+    window = torch.tensor([True, False, False, False]).view(1, 4, 1, 1)
+    _, early = linear_gradient(DRaFT(), with_credit(experience, mask=window))
+    torch.testing.assert_close(early["image"][0], MAP / 4)
+    torch.testing.assert_close(
+        early["slope"], (MAP * experience.trajectory.latents[:, 0]).sum(dim=(1, 2, 3)).mean() / 4
+    )
+
+
+def test_every_rollout_starts_from_its_own_stored_state():
+    # Masks of their own: the gradient of each rollout is that which it has alone.
+    objective = DRaFT(steps=1)
+    algorithm = toy_algorithm(objective, sampler=SDE(num_steps=6, window=(0, 5)))
+    experience = collect(toy_engine(algorithm), prompts=1, group_size=4).experience
+    mask = torch.ones(4, 6, 1, 1, dtype=torch.bool)
+    mask[1, 3:], mask[2, 5:], mask[3] = False, False, False
+    experience = with_credit(experience, mask=mask)
+    alone = [gradient(objective, experience.take(torch.tensor([row]))) for row in range(3)]
+    together = gradient(objective, experience)
+    assert_same(together, {name: sum(part[name] for part in alone) / 4 for name in together})  # type: ignore[misc]
 
 
 def test_weights_of_each_step_apply_to_its_own_velocity():
@@ -293,10 +318,13 @@ def test_a_group_of_one_will_do_unless_the_map_compares(objective: Objective):
         toy_algorithm(objective, credit=comparing, sampler=ODE(num_steps=6)).check_group_size(1)
 
 
-def test_a_recipe_may_have_groups_of_one():
+def test_a_run_may_have_groups_of_one(tmp_path: Path):
     text = TOY.replace("group_size: 4", "group_size: 1").replace("{type: ClippedSurrogate, clip_range: 1e-3}", "DRaFT")
     recipe = recipe_from_mapping(parse_yaml(text))
-    recipe.algorithm().check_group_size(recipe.train.group_size)
+    train(recipe, tmp_path / "run")
+    logged = read_metrics(tmp_path / "run", "train")
+    assert [record["step"] for record in logged] == [1, 2]
+    assert all(record["grad_norm"] > 0 and record["reward/tied_groups"] == 1 for record in logged)
 
 
 # ---------------------------------------------------------------------------------------------- penalty and plumbing
