@@ -242,7 +242,7 @@ def launch(recipe: str, run: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
 
 
