@@ -1,6 +1,7 @@
 """Each objective against its published loss, written out once more in plain torch: value and gradient of an update.
 
-Policy, old policy and reference all differ, so every ratio, branch and penalty counts.
+Policy, old policy and reference all differ, so every ratio, branch and penalty counts. Every rollout has a weight map:
+the published mean over places becomes a weighted one, inside of ratios, logits and implicit rewards.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.types import Experience
 from tests.build import collect, toy_algorithm, toy_engine
-from tests.toy import ToyPolicy
+from tests.toy import SIDE, ToyPolicy
 
 NOISE, STEPS = 0.9, 3
 REVERSE = SDE(num_steps=6, window=(0, STEPS), kernel=FlowSDE(noise_level=NOISE))
@@ -48,12 +49,13 @@ def wide(values: Tensor) -> Tensor:
 
 @attrs.frozen(kw_only=True, eq=False)
 class World:
-    """Rollouts of the toy policy with random advantages A [B], and three sets of weights."""
+    """Rollouts of the toy policy with random advantages A [B] and maps [B, H, W], and three sets of weights."""
 
     policy: ToyPolicy
     experience: Experience
     weights: dict[str, dict[str, Tensor]]
     A: Tensor
+    map: Tensor
 
     @classmethod
     def of(cls, objective: Objective, sampler: Sampler) -> World:
@@ -71,8 +73,11 @@ class World:
         }
         A = 2 * torch.randn(found.num_rollouts, generator=draw)
         A[0] = 9.0  # beyond the clip
-        found = attrs.evolve(found, credit=attrs.evolve(found.credit, advantage=wide(A)))
-        world = cls(policy=policy, experience=found, weights=weights, A=A)
+        map_ = torch.rand(found.num_rollouts, SIDE, SIDE, generator=draw) + 0.1
+        map_ = map_ / map_.mean(dim=(1, 2), keepdim=True)
+        credit = attrs.evolve(found.credit, advantage=wide(A), weight=map_[:, None], grid=(SIDE, SIDE))
+        found = attrs.evolve(found, credit=credit)
+        world = cls(policy=policy, experience=found, weights=weights, A=A, map=map_)
         world._load("online")
         return world
 
@@ -106,6 +111,11 @@ class World:
             reward_gradient=no_reward,  # type: ignore[arg-type]
         )
 
+    def weighted(self, values: Tensor) -> Tensor:
+        """[B, C, H, W] or [B, H, W] -> [B]: the mean over latent coordinates under the weight map."""
+        places = values.mean(dim=1) if values.ndim == 4 else values
+        return (self.map * places).mean(dim=(1, 2))
+
     def velocity(self, x: Tensor, t: Tensor, name: str = "online") -> Tensor:
         conditioning = self.experience.trajectory.conditioning
         if name == "online":
@@ -114,7 +124,7 @@ class World:
             return self.policy.velocity(x, t, conditioning)
 
     def step(self, index: int, name: str = "online") -> tuple[Tensor, ...]:
-        """v, mean, s, full std, dt and log-prob [B] of a Flow-SDE step."""
+        """v, mean, s, full std, dt and log-prob [B, H, W] of a Flow-SDE step."""
         trajectory = self.experience.trajectory
         x, x_next = trajectory.latents[:, index], trajectory.latents[:, index + 1]
         now, then = trajectory.sigmas[index], trajectory.sigmas[index + 1]
@@ -123,7 +133,8 @@ class World:
         dt = then - now
         mu = x * (1 + s**2 / (2 * now) * dt) + v * (1 + s**2 * (1 - now) / (2 * now)) * dt
         full = s * torch.sqrt(-dt)
-        return v, mu, s, full, dt, mean(-((x_next - mu) ** 2) / (2 * full**2) - torch.log(full) - LOG_SQRT_2PI)
+        log_prob = -((x_next - mu) ** 2) / (2 * full**2) - torch.log(full) - LOG_SQRT_2PI
+        return v, mu, s, full, dt, log_prob.mean(dim=1)
 
     def images(self, objective: Objective, keys: Tensor, noise_keys: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """x_0, noise, sigma and x_sigma for every draw."""
@@ -162,7 +173,7 @@ def test_clipped_surrogate(form, eps: float):
     with torch.no_grad():
         old = [world.step(t, "old")[5] for t in range(STEPS)]
     recorded = world.experience.trajectory.log_probs.clone()
-    recorded[:, :STEPS] = torch.stack(old, dim=1)[:, :, None, None]  # only their mean over places matters
+    recorded[:, :STEPS] = torch.stack(old, dim=1)
     trajectory = attrs.evolve(world.experience.trajectory, log_probs=recorded)
     world = attrs.evolve(world, experience=attrs.evolve(world.experience, trajectory=trajectory))
 
@@ -177,7 +188,7 @@ def test_clipped_surrogate(form, eps: float):
                 "v": mean((v - v_ref) ** 2),
                 "x": mean((mu - mu_ref) ** 2),
             }[form]
-            total = total + (clip(world.A, torch.exp(log_prob - old[t]), eps) + 0.4 * kl).mean() / STEPS
+            total = total + (clip(world.A, torch.exp(world.weighted(log_prob - old[t])), eps) + 0.4 * kl).mean() / STEPS
         return total
 
     compare(objective, world, published)
@@ -193,8 +204,8 @@ def test_grpo_guard(inverse_dt: bool):
         for t in range(STEPS):
             _, mu, _, full, dt, log_prob = world.step(t)
             _, mu_old, _, _, _, old = world.step(t, "old")
-            bias = mean((mu - mu_old) ** 2) / (2 * full**2)
-            loss = clip(world.A, torch.exp((log_prob - old + bias) * full), 0.05)
+            bias = ((mu - mu_old) ** 2).mean(dim=1) / (2 * full**2)
+            loss = clip(world.A, torch.exp(world.weighted(log_prob - old + bias) * full), 0.05)
             total = total + (loss / (-dt if inverse_dt else 1)).mean() / STEPS
         return total
 
@@ -211,7 +222,7 @@ def test_flow_dppo(threshold: float):
         for t in range(STEPS):
             _, mu, _, full, _, log_prob = world.step(t)
             _, mu_old, _, _, _, old = world.step(t, "old")
-            ratio, kl = torch.exp(log_prob - old), mean((mu - mu_old) ** 2) / (2 * full**2)
+            ratio, kl = torch.exp(world.weighted(log_prob - old)), mean((mu - mu_old) ** 2) / (2 * full**2)
             away = ((A > 0) & (ratio > 1)) | ((A < 0) & (ratio < 1))
             total = total + torch.where((kl >= threshold) & away, 0, -A * ratio).mean() / STEPS
         return total
@@ -220,10 +231,15 @@ def test_flow_dppo(threshold: float):
 
 
 @pytest.mark.parametrize(("beta", "mode"), [(1.0, "all"), (0.1, "binary"), (1.0, "one_only"), (0.5, "positive_only")])
-def test_diffusion_nft(beta: float, mode):
-    objective = DiffusionNFT(beta=beta, label=mode, kl_weight=0.1)
+@pytest.mark.parametrize("spatial", ["weight", "label"])
+def test_diffusion_nft(beta: float, mode, spatial):
+    objective = DiffusionNFT(beta=beta, label=mode, kl_weight=0.1, spatial=spatial)
     world = World.of(objective, ODE(num_steps=6))
-    clipped = world.A.clamp(-5, 5)
+    # A map either weighs the loss of a place on both branches, or scales the advantage behind its label.
+    A, loss_map = world.A[:, None, None].expand_as(world.map), world.map
+    if spatial == "label":
+        A, loss_map = A * world.map, torch.ones_like(A)
+    clipped = A.clamp(-5, 5)
     clipped = {
         "all": clipped,
         "binary": clipped.sign(),
@@ -239,8 +255,9 @@ def test_diffusion_nft(beta: float, mode):
             loss = torch.zeros(())
             for branch, share in ((beta * v + (1 - beta) * v_old, r), ((1 + beta) * v_old - beta * v, 1 - r)):
                 residual = x - wide(t) * branch - x0
-                loss = loss + share * mean(residual**2) / mean(residual.detach().abs()).clamp(min=1e-5)
-            losses.append((5 * loss / beta + 0.1 * mean((v - v_ref) ** 2)).mean())
+                scale = mean(residual.detach().abs()).clamp(min=1e-5)[:, None, None]
+                loss = loss + loss_map * share * (residual**2).mean(dim=1) / scale
+            losses.append((5 * loss / beta).mean() + 0.1 * mean((v - v_ref) ** 2).mean())
         return torch.stack(losses).mean()
 
     compare(objective, world, published)
@@ -254,7 +271,7 @@ def test_awm(weighting, kl, ema: float):
     A, on_policy = world.A.clamp(-5, 5) / 5 * 2, ema > 0  # with a slow average there is no old policy
 
     def likelihood(velocity: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        m = mean((velocity - target) ** 2)
+        m = world.weighted((velocity - target) ** 2)
         return {
             "uniform": -m,
             "t": -t * m,
@@ -291,14 +308,15 @@ def test_dgpo(beta: float, clip_range: float | None, anchor, kl: float):
         losses = []
         for x0, noise, t, x in world.images(objective, groups, groups):  # noise and sigma are the group's
             v, v_old, v_ref = (world.velocity(x, t, name) for name in ("online", "old", "reference"))
-            m, m_old, m_ref = (mean((velocity - noise + x0) ** 2) for velocity in (v, v_old, v_ref))
+            m, m_old, m_ref = (world.weighted((velocity - noise + x0) ** 2) for velocity in (v, v_old, v_ref))
             W = torch.zeros_like(A)
             for group in groups.unique():
                 members = groups == group
                 pull = A[members] * beta * (m - (m_ref if anchor == "reference" else m_old))[members]
                 W[members] = torch.sigmoid(pull.sum() / members.sum()).detach()
             if clip_range is not None:
-                ratio = torch.exp(m_old - m)
+                # How far a sample has moved is not a matter of credit: no map.
+                ratio = torch.exp(mean((v_old - noise + x0) ** 2) - mean((v - noise + x0) ** 2))
                 m = torch.where(torch.where(A > 0, ratio > 1 + clip_range, ratio < 1 - clip_range), m.detach(), m)
             losses.append((W * A * m + kl * mean((v - v_ref) ** 2)).mean())
         return torch.stack(losses).mean()
@@ -342,7 +360,7 @@ def test_crd(temperature: float | None, form, centre, kl: float, adaptive: bool)
             for velocity in (v, v_old):
                 residual = velocity - (noise - x0)
                 scale = mean(residual.detach().abs()).clamp(min=1e-5) if adaptive else torch.ones(())
-                errors.append(mean(residual**2) / scale)
+                errors.append(world.weighted(residual**2) / scale)
             loss = centred(errors[1] - errors[0]) * 5 / 2.0
             if kl > 0:
                 least = 1e-4 / kl
@@ -361,7 +379,8 @@ def test_online_dpo():
     def published() -> Tensor:
         losses, members = [], world.experience.groups
         for x0, noise, t, x in world.images(objective, members, members):
-            gap = mean((world.velocity(x, t) - noise + x0) ** 2) - mean((world.velocity(x, t, "old") - noise + x0) ** 2)
+            now, anchor = (world.velocity(x, t, name) - noise + x0 for name in ("online", "old"))
+            gap = world.weighted(now**2 - anchor**2)
             for group in groups:
                 rows = (members == group).nonzero()[:, 0]
                 winner, loser = rows[world.A[rows].argmax()], rows[world.A[rows].argmin()]
@@ -379,7 +398,7 @@ def test_weighted_matching():
         losses = []
         for x0, noise, t, x in world.images(objective, world.experience.keys, world.experience.keys):
             v, v_ref = world.velocity(x, t), world.velocity(x, t, "reference")
-            error = world.A.clamp(min=0) * mean((v - noise + x0) ** 2)
+            error = world.A.clamp(min=0) * world.weighted((v - noise + x0) ** 2)
             losses.append((error + 0.1 * mean((v - v_ref) ** 2)).mean())
         return torch.stack(losses).mean()
 
