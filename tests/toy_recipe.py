@@ -10,11 +10,13 @@ import torch
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.credit.text_attention import TextAttention
+from rlt2i.credit.tree import TreeAdvantage
 from rlt2i.interfaces import RewardBatch, RewardOutput
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.recipes import Recipe
 from rlt2i.rewards.jpeg import JPEGCompressibility
+from rlt2i.samplers.branching import TreeSDE
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.train_config import TrainConfig
@@ -55,6 +57,13 @@ def clipped(**train: object) -> Recipe:
         task=ToyTask(),
         train=TrainConfig(**(settings | train)),  # type: ignore[arg-type]
     )
+
+
+def tree() -> Recipe:
+    """Rollouts that share steps."""
+    recipe = clipped()
+    sampler = TreeSDE(num_steps=4, splits=(0, 2))
+    return attrs.evolve(recipe, sampler=sampler, credit=Product(advantage=TreeAdvantage()))
 
 
 def nft() -> Recipe:

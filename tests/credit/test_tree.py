@@ -20,17 +20,14 @@ from rlt2i.interfaces import CreditAssigner, Objective, Sampler
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.objectives.reduction import trainable_steps
-from rlt2i.run import train
 from rlt2i.samplers.branching import BranchSDE, TreeSDE
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.ode import ODE
 from rlt2i.types import Experience, Prompts
-from tests import toy_recipe
 from tests.build import collect, gradients, toy_algorithm, toy_engine, toy_learner
 from tests.credit.contexts import make_context
 from tests.objectives.cases import FORWARD, REVERSE, assert_same, with_credit
 from tests.test_learning import Constant, Failing
-from tests.test_trainer import assert_equal_bits, weights
 from tests.toy import SIDE
 
 TREE = TreeSDE(num_steps=4, splits=(0, 2), kernel=FlowSDE(noise_level=0.9))
@@ -239,12 +236,3 @@ def test_tree_credit_learns(objective: Objective, sampler: Sampler):
         rewards.append(float(batch.scores.scores.mean()))
     assert abs(rewards[0] - 0.5) < 0.02
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.01, rewards
-
-
-def test_a_run_continues_bit_for_bit(tmp_path):
-    recipe = attrs.evolve(toy_recipe.clipped(), sampler=TREE, credit=CREDIT)
-    recipe = attrs.evolve(recipe, train=attrs.evolve(recipe.train, group_size=4, updates=2, checkpoint_every=1))
-    train(recipe, tmp_path / "run")
-    whole = weights(tmp_path / "run", 2)
-    train(recipe, tmp_path / "run", resume=tmp_path / "run" / "checkpoint-00000001")
-    assert_equal_bits(whole, weights(tmp_path / "run", 2))
