@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from rlt2i.checkpoint import CheckpointError, latest_checkpoint
 from rlt2i.dry_run import describe_run
+from rlt2i.rewards.combinators import Affine
 from rlt2i.run import train
 from rlt2i.runlog import read_metrics
 from rlt2i.tasks.shapes.reward import ShapesReward
@@ -138,10 +139,10 @@ def test_every_update_logs_what_a_user_looks_for(tmp_path):
 
 
 def test_held_out_rewards_are_scored_and_change_nothing(tmp_path):
-    recipe = toy_recipe.watched()
+    recipe = toy_recipe.watched(updates=2, eval_every=1)
     train(recipe, tmp_path / "watched")
-    train(toy_recipe.clipped(), tmp_path / "plain")
-    assert_equal_bits(weights(tmp_path / "watched", 4), weights(tmp_path / "plain", 4))
+    train(toy_recipe.clipped(updates=2, eval_every=1), tmp_path / "plain")
+    assert_equal_bits(weights(tmp_path / "watched", 2), weights(tmp_path / "plain", 2))
     base, halfway, last = read_metrics(tmp_path / "watched", "eval")
     images = load_file(tmp_path / "watched" / "images" / "eval-000000.safetensors")
     sizes = images["heldout/size/scores"]
@@ -158,12 +159,20 @@ def test_held_out_rewards_are_scored_and_change_nothing(tmp_path):
     assert recipe.heldout["dying"].calls[-1] == -1  # closed
 
 
+def test_the_alarm_rings_in_a_run_whose_held_out_reward_falls(tmp_path, capsys):
+    opposite = Affine(reward=toy_recipe.QuadrantBrightness(), scale=-1.0)
+    settings = {"updates": 3, "eval_every": 0, "ema_decay": None, "learning_rate": 0.1, "eval_prompts": 24}
+    train(attrs.evolve(toy_recipe.clipped(**settings), heldout={"opposite": opposite}), tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[-1]["alarms"] == 1
+    assert "alarm: the trained reward rose while held-out rewards fell: opposite by" in capsys.readouterr().out
+
+
 def test_what_is_watched_may_change_between_a_run_and_its_continuation(tmp_path):
-    train(toy_recipe.clipped(updates=2), tmp_path / "run")
-    train(toy_recipe.watched(updates=4), tmp_path / "run", resume="latest")
+    train(toy_recipe.clipped(updates=1), tmp_path / "run")
+    train(toy_recipe.watched(updates=2), tmp_path / "run", resume="latest")
     assert "eval/heldout/size" in read_metrics(tmp_path / "run", "eval")[-1]
-    train(toy_recipe.clipped(updates=6), tmp_path / "run", resume="latest")
-    assert [r["step"] for r in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    train(toy_recipe.clipped(updates=3), tmp_path / "run", resume="latest")
+    assert [r["step"] for r in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_a_held_out_reward_without_its_metadata_is_refused_before_anything_runs(tmp_path):

@@ -23,6 +23,7 @@ from rlt2i.rewards.naming import named_reward
 from rlt2i.suites import results
 from rlt2i.suites.catalogue import load_suite, suite_mapping
 from rlt2i.suites.folder import (
+    FINGERPRINT,
     RESULTS,
     SUITE,
     EvaluationError,
@@ -321,13 +322,14 @@ def _reward_file(folder: Folder, name: str) -> str:
 
 
 def base_beside(folder: Folder) -> Path | None:
-    """The evaluation of the base by the same suite next to this one, if there is a complete one."""
+    """The evaluation of the same policy's base by the same suite next to this one, if there is a complete one."""
     fingerprint = folder.fingerprint()
     for path in sorted(folder.path.parent.iterdir()):
-        if path == folder.path or not (path / RESULTS).is_file():
+        if path == folder.path or not ((path / FINGERPRINT).is_file() and (path / RESULTS).is_file()):
             continue
         other = Folder(path=path).fingerprint()
-        if other["weights"]["set"] == "base" and other["suite"] == fingerprint["suite"]:
+        same = all(other[key] == fingerprint[key] for key in ("suite", "policy"))
+        if same and other["weights"]["set"] == "base":
             return path
     return None
 

@@ -75,7 +75,7 @@ def generate(
         chunk = drawings[start : start + size]
         missing = [i for i, d in enumerate(chunk) if d.id not in done]
         if missing:
-            images = draw(policy, chunk).cpu()
+            images = draw(policy, chunk)
             health = {measure.__name__: measure(images).tolist() for measure in MEASURES}
             records = []
             for i in missing:

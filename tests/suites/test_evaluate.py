@@ -370,6 +370,8 @@ def test_the_base_beside_must_be_of_the_same_suite(tmp_path: Path):
     run(tmp_path / "mine", prompts=4)
     # Both are bases; the one with the same prompts counts.
     assert base_beside(Folder(path=tmp_path / "mine")) == tmp_path / "corners-base"
+    run(tmp_path / "z", attrs.evolve(RECIPE, policy=attrs.evolve(RECIPE.policy, seed=1)), prompts=4)
+    assert base_beside(Folder(path=tmp_path / "z")) is None
 
 
 def test_scores_of_unlike_rewards_are_not_compared(tmp_path: Path):
