@@ -48,7 +48,7 @@ def weight_statistics(weight: Tensor, stochastic: Tensor) -> dict[str, Tensor]:
         "map/..." [1|B, 1|T] where the weight resolves places, "time/..." [1|B] where it resolves steps: entropy
         relative to uniform, effective support as a share of the places or steps, and the largest weight.
     """
-    statistics = {}
+    statistics: dict[str, Tensor] = {}
     if weight.shape[2:] != (1, 1):
         statistics |= _concentration("map", weight)
     if weight.shape[1] > 1:

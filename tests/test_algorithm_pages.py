@@ -59,6 +59,12 @@ def test_every_part_has_a_page():
     assert not missing, f"link to the source of {sorted(missing)} under **Composition** of their pages"
 
 
+def test_the_readme_names_every_part():
+    text = (FOLDER.parents[1] / "README.md").read_text(encoding="utf-8")
+    missing = [name for name in SHIPPED if f"`{name}`" not in text]
+    assert not missing, f"add to the table under ## Parts: {missing}"
+
+
 def test_every_recipe_has_one_page():
     owners: dict[str, list[str]] = {entry.name: [] for entry in list_recipes()}
     for page in PAGES:
@@ -92,8 +98,8 @@ def _toy_batch(page: Page) -> dict[str, float]:
         masks=tuple(part("Mask", name) for name in mine["Mask"]),
     )
     algorithm = toy_algorithm(objective, credit=credit, sampler=sampler, reward=Judged())
-    group_size = GROUP_SIZES.get(type(sampler).__name__, 6)
-    batch = collect(toy_engine(algorithm), prompts=3, group_size=group_size)
+    group_size = GROUP_SIZES.get(type(sampler).__name__, 4)
+    batch = collect(toy_engine(algorithm), prompts=2, group_size=group_size)
     learned = toy_learner(algorithm).learn(batch.experience)
     return learned | observations(batch, lambda values: float(values.mean()))
 

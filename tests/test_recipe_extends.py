@@ -73,3 +73,14 @@ def test_mistakes_name_the_file_and_the_field(text: str, message: str, tmp_path:
         load_recipe(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mixgrpo-sd35-geneval", "star-nft-sd35-geneval"])
+def test_the_plan_of_a_recipe_that_extends_another_needs_no_weights(name: str):
+    from rlt2i.dry_run import describe_run
+
+    recipe = load_recipe(name)
+    text = describe_run(recipe, world_size=2)
+    assert text.startswith(f"{name}  {recipe.hash[:8]}  evidence: unrun")
+    assert f"{recipe.train.prompts_per_update} prompts x {recipe.train.group_size} rollouts" in text
+    assert "memory, " in text
