@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from rlt2i.checkpoint import latest_checkpoint, load_checkpoint
+from rlt2i.cli import main
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.best_of_group import BestOfGroup
 from rlt2i.credit.group_relative import GroupRelative
@@ -186,7 +187,9 @@ def test_the_shipped_recipe_names_the_command_that_makes_its_pairs(tmp_path: Pat
     with pytest.raises(FileNotFoundError, match="rlt2i pairs RECIPE FOLDER"):
         train(recipe, tmp_path / "run")
     rendered_pairs(Path("pairs/shapes"), count=4)
-    small = attrs.evolve(recipe.train, updates=1, prompts_per_update=4, eval_prompts=0, trackers=())
+    small = attrs.evolve(
+        recipe.train, updates=1, updates_per_rollout=1, prompts_per_update=4, eval_prompts=0, trackers=()
+    )
     train(attrs.evolve(recipe, train=small), tmp_path / "run")
     (update,) = read_metrics(tmp_path / "run")
     assert update["loss/dpo"] == pytest.approx(math.log(2), abs=1e-4)
@@ -223,3 +226,14 @@ def test_making_pairs_goes_on_where_it_was_cut_off(tmp_path: Path):
         made(tmp_path / "cut", prompts=6, seed=1)
     with pytest.raises(ValueError, match="Use images >= 2"):
         made(tmp_path / "one", prompts=6, images=1)
+
+
+def test_the_command_makes_pairs_that_a_recipe_trains_on(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = tmp_path / "pairs"
+    command = ["pairs", "tests.toy_recipe:clipped", str(folder), "--prompts", "4", "--images", "2", "--steps", "2"]
+    assert main(command) == 0
+    assert f"{folder / 'pairs.jsonl'}: 4 pairs" in capsys.readouterr().out
+    train(toy_recipe(folder / "pairs.jsonl", updates=1, eval_prompts=0), tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[0]["grad_norm"] > 0
+    assert main([*command, "--seed", "1"]) == 2
+    assert "made with other settings (seed)" in capsys.readouterr().err
