@@ -138,6 +138,7 @@ def draw_suite(
         images_per_chunk=recipe.train.images_per_device,
         device=job.device,
     )
+    found_versions = versions()
     fingerprint = {
         "suite": {
             "name": suite.name,
@@ -156,7 +157,7 @@ def draw_suite(
             "checkpoint": None if path is None else path.name,
             "sha256": tensors_sha256(policy.trainable_parameters()),
         },
-        "made_with": {key: versions().get(key) for key in _MADE_WITH},
+        "made_with": {key: found_versions.get(key) for key in _MADE_WITH},
     }
     everything = drawings(chosen, suite.images_per_prompt)
     mine = job.shard.of(everything)
