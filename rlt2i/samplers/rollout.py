@@ -99,6 +99,7 @@ def denoise(
         if (edges >= 0).any():
             noisy = (edges >= 0).to(noise.device)[:, None, None]
             transition = kernel.transition(latents, velocity, sigma, sigma_next, sigma_max=float(sigmas[1]))
+            # A rollout without noise (-1) gets somebody's, and is put back on the ODE below.
             drawn = transition.mean + transition.std * noise.step(tuple(latents.shape[1:]))[edges]
             moved = torch.where(noisy[:, None], drawn, moved)
             log_prob = torch.where(noisy, kernel.log_prob_map(drawn, transition), log_prob)
