@@ -17,7 +17,7 @@ import csv
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -133,22 +133,23 @@ class Curve:
     """What a committed curve came to.
 
     Attributes:
-        base, end: held-out strict accuracy before the first update and after the last.
+        measure: what is compared: "strict accuracy", or "reward" where the trained reward has no strict form.
+        base, end: of held-out prompts, before the first update and after the last.
         gain, low, high: paired gain and its 95 % interval.
-        objects, asked: per held-out image.
+        aside: what else there is to say: objects per image, or what a judge that was never trained on says.
         fresh: whether the recipe is still the one that was run.
     """
 
     recipe: str
     seed: int
     updates: int
+    measure: str
     base: float
     end: float
     gain: float
     low: float
     high: float
-    objects: float
-    asked: float
+    aside: str
     fresh: bool
 
     @property
@@ -173,24 +174,35 @@ def read_curves(recipe: str) -> list[Curve]:
     for path in sorted(CURVES.glob(f"{recipe}-s*.csv")):
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
         first, last = rows[0], rows[-1]
-        if not last.get("eval/strict_gain"):
-            continue  # a reward that has no strict form; its page tells of it by hand
+        strict = bool(last.get("eval/strict_gain"))
+        key = "eval/strict" if strict else "eval/reward"
         curves.append(
             Curve(
                 recipe=recipe,
                 seed=int(last["seed"]),
                 updates=int(last["update"]),
-                base=float(first["eval/strict"]),
-                end=float(last["eval/strict"]),
-                gain=float(last["eval/strict_gain"]),
-                low=float(last["eval/strict_gain_low"]),
-                high=float(last["eval/strict_gain_high"]),
-                objects=float(last["eval/objects"]),
-                asked=float(last["eval/objects_asked"]),
-                fresh=load_recipe(recipe).hash.startswith(last["hash"]),
+                measure="strict accuracy" if strict else "reward",
+                base=float(first[key]),
+                end=float(last[key]),
+                gain=float(last[f"{key}_gain"]),
+                low=float(last[f"{key}_gain_low"]),
+                high=float(last[f"{key}_gain_high"]),
+                aside=_aside(last),
+                fresh=load_recipe(recipe, [f"train.seed={last['seed']}"]).hash.startswith(last["hash"]),
             )
         )
     return curves
+
+
+def _aside(last: Mapping[str, str]) -> str:
+    judge = "eval/heldout/shapes"
+    if last.get(f"{judge}_gain"):
+        gain, low, high = (_gain(float(last[f"{judge}_{name}"])) for name in ("gain", "gain_low", "gain_high"))
+        return f"; the exact verifier, which was not trained on, moved by {gain} [{low}, {high}]"
+    if last.get("eval/objects"):
+        objects, asked = float(last["eval/objects"]), float(last["eval/objects_asked"])
+        return f"; {objects:.2f} objects per image where {asked:.2f} are asked for"
+    return ""
 
 
 def sentences(recipe: str) -> list[str]:
@@ -201,10 +213,9 @@ def sentences(recipe: str) -> list[str]:
         override = f" --set train.seed={curve.seed}" if curve.seed != train.seed else ""
         of_all = f" of {train.updates}" if curve.updates < train.updates else ""
         said.append(
-            f"`{recipe}`, seed {curve.seed}: held-out strict accuracy {_share(curve.base)} at the base and "
+            f"`{recipe}`, seed {curve.seed}: held-out {curve.measure} {_share(curve.base)} at the base and "
             f"{_share(curve.end)} after {curve.updates}{of_all} updates, a paired gain of {_gain(curve.gain)} "
-            f"[{_gain(curve.low)}, {_gain(curve.high)}] on {train.eval_prompts} images, {curve.verdict}; "
-            f"{curve.objects:.2f} objects per image where {curve.asked:.2f} are asked for "
+            f"[{_gain(curve.low)}, {_gain(curve.high)}] on {train.eval_prompts} images, {curve.verdict}{curve.aside} "
             f"(`rlt2i train {recipe}{override}`, then `python -m benchmarks.curve`)."
         )
         if not curve.fresh:
@@ -334,6 +345,7 @@ def rewritten() -> dict[Path, str]:
         files[page.path] = resulted(composed(text, page, entries), page)
     files[INDEX] = indexed(INDEX.read_text(encoding="utf-8"), pages, entries)
     curves = [curve for page in pages for name in page.embedded for curve in read_curves(name)]
+    curves = [curve for curve in curves if curve.measure == "strict accuracy"]  # one scale
     files[FIGURE] = figure(curves)
     return files
 
