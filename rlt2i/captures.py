@@ -21,8 +21,8 @@ PREFERENCE = "preference"
 """Capture [B, T] of samplers that read pairs: +1 for the winner of a pair, -1 for its loser, at every step."""
 
 EDGES = "edges"
-"""Capture [B, T] long of samplers whose rollouts share steps: which noisy step a rollout takes. Rollouts of a group with
-equal numbers at a step take it together; -1 where a rollout draws no noise."""
+"""Capture [B, T] long of samplers whose rollouts share steps: which noisy step a rollout takes. Rollouts of a group
+with equal numbers at a step take it together; -1 where a rollout draws no noise."""
 
 _BLOCKS = re.compile(r"middle|all|\d+|(\d+)-(\d+)")
 
