@@ -186,6 +186,18 @@ def test_advantages_permute_with_rollouts(name: str):
     torch.testing.assert_close(advantage.advantage(permuted(context, order)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", PARTS["Advantage"])
+def test_advantages_keep_to_their_bound(name: str):
+    free, context = of("Advantage", name)
+    if "clip" not in attrs.fields_dict(type(free)):
+        pytest.skip(f"{name} has no bound")
+    spread = attrs.evolve(free, clip=100.0).advantage(fresh(context)).abs().max()
+    bound = 0.9 * float(spread)
+    found = attrs.evolve(free, clip=bound).advantage(fresh(context))
+    assert spread > bound > 0
+    assert float(found.abs().max()) == pytest.approx(bound)
+
+
 def shuffled_order(context: CreditContext) -> Tensor:
     """Another order of the rollouts in which groups stay together."""
     size, count = context.group_size, context.trajectory.num_rollouts

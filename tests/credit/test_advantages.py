@@ -15,6 +15,7 @@ from rlt2i.credit.gdpo import GDPO
 from rlt2i.credit.rwr import RewardWeights
 from rlt2i.credit.turning_points import TurningPoints
 from rlt2i.credit.win_rate import WinRate
+from rlt2i.functional.step_credit import clean_similarity, coca_advantage, coca_contribution
 from rlt2i.interfaces import CreditContext
 from tests.credit.contexts import make_context
 
@@ -181,3 +182,16 @@ def test_coca_by_hand():
     ratio = found[2, 1] / found[0, 1]
     assert float(ratio) == pytest.approx(2.0, abs=1e-3)
     torch.testing.assert_close(found[:, 0].abs(), torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_coca_bounds_the_outcome_before_it_is_spread():
+    # Nine rollouts fail and one succeeds: its advantage is 3, nine times that of the others. Bounded at 1 it is three
+    # times theirs, which shows where the rollouts contributed at different steps.
+    context = make_context([0.0] * 9 + [1.0], group_size=10, num_steps=3, stochastic=(0, 1, 2))
+    predictions, final = context.trajectory.captures["clean_predictions"], context.trajectory.clean_latents
+    contribution = coca_contribution(clean_similarity(predictions, final))
+    outcome = torch.tensor([-1 / 3] * 9 + [1.0])
+    spread = coca_advantage(outcome, contribution, 10, alpha=0.5).clamp(-1, 1)
+    expect(CoCA(alpha=0.5, clip=1.0), context, spread.tolist())
+    unbounded = coca_advantage(torch.tensor([-1 / 3] * 9 + [3.0]), contribution, 10, alpha=0.5).clamp(-1, 1)
+    assert not torch.allclose(unbounded, spread, atol=1e-2)

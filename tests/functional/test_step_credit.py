@@ -38,6 +38,23 @@ def test_coca_advantage_by_hand():
     close(coca_advantage(torch.tensor([2.0, -2.0]), contribution, 2, alpha=0.0, eps=0.0), [[1, 1], [-1, -1]])
 
 
+def test_coca_counts_what_is_still_to_come():
+    # Still to be contributed: 1 and .8 by the first rollout, 1 and .5 by the second, so 2, 1.6 against 1, .5. What was
+    # contributed so far, .2 and .5 of it at the first step, would turn the order around: .4 against .5.
+    contribution = torch.tensor([[0.2, 0.8], [0.5, 0.5]])
+    close(coca_advantage(torch.tensor([2.0, 1.0]), contribution, 2, alpha=0.0, eps=0.0), [[1, 1], [-1, -1]])
+
+
+def test_a_step_without_gain_is_no_turn_and_the_last_step_has_nothing_to_agree_with():
+    final = torch.tensor([2.0])
+    # Nothing was lost at the first step, so the second does not turn anything around.
+    assert turning_points(torch.tensor([0.0]), torch.tensor([[0.0, 1.0]]), final).tolist() == [[False, False]]
+    # The second turns, but the outcome is reached: R_final - R_t is 0 and not of its sign.
+    steps = torch.tensor([[-1.0, 2.0]])
+    assert turning_points(torch.tensor([0.0]), steps, final).tolist() == [[False, False]]
+    assert turning_points(torch.tensor([0.0]), steps, final, consistent_later=False).tolist() == [[False, True]]
+
+
 def test_turning_points_by_hand():
     # ODE 0, then 1, -1, 2, final 3: gains +1, -2, +3 against a rising outcome: the third step turns, the first
     # starts.
