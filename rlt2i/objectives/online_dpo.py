@@ -25,6 +25,7 @@ class OnlineDPO(Objective):
     Attributes:
         beta: strength of the preference, for errors that are means over latent dimensions.
         refresh_every: optimiser updates after which the anchor is set to the current policy; 0 keeps it for ever.
+            Looked at after every rollout batch, so a multiple of updates_per_rollout is exact.
         sigmas: the noise levels trained at.
     """
 

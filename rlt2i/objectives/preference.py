@@ -12,7 +12,7 @@ from rlt2i.functional.matching import flow_matching_error, noised
 from rlt2i.functional.preference import dpo_logits, dpo_loss
 from rlt2i.interfaces import Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws, shared_noise
-from rlt2i.objectives.reduction import on_grid, trainable_steps
+from rlt2i.objectives.reduction import trainable_steps, weight_and_mask
 from rlt2i.types import Experience, Loss
 
 
@@ -45,7 +45,7 @@ def preference_losses(
             anchored = policy.velocity(state, level.repeat(2), pairs.conditioning)
         error = flow_matching_error(velocity, pairs.clean_latents, noise.repeat(2, 1, 1, 1))
         anchor_error = flow_matching_error(anchored, pairs.clean_latents, noise.repeat(2, 1, 1, 1))
-        weight = on_grid(pairs.weight * pairs.mask, grid)
+        weight = weight_and_mask(pairs, grid)
 
         n = len(pair)
         logits = dpo_logits(

@@ -140,7 +140,7 @@ def test_a_mask_divides_by_what_is_left(name: str):
     assert_same({k: 2 / 3 * two[k] + 1 / 3 * one[k] for k in whole}, whole)
 
 
-@pytest.mark.parametrize("name", [*(n for n in ALL if n not in ("dpo", *BACKPROP)), "guard-location", "clipped-sample"])
+@pytest.mark.parametrize("name", [*(n for n in ALL if n not in BACKPROP), "guard-location", "clipped-sample"])
 def test_masked_places_leave_loss_and_denominator(name: str):
     # Half of the places masked and the rest at weight 1 is the same as weight 2 there and 0 elsewhere.
     objective = {
