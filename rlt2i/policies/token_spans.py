@@ -1,8 +1,8 @@
 """From the words a user cares about to positions in the token sequences that a network attends to.
 
-Tokenizers report which characters each token stands for, so a phrase is found in the *prompt* first (whole words, any
-case, plurals too) and then every token that covers one of its characters counts. Special and padding tokens cover no
-character and truncated words have no token; neither can appear.
+Tokenizers report which characters each token stands for, so a phrase is found in the *prompt* first (`find_phrase`)
+and then every token that covers one of its characters counts. Special and padding tokens cover no character, and a word
+that the token limit cuts off or cuts in two has none; neither can appear.
 """
 
 from __future__ import annotations
@@ -13,80 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rlt2i.functional.phrases import Characters, content_phrases, find_phrase
+from rlt2i.functional.typography import is_blank, is_invisible
 from rlt2i.types import TokenSpan
-
-Characters = tuple[int, int]
-
-FUNCTION_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        a about above across after against all along also am among an and another any are around as at be been before
-        behind being below beneath beside besides between beyond both but by can could did do does doing down during
-        each either every few for from further had has have having he her here hers him his how i if image in inside
-        into is it its itself just like many may me might more most much must my near next no nor not of off on once one
-        only onto or other our out outside over own per photo photograph picture reads same saying says she should so
-        some such than that the their them then there these they this those through to together too toward towards under
-        until up upon us very was we were what when where which while who whom whose why will with within without would
-        you your
-        """,
-    )
-)
-"""Words that name nothing in an image; dropped when the user marks no core phrase."""
-
-_IRREGULAR = {
-    "person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese",
-    "foot": "feet", "tooth": "teeth", "ox": "oxen",
-}  # fmt: skip
-_QUOTED = re.compile(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|(?<!\w)['\u2018]([^'\u2019]+)['\u2019](?!\w)")
-_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
-_QUOTES = "\"'\u201c\u201d\u2018\u2019"
-
-
-def find_phrase(phrase: str, text: str) -> list[Characters]:
-    """Every place where the text says the phrase: whole words, any case, any spacing, last word singular or plural.
-
-    Args:
-        phrase: one or more words; surrounding quotes are ignored.
-        text: the prompt.
-
-    Returns:
-        Character ranges (start, end), in order; empty when the text does not say it.
-    """
-    *head, last = phrase.strip().strip(_QUOTES).split() or [""]
-    if not last:
-        return []
-    pattern = r"\s+".join([*map(re.escape, head), f"(?:{'|'.join(map(re.escape, _number_forms(last)))})"])
-    before = r"(?<!\w)" if re.match(r"\w", (head or [last])[0]) else ""
-    after = r"(?!\w)" if re.search(r"\w$", last) else ""
-    return [match.span() for match in re.finditer(before + pattern + after, text, re.IGNORECASE)]
-
-
-def _number_forms(word: str) -> list[str]:
-    """The word and its plurals, longest first."""
-    low = word.lower()
-    forms = {word, _IRREGULAR.get(low, word)}
-    if word[-1:].isalpha():
-        forms |= {word + "s", word + "es"}
-        if low.endswith("y"):
-            forms.add(word[:-1] + "ies")
-        if low.endswith("f"):
-            forms.add(word[:-1] + "ves")
-        if low.endswith("fe"):
-            forms.add(word[:-2] + "ves")
-    return sorted(forms, key=len, reverse=True)
-
-
-def content_phrases(text: str) -> tuple[str, ...]:
-    """What a prompt is about when nobody says: its quoted strings, each whole, and its words but function words."""
-    quoted = list(_QUOTED.finditer(text))
-    found = [(match.start(), next(filter(None, match.groups())).strip()) for match in quoted]
-    for match in _WORD.finditer(text):
-        inside_quotes = any(quote.start() <= match.start() < quote.end() for quote in quoted)
-        if not inside_quotes and match[0].lower() not in FUNCTION_WORDS:
-            found.append((match.start(), match[0]))
-    unique = {phrase.lower(): phrase for _, phrase in sorted(found, reverse=True) if phrase}
-    return tuple(reversed(unique.values()))
 
 
 def covering_tokens(ranges: Sequence[Characters], text: str, offsets: Sequence[Characters]) -> tuple[int, ...]:
@@ -97,8 +26,18 @@ def covering_tokens(ranges: Sequence[Characters], text: str, offsets: Sequence[C
         text: the prompt.
         offsets: per token, the characters it stands for; (0, 0) for special and padding tokens.
     """
-    visible = {i for start, end in ranges for i in range(start, end) if not text[i].isspace()}
+    reached = max((end for _, end in offsets), default=0)
+    whole = {i for start, end in ranges for i in range(start, _whole_words_before(reached, start, end, text))}
+    visible = {i for i in whole if not text[i].isspace() and not is_invisible(text[i])}
     return tuple(token for token, (start, end) in enumerate(offsets) if visible.intersection(range(start, end)))
+
+
+def _whole_words_before(cut: int, start: int, end: int, text: str) -> int:
+    """Where the words of [start, end) end that lie before a cut; a word in two pieces is left out."""
+    if is_blank(text[cut:end]):
+        return end
+    words = [word.end() + start for word in re.finditer(r"\S+", text[start:end])]
+    return max((word for word in words if word <= cut), default=start)
 
 
 def find_spans(
