@@ -25,8 +25,8 @@ from rlt2i.credit.text_attention import TextAttention
 from rlt2i.interfaces import CreditAssigner, Objective, RewardBatch, RewardOutput, Sampler
 from rlt2i.recipes import PARTS
 from rlt2i.types import Experience, Region
-from tests.build import collect, toy_engine, toy_learner
-from tests.toy import QuadrantBrightness, ToySpec
+from tests.helpers.build import collect, toy_engine, toy_learner
+from tests.helpers.toy import QuadrantBrightness, ToySpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 STEPS = 6

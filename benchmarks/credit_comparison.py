@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.only:
-        from rlt2i.run import train
+        from rlt2i.training.start import train
 
         recipe = recipe_of(
             options.objective, options.only, seed=options.seed, updates=options.updates, every=options.every

@@ -35,7 +35,6 @@ from rlt2i.engine import Engine
 from rlt2i.functional.schedules import sd3_sigmas
 from rlt2i.interfaces import CreditAssigner, CreditContext
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
-from rlt2i.observations import weight_statistics
 from rlt2i.policies.sd3 import SD3
 from rlt2i.report.maps import overlay, scale_top
 from rlt2i.report.palette import SERIES, colour_map
@@ -45,6 +44,7 @@ from rlt2i.samplers.sde import SDE
 from rlt2i.tasks.base import as_prompts
 from rlt2i.tasks.shapes.reward import ShapesReward
 from rlt2i.tasks.shapes.task import ShapesTask
+from rlt2i.training.observations import weight_statistics
 from rlt2i.types import Credit
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -34,6 +34,7 @@ from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.objectives.reduction import trainable_steps
+from rlt2i.parameter_sets import ParameterSets
 from rlt2i.policies.sd3 import SD3
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.ode import ODE
@@ -42,7 +43,6 @@ from rlt2i.tasks.base import as_prompts
 from rlt2i.tasks.shapes.reward import ShapesReward
 from rlt2i.tasks.shapes.task import ShapesTask
 from rlt2i.types import Experience, Prompts
-from rlt2i.weights import ParameterSets
 
 SETTINGS: dict[str, tuple[Sampler, Objective]] = {
     "clipped": (SDE(num_steps=10, window=(0, 3), kernel=FlowSDE(noise_level=0.9)), ClippedSurrogate(ratio="location")),

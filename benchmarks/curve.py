@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from rlt2i.recipes import load_recipe
-from rlt2i.runlog import read_metrics
+from rlt2i.runs.metrics import read_metrics
 
 COLUMNS = (
     "eval/strict",

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from rlt2i.report.curves import Series, line_chart
 from rlt2i.report.maps import draw_maps
-from rlt2i.runlog import read_metrics
+from rlt2i.runs.metrics import read_metrics
 
 
 def curve(run: Path) -> str:

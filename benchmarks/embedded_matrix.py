@@ -20,7 +20,7 @@ from rlt2i.interfaces import Policy
 from rlt2i.policies.sd3 import SD3
 from rlt2i.tasks.base import as_prompts
 from rlt2i.tasks.shapes.task import ShapesTask
-from tests.build import toy_learner
+from tests.helpers.build import toy_learner
 
 SAMPLERS = {"SDE(FlowSDE)": 4, "TreeSDE": 8}
 """Sampler -> rollouts of a prompt."""

@@ -12,11 +12,10 @@ import functools
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
-
 _WORDS = {
     "rlt2i.algorithm": ("Algorithm",),
     "rlt2i.config": ("ConfigError",),
+    "rlt2i.config.version": ("__version__",),
     "rlt2i.credit.algebra": ("Advantage", "Allocation", "Mask"),
     "rlt2i.interfaces": (
         "CreditAssigner",
@@ -35,8 +34,8 @@ _WORDS = {
     "rlt2i.recipes.recipe": ("Recipe", "load_recipe"),
     "rlt2i.report": ("compare_runs", "write_report"),
     "rlt2i.tasks.base": ("Task", "TaskPrompt"),
-    "rlt2i.train_config": ("TrainConfig",),
-    "rlt2i.run": ("train",),
+    "rlt2i.recipes.train_config": ("TrainConfig",),
+    "rlt2i.training.start": ("train",),
     "rlt2i.types": (
         "Conditioning",
         "Credit",
@@ -62,11 +61,11 @@ def _module_of() -> dict[str, str]:
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
-        return ["__version__", *sorted(_module_of())]
+        return sorted(_module_of())
     if name not in _module_of():
         raise AttributeError(f"module 'rlt2i' has no attribute {name!r}")
     return getattr(importlib.import_module(_module_of()[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "__version__", *_module_of()})
+    return sorted({*globals(), *_module_of()})

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlt2i import __version__
+from rlt2i.config.version import __version__
 
 if TYPE_CHECKING:
     from rlt2i.recipes import Recipe
@@ -220,7 +220,7 @@ def _list(_: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from rlt2i.recipes import load_recipe
-    from rlt2i.rundirs import new_run_dir, newest_run_dir, run_dir_of
+    from rlt2i.runs.names import new_run_dir, newest_run_dir, run_dir_of
 
     resume: str | None = options.resume
     folder: Path | None = options.run
@@ -233,13 +233,13 @@ def _train(options: argparse.Namespace) -> None:
         )
     recipe = load_recipe(options.recipe or str(folder), options.set)
     if options.dry_run:
-        from rlt2i.dry_run import describe_run
+        from rlt2i.training.dry_run import describe_run
 
         print(describe_run(recipe, world_size=options.processes))
         return
     if folder is None:
         folder = newest_run_dir(recipe) if resume else new_run_dir(recipe)
-    from rlt2i.run import train
+    from rlt2i.training.start import train
 
     train(recipe, folder, resume=resume if resume in (None, "latest") else Path(resume))
     if options.report and os.environ.get("RANK", "0") == "0":
@@ -257,7 +257,7 @@ def _loaded(options: argparse.Namespace) -> tuple[Recipe, Path | None]:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from rlt2i.inspection import sample
+    from rlt2i.evaluation.inspection import sample
 
     recipe, folder = _loaded(options)
     picture = sample(
@@ -274,7 +274,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _maps(options: argparse.Namespace) -> None:
-    from rlt2i.inspection import maps
+    from rlt2i.evaluation.inspection import maps
 
     recipe, folder = _loaded(options)
     picture = maps(
@@ -307,7 +307,7 @@ def _eval(options: argparse.Namespace) -> None:
         )
     import json
 
-    from rlt2i.inspection import evaluate_run
+    from rlt2i.evaluation.inspection import evaluate_run
 
     recipe, folder = _loaded(options)
     metrics = evaluate_run(
@@ -328,9 +328,9 @@ def _eval(options: argparse.Namespace) -> None:
 def _eval_suite(options: argparse.Namespace) -> None:
     import attrs
 
-    from rlt2i.suites import load_suite
-    from rlt2i.suites.evaluate import evaluate_suite, named_rewards
-    from rlt2i.suites.folder import Folder, Shard
+    from rlt2i.evaluation.suites import load_suite
+    from rlt2i.evaluation.suites.evaluate import evaluate_suite, named_rewards
+    from rlt2i.evaluation.suites.folder import Folder, Shard
 
     there = Folder(path=Path(options.run))
     target: Recipe | Folder
@@ -363,8 +363,8 @@ def _eval_suite(options: argparse.Namespace) -> None:
 
 
 def _pairs(options: argparse.Namespace) -> None:
-    from rlt2i.inspection import load_policy
-    from rlt2i.pairs import PAIRS, make_pairs
+    from rlt2i.evaluation.inspection import load_policy
+    from rlt2i.evaluation.pairs import PAIRS, make_pairs
 
     recipe, folder = _loaded(options)
     policy = load_policy(recipe, run_dir=folder, checkpoint=options.checkpoint, weights=options.weights)

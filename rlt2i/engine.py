@@ -24,9 +24,9 @@ from rlt2i.interfaces import (
     Sampler,
     to_uint8,
 )
-from rlt2i.progress import Progress
 from rlt2i.rewards.agreement import Tally, with_same_components
-from rlt2i.rewards.guard import scored
+from rlt2i.rewards.validity import scored
+from rlt2i.runs.terminal import Progress
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.seeds import RolloutNoise, derive_seed, generator
 from rlt2i.types import Conditioning, Experience, Prompts, Rewards, Trajectory

@@ -16,9 +16,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i import __version__
+from rlt2i.axes import Axes
+from rlt2i.config.version import __version__
 from rlt2i.seeds import RolloutNoise, derive_seed
-from rlt2i.shapes import Axes
 from rlt2i.types import Conditioning, Credit, Experience, Loss, Prompts, Region, Rewards, Trajectory
 
 # ---------------------------------------------------------------------------------------------------------- policy

@@ -14,9 +14,9 @@ from torch import Tensor
 from rlt2i.engine import reward_gradient
 from rlt2i.interfaces import Objective, Policy, Reward, UpdateContext
 from rlt2i.objectives.reduction import trainable_steps
+from rlt2i.parameter_sets import ParameterSets
 from rlt2i.seeds import derive_seed
 from rlt2i.types import Experience
-from rlt2i.weights import ParameterSets
 
 
 class UpdateRefused(RuntimeError):

@@ -19,9 +19,9 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.axes import Axes
 from rlt2i.captures import EDGES
 from rlt2i.functional.transitions import Transition
-from rlt2i.shapes import Axes
 
 Causality = Literal["state", "action", "outcome", "exogenous"]
 CAUSALITIES: tuple[Causality, ...] = ("exogenous", "state", "action", "outcome")

@@ -40,10 +40,10 @@ from rlt2i.samplers.mixed import RandomWindowSDE, SlidingSDE
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.types import Credit, Rewards
-from tests.build import UNIFORM, collect, toy_algorithm, toy_engine, toy_learner
-from tests.credit.contexts import make_context
-from tests.objectives.cases import ALL, experience_for, gradient, with_credit
-from tests.toy import QuadrantBrightness, ToySpec
+from tests.helpers.build import UNIFORM, collect, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.credit_contexts import make_context
+from tests.helpers.objective_cases import ALL, experience_for, gradient, with_credit
+from tests.helpers.toy import QuadrantBrightness, ToySpec
 
 WAY_OUT = re.compile(r"\b(Use|Choose|Change|Name|Give|Pass|Train|use|widen|must say|reshape|mask out|detach)\b")
 

@@ -15,8 +15,8 @@ import pytest
 from rlt2i import cli
 from rlt2i.config import ConfigError
 from rlt2i.recipes import list_recipes
-from rlt2i.rundirs import new_run_dir, newest_run_dir, run_dir_of, run_name
-from tests.test_recipes import TOY, toy
+from rlt2i.runs.names import new_run_dir, newest_run_dir, run_dir_of, run_name
+from tests.recipes.test_recipes import TOY, toy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,7 +123,7 @@ def test_debug_shows_where_it_came_from(folder: Path, monkeypatch: pytest.Monkey
 
 def test_a_missing_package_names_its_extra(folder: Path, capsys: pytest.CaptureFixture[str]):
     (folder / "needy.py").write_text("import rapidocr_not_here\n")
-    (folder / "toy.yaml").write_text(TOY.replace("tests.toy:QuadrantBrightness", "needy.py:X"))
+    (folder / "toy.yaml").write_text(TOY.replace("tests.helpers.toy:QuadrantBrightness", "needy.py:X"))
     assert "Install it with: pip install rapidocr_not_here" in refusal(capsys, "train", "toy.yaml")
     missing = ModuleNotFoundError("No module named 'rapidocr'", name="rapidocr")
     assert cli._user_message(missing) == "No module named 'rapidocr'. Install it with: pip install 'rlt2i[ocr]'"
@@ -136,8 +136,10 @@ def test_our_own_mistakes_keep_their_traceback():
 
 def test_parts_of_the_working_directory_can_be_named(folder: Path):
     """The console script does not put the working directory on the path by itself."""
-    (folder / "local_parts.py").write_text("from tests.toy import QuadrantBrightness\n")
-    (folder / "toy.yaml").write_text(TOY.replace("tests.toy:QuadrantBrightness", "local_parts:QuadrantBrightness"))
+    (folder / "local_parts.py").write_text("from tests.helpers.toy import QuadrantBrightness\n")
+    (folder / "toy.yaml").write_text(
+        TOY.replace("tests.helpers.toy:QuadrantBrightness", "local_parts:QuadrantBrightness")
+    )
     code = (
         "import sys; sys.path[:] = [p for p in sys.path if p]; from rlt2i.cli import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -200,10 +202,12 @@ def test_a_checkpoint_knows_its_run(folder: Path):
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What `train` was called with, in place of training."""
-    import rlt2i.run
+    import rlt2i.training.start
 
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(rlt2i.run, "train", lambda recipe, run_dir, resume=None: seen.append((recipe, run_dir, resume)))
+    monkeypatch.setattr(
+        rlt2i.training.start, "train", lambda recipe, run_dir, resume=None: seen.append((recipe, run_dir, resume))
+    )
     return seen
 
 

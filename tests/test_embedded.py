@@ -8,14 +8,14 @@ import attrs
 import pytest
 import torch
 
-from rlt2i.checkpoint import latest_checkpoint
-from rlt2i.inspection import evaluate_run, load_policy, maps, sample
+from rlt2i.evaluation.inspection import evaluate_run, load_policy, maps, sample
 from rlt2i.recipes import Recipe, load_recipe
 from rlt2i.report import write_report
-from rlt2i.run import train
-from rlt2i.runlog import read_metrics
+from rlt2i.runs.checkpoint import latest_checkpoint
+from rlt2i.runs.metrics import read_metrics
 from rlt2i.tasks.base import TaskPrompt
 from rlt2i.tasks.shapes.task import ShapesTask
+from rlt2i.training.start import train
 from rlt2i.types import Prompts
 
 SMALL = (

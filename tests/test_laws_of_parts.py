@@ -31,9 +31,9 @@ from rlt2i.objectives.reverse import denoising_step
 from rlt2i.recipes import PARTS
 from rlt2i.samplers.ode import ODE
 from rlt2i.types import CAUSALITIES, Conditioning, Credit, Experience, TransitionKernel
-from tests.build import UNIFORM, collect, gradients, toy_engine, toy_learner
-from tests.credit.contexts import permuted
-from tests.toy import SIDE, ToyPolicy, ToySpec
+from tests.helpers.build import UNIFORM, collect, gradients, toy_engine, toy_learner
+from tests.helpers.credit_contexts import permuted
+from tests.helpers.toy import SIDE, ToyPolicy, ToySpec
 
 few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -387,7 +387,7 @@ def test_permuting_places_permutes_the_gradient(name: str, monkeypatch: pytest.M
     def moved(field: Tensor) -> Tensor:
         return field.flatten(-2)[..., order].unflatten(-1, (SIDE, SIDE))
 
-    monkeypatch.setattr("tests.toy.ToyPolicy.velocity", local_velocity)
+    monkeypatch.setattr("tests.helpers.toy.ToyPolicy.velocity", local_velocity)
     expected = gradient(objective, mapped)["image"]
     drawn = draws.standard_normal
     monkeypatch.setattr(draws, "standard_normal", lambda *args: moved(drawn(*args)))

@@ -22,8 +22,8 @@ from rlt2i.objectives.online_dpo import OnlineDPO
 from rlt2i.samplers.kernels import CPS, DanceSDE, FlowSDE
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
-from tests.build import UNIFORM, collect, gradients, toy_algorithm, toy_engine, toy_learner
-from tests.toy import QuadrantBrightness, ToySpec
+from tests.helpers.build import UNIFORM, collect, gradients, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.toy import QuadrantBrightness, ToySpec
 
 ATTENTION = TextAttention(blocks="0", entropy_power=0.0)  # the toy maps are flat: keep them as they are
 

@@ -47,7 +47,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_the_wheel_holds_everything_that_the_package_reads(wheel: list[str]):
-    data = [*ROOT.glob("rlt2i/recipes/*.yaml"), *ROOT.glob("rlt2i/policies/data/*.json"), ROOT / "rlt2i" / "py.typed"]
+    data = [
+        *ROOT.glob("rlt2i/recipes/library/*.yaml"),
+        *ROOT.glob("rlt2i/policies/data/*.json"),
+        ROOT / "rlt2i" / "py.typed",
+    ]
     data += [path for path in PIPELINE.rglob("*") if path.is_file()]
     missing = sorted({str(path.relative_to(ROOT)) for path in data} - set(wheel))
     assert not missing

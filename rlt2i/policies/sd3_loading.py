@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from rlt2i.policies.lora import add_lora
 from rlt2i.policies.sd3_text import TextEncoders
-
-if TYPE_CHECKING:
-    from rlt2i.policies.sd3 import SD3
 
 _GRAPH_LIMIT = 64
 """Blocks share one code object. Its variants x shapes x gradient modes exceed dynamo's default of 8 graphs."""
@@ -32,7 +29,7 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def prepare_transformer(spec: SD3, transformer: Any) -> None:
+def prepare_transformer(spec: Any, transformer: Any) -> None:
     """Decide, in place, what learns and how."""
     full = spec.lora_rank is None
     transformer.eval().requires_grad_(full)
@@ -43,7 +40,7 @@ def prepare_transformer(spec: SD3, transformer: Any) -> None:
         transformer.enable_gradient_checkpointing()
 
 
-def load_text_encoders(spec: SD3, source: dict[str, Any], joint_dim: int, device: torch.device) -> TextEncoders:
+def load_text_encoders(spec: Any, source: dict[str, Any], joint_dim: int, device: torch.device) -> TextEncoders:
     """The tokenizers and text encoders that the spec names."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 

@@ -1,14 +1,11 @@
-"""Named compositions: YAML files in this folder, YAML files of yours, or Python functions that return a `Recipe`."""
+"""Named compositions: YAML files of `library/`, YAML files of yours, or Python functions that return a `Recipe`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlt2i.recipes.catalogue import RecipeEntry, list_recipes
 from rlt2i.recipes.parts import PARTS
-
-if TYPE_CHECKING:
-    from rlt2i.recipes.recipe import Evidence, Recipe, build_part, load_recipe, recipe_from_mapping
 
 __all__ = [
     "PARTS",

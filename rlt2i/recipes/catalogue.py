@@ -7,9 +7,9 @@ from pathlib import Path
 import attrs
 
 from rlt2i.config import ConfigError, read_yaml
-from rlt2i.references import did_you_mean, is_reference
+from rlt2i.config.references import did_you_mean, is_reference
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "library"
 
 
 @attrs.frozen(kw_only=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rlt2i.config import ConfigError, read_yaml
+from rlt2i.config.references import did_you_mean
 from rlt2i.recipes.catalogue import shipped
-from rlt2i.references import did_you_mean
 
 OWN = ("name", "about", "evidence")
 """What a recipe says of itself."""

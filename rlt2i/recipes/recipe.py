@@ -23,8 +23,8 @@ from rlt2i.interfaces import CreditAssigner, Objective, PolicySpec, Reward, Samp
 from rlt2i.recipes.catalogue import find_recipe
 from rlt2i.recipes.extends import read_recipe
 from rlt2i.recipes.parts import PARTS
+from rlt2i.recipes.train_config import TrainConfig
 from rlt2i.tasks.base import Task
-from rlt2i.train_config import TrainConfig
 
 Part = TypeVar("Part")
 Evidence = Literal["gated", "curve", "smoke", "unrun"]

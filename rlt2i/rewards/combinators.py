@@ -14,10 +14,10 @@ from attrs import validators
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from rlt2i.config.references import load_object, reference_to
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
-from rlt2i.references import load_object, reference_to
 from rlt2i.rewards.batching import REASON, configuration, with_reasons
-from rlt2i.rewards.guard import scored
+from rlt2i.rewards.validity import scored
 from rlt2i.rewards.wrapper import Wrapper
 
 

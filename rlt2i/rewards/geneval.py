@@ -10,12 +10,12 @@ import torch
 from attrs import validators
 from torch import Tensor
 
-from rlt2i.functional import geneval as rules
-from rlt2i.functional.geneval import CLASSES, COUNTING_THRESHOLD, RULES, THRESHOLD, Detection, Objects, Rule
 from rlt2i.interfaces import CODE, Reward, RewardBatch, RewardOutput
+from rlt2i.rewards import geneval_rules as rules
 from rlt2i.rewards.batching import REASON
 from rlt2i.rewards.clip_family import load_clip
 from rlt2i.rewards.geneval_colour import Cutout, classify_colours
+from rlt2i.rewards.geneval_rules import CLASSES, COUNTING_THRESHOLD, RULES, THRESHOLD, Detection, Objects, Rule
 from rlt2i.rewards.mask2former import Instances, detect, load_detector
 from rlt2i.rewards.weights import full_precision, weights_identity
 from rlt2i.types import Region

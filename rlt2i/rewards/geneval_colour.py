@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlt2i.functional.geneval import COLOURS, Box
 from rlt2i.rewards.clip_family import CLIPTowers, clip_pixels
+from rlt2i.rewards.geneval_rules import COLOURS, Box
 
 GREY: Final = 0x99
 TEMPLATES: Final = (

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rlt2i.config import Parts, build
+from rlt2i.config.references import ConfigError, parse_yaml, read_yaml
 from rlt2i.interfaces import Reward
-from rlt2i.references import ConfigError, parse_yaml, read_yaml
 
 
 def named_reward(name: str, fields: Sequence[str] = (), *, parts: Parts | None = None) -> Reward:

@@ -18,7 +18,7 @@ from attrs import validators
 from rlt2i.config import build, to_mapping
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import configuration, failed, merge, split_rows, take_batch
-from rlt2i.rewards.guard import checked, scored
+from rlt2i.rewards.validity import checked, scored
 from rlt2i.rewards.wire import batch_from_bytes, batch_to_bytes, output_from_bytes, output_to_bytes
 from rlt2i.rewards.wrapper import Wrapper
 

@@ -21,8 +21,8 @@ import torch
 from rlt2i.config import to_mapping
 from rlt2i.interfaces import Reward, RewardBatch
 from rlt2i.rewards.batching import REASON
-from rlt2i.rewards.guard import scored
 from rlt2i.rewards.selftest_cases import Case, beauty_case, drawing_case, objects_case, text_case
+from rlt2i.rewards.validity import scored
 from rlt2i.rewards.weights import SOURCE_FILE, find_weights
 from rlt2i.rewards.wrapper import Wrapper
 

@@ -23,10 +23,10 @@ from rlt2i.config import Parts
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import REASON
 from rlt2i.rewards.combinators import Affine
-from rlt2i.rewards.guard import scored
 from rlt2i.rewards.naming import named_reward
 from rlt2i.rewards.released import check
 from rlt2i.rewards.selftest_cases import CASES, Case, drawing_case
+from rlt2i.rewards.validity import scored
 from rlt2i.rewards.wrapper import Wrapper
 
 GOOD = "good"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import merge, split_rows, take_batch
-from rlt2i.rewards.guard import scored
+from rlt2i.rewards.validity import scored
 from rlt2i.rewards.wrapper import Wrapper
 
 

@@ -15,8 +15,8 @@ from attrs import validators
 
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import failed, merge, split_rows, take_batch
-from rlt2i.rewards.guard import checked
 from rlt2i.rewards.http import Backoff, Reply, RequestFailed, attempt, bearer, exchange, http_client, send
+from rlt2i.rewards.validity import checked
 from rlt2i.rewards.wire import WireError, batch_to_bytes, output_from_bytes
 from rlt2i.serve.protocol import BATCH_TYPE, INFO, SCORE, TOKEN_VARIABLE, Info
 

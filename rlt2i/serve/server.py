@@ -25,8 +25,8 @@ import attrs
 from attrs import validators
 
 from rlt2i.interfaces import Reward, RewardBatch
-from rlt2i.rewards.guard import scored
 from rlt2i.rewards.naming import named_reward
+from rlt2i.rewards.validity import scored
 from rlt2i.rewards.wire import WireError, batch_from_bytes, output_to_bytes
 from rlt2i.serve.protocol import (
     BATCH_TYPE,

@@ -17,7 +17,7 @@ from rlt2i.credit.turning_points import TurningPoints
 from rlt2i.credit.win_rate import WinRate
 from rlt2i.functional.step_credit import clean_similarity, coca_advantage, coca_contribution
 from rlt2i.interfaces import CreditContext
-from tests.credit.contexts import make_context
+from tests.helpers.credit_contexts import make_context
 
 NAN = float("nan")
 

@@ -21,7 +21,7 @@ from rlt2i.credit.residual_contrast import ResidualContrast
 from rlt2i.credit.sliding_window import SlidingWindow
 from rlt2i.interfaces import RewardOutput
 from rlt2i.types import Region
-from tests.credit.contexts import make_context
+from tests.helpers.credit_contexts import make_context
 
 
 def close(actual: torch.Tensor, expected: list) -> None:

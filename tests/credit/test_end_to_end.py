@@ -13,9 +13,9 @@ from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.samplers.sde import SDE
 from rlt2i.types import Region
-from tests.build import collect, gradients, toy_algorithm, toy_engine, toy_learner
 from tests.credit.test_laws import ALLOCATIONS, COMPARING, LABELS, MASKS, name
-from tests.toy import QuadrantBrightness
+from tests.helpers.build import collect, gradients, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.toy import QuadrantBrightness
 
 
 @attrs.frozen(kw_only=True)

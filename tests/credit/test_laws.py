@@ -29,7 +29,7 @@ from rlt2i.credit.turning_points import TurningPoints
 from rlt2i.credit.win_rate import WinRate
 from rlt2i.interfaces import CreditContext
 from rlt2i.types import CAUSALITIES, Region
-from tests.credit.contexts import make_context, permuted
+from tests.helpers.credit_contexts import make_context, permuted
 
 P, G, T = 2, 4, 4
 COMPARING: list[Advantage] = [

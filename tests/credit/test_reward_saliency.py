@@ -13,8 +13,8 @@ from rlt2i.interfaces import RewardGradient
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
-from tests.build import collect, toy_algorithm, toy_engine
-from tests.credit.contexts import make_context
+from tests.helpers.build import collect, toy_algorithm, toy_engine
+from tests.helpers.credit_contexts import make_context
 from tests.objectives.test_reward_backprop import Scores
 
 

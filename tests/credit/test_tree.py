@@ -24,11 +24,11 @@ from rlt2i.samplers.branching import BranchSDE, TreeSDE
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.ode import ODE
 from rlt2i.types import Experience, Prompts
-from tests.build import collect, gradients, toy_algorithm, toy_engine, toy_learner
-from tests.credit.contexts import make_context
-from tests.objectives.cases import FORWARD, REVERSE, assert_same, with_credit
+from tests.helpers.build import collect, gradients, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.credit_contexts import make_context
+from tests.helpers.objective_cases import FORWARD, REVERSE, assert_same, with_credit
+from tests.helpers.toy import SIDE
 from tests.test_learning import Constant, Failing
-from tests.toy import SIDE
 
 TREE = TreeSDE(num_steps=4, splits=(0, 2), kernel=FlowSDE(noise_level=0.9))
 """Four leaves on 2 + 2 + 4 different noisy steps."""

@@ -37,7 +37,7 @@ from rlt2i.functional import (
     warmup_cosine_decay,
     zero_std_ratio,
 )
-from tests.functional.golden_cases import Case, golden, group_ids
+from tests.helpers.golden_cases import Case, golden, group_ids
 
 
 @golden("adv/flow_grpo_tracker/*", "adv/nft_tracker/*")

@@ -3,7 +3,7 @@
 import importlib
 from pathlib import Path
 
-from tests.functional.golden_cases import all_cases, claims
+from tests.helpers.golden_cases import all_cases, claims
 
 
 def test_every_case_is_claimed_by_exactly_one_family():

@@ -16,8 +16,8 @@ from rlt2i.functional import (
     log_prob_map,
     reference_kl_map,
 )
-from tests.functional.golden_cases import Case, golden, per_sample_mean
 from tests.functional.test_golden_transitions import step
+from tests.helpers.golden_cases import Case, golden, per_sample_mean
 
 
 def gradient_of(loss: Tensor, v: Tensor) -> Tensor:

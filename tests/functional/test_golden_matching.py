@@ -32,8 +32,8 @@ from rlt2i.functional import (
     squared_error_map,
     weighted_matching_loss_map,
 )
-from tests.functional.golden_cases import Case, golden, per_sample_mean
 from tests.functional.test_golden_losses import both_precisions, gradient_of
+from tests.helpers.golden_cases import Case, golden, per_sample_mean
 
 
 @golden("loss/nft/*", "loss/verl_nft/*", "loss/flow_factory_nft/*")

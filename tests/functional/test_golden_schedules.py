@@ -15,7 +15,7 @@ from rlt2i.functional import (
     stratified_steps,
     stratified_times,
 )
-from tests.functional.golden_cases import Case, golden
+from tests.helpers.golden_cases import Case, golden
 
 
 @golden("schedule/sd3_shift*/N*")

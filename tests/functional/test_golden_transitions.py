@@ -26,7 +26,7 @@ from rlt2i.functional import (
     sd3_sigmas,
     shifted_linspace_sigmas,
 )
-from tests.functional.golden_cases import Case, golden, per_sample_mean
+from tests.helpers.golden_cases import Case, golden, per_sample_mean
 
 
 def schedule(case: Case, dtype: torch.dtype) -> Tensor:

@@ -15,8 +15,8 @@ from rlt2i.objectives.dgpo import DGPO
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs, whole_groups
 from rlt2i.objectives.sft import WeightedMatching
-from tests.build import collect, toy_algorithm, toy_engine, toy_learner
-from tests.objectives.cases import FLOW, assert_same, experience_for, gradient, with_credit
+from tests.helpers.build import collect, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.objective_cases import FLOW, assert_same, experience_for, gradient, with_credit
 
 
 def evaluate(objective, *, moved: float = 0.0, on_policy: bool = True, group_size: int = 4, sequences: int = 1000):

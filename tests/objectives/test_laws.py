@@ -11,11 +11,11 @@ from rlt2i.objectives.awm import AWM
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.dppo import FlowDPPO
 from rlt2i.objectives.draws import SigmaDraws
-from rlt2i.objectives.guard import GRPOGuard
+from rlt2i.objectives.grpo_guard import GRPOGuard
 from rlt2i.samplers.kernels import CPS, DDIM, DanceSDE, FlowSDE
 from rlt2i.samplers.sde import SDE
-from tests.build import UNIFORM, collect, toy_algorithm, toy_engine, toy_learner
-from tests.objectives.cases import (
+from tests.helpers.build import UNIFORM, collect, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.objective_cases import (
     ALL,
     BACKPROP,
     NO_MAP,

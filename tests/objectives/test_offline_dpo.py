@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from rlt2i.checkpoint import latest_checkpoint, load_checkpoint
 from rlt2i.cli import main
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.best_of_group import BestOfGroup
 from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.credit.recorded_preference import RecordedPreference
-from rlt2i.evaluate import evaluate
+from rlt2i.evaluation.heldout import evaluate
+from rlt2i.evaluation.pairs import make_pairs
 from rlt2i.functional.matching import flow_matching_error, noised
 from rlt2i.interfaces import CreditAssigner, Objective
 from rlt2i.objectives.diffusion_dpo import DiffusionDPO
@@ -26,19 +26,19 @@ from rlt2i.objectives.draws import SigmaDraws, shared_noise
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.objectives.online_dpo import OnlineDPO
 from rlt2i.objectives.sft import WeightedMatching
-from rlt2i.pairs import make_pairs
 from rlt2i.recipes import Recipe, load_recipe
-from rlt2i.run import train
-from rlt2i.runlog import read_metrics
+from rlt2i.runs.checkpoint import latest_checkpoint, load_checkpoint
+from rlt2i.runs.metrics import read_metrics
 from rlt2i.samplers.recorded import Recorded
 from rlt2i.tasks.pairs import PairFileTask, read_pairs
 from rlt2i.tasks.shapes.prompts import ShapesPrompt
 from rlt2i.tasks.shapes.render import render, sample_scenes
 from rlt2i.tasks.shapes.task import ShapesTask
-from tests.build import collect, gradients, toy_algorithm, toy_engine, toy_learner
-from tests.toy import SIDE, QuadrantBrightness, ToyPolicy, ToyTask
-from tests.toy_pairs import write_pairs
-from tests.toy_recipe import clipped
+from rlt2i.training.start import train
+from tests.helpers.build import collect, gradients, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.toy import SIDE, QuadrantBrightness, ToyPolicy, ToyTask
+from tests.helpers.toy_pairs import write_pairs
+from tests.helpers.toy_recipe import clipped
 
 PREFERRED = Product(advantage=RecordedPreference())
 STEPS = Recorded(num_steps=4)
@@ -230,7 +230,17 @@ def test_making_pairs_goes_on_where_it_was_cut_off(tmp_path: Path):
 
 def test_the_command_makes_pairs_that_a_recipe_trains_on(tmp_path: Path, capsys: pytest.CaptureFixture):
     folder = tmp_path / "pairs"
-    command = ["pairs", "tests.toy_recipe:clipped", str(folder), "--prompts", "4", "--images", "2", "--steps", "2"]
+    command = [
+        "pairs",
+        "tests.helpers.toy_recipe:clipped",
+        str(folder),
+        "--prompts",
+        "4",
+        "--images",
+        "2",
+        "--steps",
+        "2",
+    ]
     assert main(command) == 0
     assert f"{folder / 'pairs.jsonl'}: 4 pairs" in capsys.readouterr().out
     train(toy_recipe(folder / "pairs.jsonl", updates=1, eval_prompts=0), tmp_path / "run")

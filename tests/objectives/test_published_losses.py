@@ -23,7 +23,7 @@ from rlt2i.objectives.crd import CRD
 from rlt2i.objectives.dgpo import DGPO
 from rlt2i.objectives.dppo import FlowDPPO
 from rlt2i.objectives.draws import shared_noise
-from rlt2i.objectives.guard import GRPOGuard
+from rlt2i.objectives.grpo_guard import GRPOGuard
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.objectives.online_dpo import OnlineDPO
 from rlt2i.objectives.sft import WeightedMatching
@@ -31,8 +31,8 @@ from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.types import Experience
-from tests.build import collect, toy_algorithm, toy_engine
-from tests.toy import SIDE, ToyPolicy
+from tests.helpers.build import collect, toy_algorithm, toy_engine
+from tests.helpers.toy import SIDE, ToyPolicy
 
 NOISE, STEPS = 0.9, 3
 REVERSE = SDE(num_steps=6, window=(0, STEPS), kernel=FlowSDE(noise_level=NOISE))

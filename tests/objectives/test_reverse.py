@@ -8,11 +8,11 @@ import torch
 from rlt2i.functional.gaussian import kl_map, log_prob_map
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.dppo import FlowDPPO
-from rlt2i.objectives.guard import GRPOGuard
+from rlt2i.objectives.grpo_guard import GRPOGuard
 from rlt2i.objectives.reinforce import Reinforce
 from rlt2i.types import Experience
-from tests.build import collect, toy_algorithm, toy_engine, toy_learner
-from tests.objectives.cases import STAR, WINDOW, assert_same, experience_for, gradient
+from tests.helpers.build import collect, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.objective_cases import STAR, WINDOW, assert_same, experience_for, gradient
 
 
 def after_a_move(objective) -> tuple:

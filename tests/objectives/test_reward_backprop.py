@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlt2i.algorithm import Algorithm
+from rlt2i.config.references import parse_yaml
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.credit.residual_contrast import ResidualContrast
@@ -24,18 +25,17 @@ from rlt2i.objectives.draft import DRaFT
 from rlt2i.objectives.draws import shared_noise
 from rlt2i.objectives.refl import ReFL
 from rlt2i.recipes import recipe_from_mapping
-from rlt2i.references import parse_yaml
-from rlt2i.rewards.guard import Guarded
-from rlt2i.run import train
-from rlt2i.runlog import read_metrics
+from rlt2i.rewards.validity import Guarded
+from rlt2i.runs.metrics import read_metrics
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.seeds import uniform
+from rlt2i.training.start import train
 from rlt2i.types import Experience, Prompts
-from tests.build import UNIFORM, collect, gradients, toy_algorithm, toy_engine, toy_learner
-from tests.objectives.cases import assert_same, gradient, with_credit
-from tests.test_recipes import TOY
-from tests.toy import SIDE, QuadrantBrightness, ToyPolicy
+from tests.helpers.build import UNIFORM, collect, gradients, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.objective_cases import assert_same, gradient, with_credit
+from tests.helpers.toy import SIDE, QuadrantBrightness, ToyPolicy
+from tests.recipes.test_recipes import TOY
 
 MAP = torch.linspace(-1, 1, 3 * SIDE * SIDE).view(3, SIDE, SIDE)
 

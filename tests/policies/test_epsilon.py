@@ -17,7 +17,7 @@ from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.seeds import RolloutNoise
 from rlt2i.types import Conditioning
-from tests.toy import SIDE, ToyPolicy
+from tests.helpers.toy import SIDE, ToyPolicy
 
 MEAN, SPREAD = 0.5, 0.3
 

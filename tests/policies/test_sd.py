@@ -25,6 +25,7 @@ from rlt2i.interfaces import Policy, RolloutRequest
 from rlt2i.learner import Learner
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.nft import DiffusionNFT
+from rlt2i.parameter_sets import ParameterSets
 from rlt2i.policies.cross_attention import cross_attentions
 from rlt2i.policies.epsilon import VPSchedule
 from rlt2i.policies.guidance import Guided
@@ -34,9 +35,8 @@ from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.seeds import RolloutNoise
 from rlt2i.types import Prompts, Trajectory
-from rlt2i.weights import ParameterSets
-from tests.policies.sd_pipelines import SCHEDULE, save_pipeline, stock_pipeline
-from tests.toy import QuadrantBrightness
+from tests.helpers.sd_pipelines import SCHEDULE, save_pipeline, stock_pipeline
+from tests.helpers.toy import QuadrantBrightness
 
 TEXTS = ("a red cat and a blue dog", "two boxes")
 STEPS = 5

@@ -15,7 +15,7 @@ from rlt2i.rewards.hpsv2 import HPSv2
 from rlt2i.rewards.imagereward import ImageReward
 from rlt2i.rewards.pickscore import PickScore
 from rlt2i.rewards.weights import find_weights, weights_identity
-from tests.rewards.tiny_models import SIDE, save_blip, save_clip, save_head
+from tests.helpers.tiny_models import SIDE, save_blip, save_clip, save_head
 
 NAMES = ("pickscore", "cosine", "hessel", "percent", "hpsv2", "aesthetic", "imagereward")
 PROMPTS = ["a red cow", "two dogs", "a red cow", "x", "a red cow", "two dogs"]

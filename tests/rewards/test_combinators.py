@@ -17,11 +17,11 @@ from rlt2i.recipes.parts import PARTS
 from rlt2i.rewards.batching import failed, merge, split_rows, take_batch
 from rlt2i.rewards.cached import Cached
 from rlt2i.rewards.combinators import Affine, Clip, Function, WeightedSum
-from rlt2i.rewards.guard import Guarded, scored
 from rlt2i.rewards.pooled import Pooled, usable_cores
-from tests.rewards.fakes import Bright, Broken, Dying, Grey, Needy, batch_of, mean_grey, output_of, raises
+from rlt2i.rewards.validity import Guarded, scored
+from tests.helpers.fake_rewards import Bright, Broken, Dying, Grey, Needy, batch_of, mean_grey, output_of, raises
 
-FAKES = "tests.rewards.fakes"
+FAKES = "tests.helpers.fake_rewards"
 
 
 def assert_same(one: RewardOutput, other: RewardOutput) -> None:

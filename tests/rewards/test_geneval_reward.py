@@ -6,13 +6,13 @@ import attrs
 import pytest
 import torch
 
-from rlt2i.functional.geneval import CLASSES, COLOURS
 from rlt2i.interfaces import RewardBatch
 from rlt2i.rewards import geneval, geneval_colour
 from rlt2i.rewards.geneval import GenEvalReward
+from rlt2i.rewards.geneval_rules import CLASSES, COLOURS
 from rlt2i.rewards.mask2former import Instances
 from rlt2i.tasks.geneval.prompts import colour_attribution, counting, position
-from tests.rewards.tiny_models import save_clip, save_detector
+from tests.helpers.tiny_models import save_clip, save_detector
 
 BIG = 100
 """Logit of something certain."""

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rlt2i.functional.geneval import (
+from rlt2i.rewards.geneval_rules import (
     CLASSES,
     Detection,
     check_prompt,
@@ -18,7 +18,7 @@ from rlt2i.functional.geneval import (
     relations,
     score,
 )
-from tests.rewards.geneval_reference import DIRECTION, Scene, Statement, holds, random_case
+from tests.helpers.geneval_reference import DIRECTION, Scene, Statement, holds, random_case
 
 CASES = 6_000
 

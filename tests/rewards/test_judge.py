@@ -20,10 +20,10 @@ from PIL import Image
 from rlt2i.config import build, to_mapping
 from rlt2i.interfaces import Reward
 from rlt2i.recipes.parts import PARTS
-from rlt2i.rewards.guard import scored
 from rlt2i.rewards.judge import Endpoint, RubricJudge, YesNoJudge
 from rlt2i.rewards.rubrics import RUBRICS, Rubric
-from tests.rewards.fakes import batch_of
+from rlt2i.rewards.validity import scored
+from tests.helpers.fake_rewards import batch_of
 
 pytest.importorskip("httpx")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from rlt2i.interfaces import RewardBatch
-from rlt2i.rewards.guard import scored
 from rlt2i.rewards.ocr import OCRReward
 from rlt2i.rewards.ocr_engine import Engines
+from rlt2i.rewards.validity import scored
 from rlt2i.tasks.ocr.task import OCRTask
-from tests.rewards.rendering import fonts, outline, written
+from tests.helpers.rendering import fonts, outline, written
 
 pytest.importorskip("rapidocr")
 pytest.importorskip("onnxruntime")

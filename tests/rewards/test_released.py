@@ -18,7 +18,7 @@ from rlt2i.recipes.parts import PARTS
 from rlt2i.rewards import released
 from rlt2i.rewards.aesthetic import load_head
 from rlt2i.rewards.selftest import main
-from tests.rewards.tiny_models import save_clip, save_detector
+from tests.helpers.tiny_models import save_clip, save_detector
 
 NAME = "aesthetic_sac_logos_ava1_l14"
 

@@ -11,8 +11,8 @@ from rlt2i.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rlt2i.rewards.selftest import case_for, judge_case, main
 from rlt2i.rewards.selftest_cases import CASES, drawing_case
 from rlt2i.tasks.shapes.reward import ShapesReward
-from tests.rewards.fakes import Broken, Grey, Needy, output_of, raises
-from tests.rewards.tiny_models import save_blip, save_clip, save_detector, save_head
+from tests.helpers.fake_rewards import Broken, Grey, Needy, output_of, raises
+from tests.helpers.tiny_models import save_blip, save_clip, save_detector, save_head
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_the_command_prints_and_decides(capsys):
     out = capsys.readouterr().out
     assert "s per image" in out
     assert "as it should be" in out
-    constant = ["Clip", "--set", "reward=tests.rewards.fakes:Grey", "--set", "low=-2", "--set", "high=-1"]
+    constant = ["Clip", "--set", "reward=tests.helpers.fake_rewards:Grey", "--set", "low=-2", "--set", "high=-1"]
     assert main(constant, parts=PARTS) == 1
     assert "WRONG" in capsys.readouterr().out
 
@@ -116,11 +116,11 @@ def test_the_command_takes_pictures_of_ones_own(tmp_path, capsys):
     for name, grey in (("light.png", 250), ("dark.png", 5)):
         Image.fromarray(np.full((16, 16, 3), grey, np.uint8)).save(tmp_path / name)
     light, dark = str(tmp_path / "light.png"), str(tmp_path / "dark.png")
-    assert main(["tests.rewards.fakes:Grey", "--good", light, "--bad", dark]) == 0
-    assert main(["tests.rewards.fakes:Grey", "--good", dark, "--bad", light]) == 1
-    value = ["tests.rewards.fakes:Needy", "--good", light, "--bad", dark, "--metadata"]
+    assert main(["tests.helpers.fake_rewards:Grey", "--good", light, "--bad", dark]) == 0
+    assert main(["tests.helpers.fake_rewards:Grey", "--good", dark, "--bad", light]) == 1
+    value = ["tests.helpers.fake_rewards:Needy", "--good", light, "--bad", dark, "--metadata"]
     assert main([*value, '{"value": 1}']) == 1
-    for arguments in ([*value, "[1]"], [*value, "{"], ["tests.rewards.fakes:Grey", "--good", light]):
+    for arguments in ([*value, "[1]"], [*value, "{"], ["tests.helpers.fake_rewards:Grey", "--good", light]):
         with pytest.raises(ValueError, match="reward test"):
             main(arguments)
     capsys.readouterr()

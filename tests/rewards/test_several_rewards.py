@@ -7,25 +7,25 @@ import torch
 
 from rlt2i.config import parse_yaml
 from rlt2i.recipes import Recipe, recipe_from_mapping
-from rlt2i.run import train
-from rlt2i.runlog import read_metrics
-from tests.build import collect, toy_engine
+from rlt2i.runs.metrics import read_metrics
+from rlt2i.training.start import train
+from tests.helpers.build import collect, toy_engine
 
 RECIPE = """
 name: several
-policy: {type: "tests.toy:ToySpec"}
+policy: {type: "tests.helpers.toy:ToySpec"}
 sampler: {type: SDE, num_steps: 4, window: [0, 2]}
 reward:
   type: WeightedSum
   rewards:
-    corner: [{type: "tests.toy:QuadrantBrightness"}, 1.0]
+    corner: [{type: "tests.helpers.toy:QuadrantBrightness"}, 1.0]
     size: [{type: Affine, reward: JPEGCompressibility, scale: 0.002}, 0.5]
     mine: [{type: Function, function: "tests.rewards.test_several_rewards:warmth", span: [0, 255]}, 0.1]
 credit:
   type: Product
   advantage: {advantage}
 objective: {type: ClippedSurrogate, clip_range: 1e-3}
-task: {type: "tests.toy:ToyTask"}
+task: {type: "tests.helpers.toy:ToyTask"}
 train:
   {updates: 1, prompts_per_update: 4, group_size: 4, images_per_device: 16, sequences_per_device: 16, image_size: 8,
    learning_rate: 1e-2, eval_prompts: 0, trackers: []}

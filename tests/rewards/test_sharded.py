@@ -13,10 +13,10 @@ from rlt2i.config import build, to_mapping
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.recipes.parts import PARTS
 from rlt2i.rewards.combinators import Affine
-from rlt2i.rewards.guard import scored
 from rlt2i.rewards.sharded import OnDevice, Sharded
+from rlt2i.rewards.validity import scored
 from rlt2i.serve.client import RemoteReward
-from tests.rewards.fakes import Broken, Grey, Needy, batch_of, output_of, raises
+from tests.helpers.fake_rewards import Broken, Grey, Needy, batch_of, output_of, raises
 
 WANT = frozenset({"maps", "regions"})
 
@@ -105,7 +105,7 @@ def test_servers_and_this_process_can_share(serving_grey):
 @pytest.fixture
 def serving_grey():
     pytest.importorskip("uvicorn")
-    from tests.serve.servers import serving
+    from tests.helpers.servers import serving
 
     with serving(Grey()) as url:
         yield url
@@ -113,7 +113,7 @@ def serving_grey():
 
 def test_a_dead_server_spoils_its_own_share_only():
     pytest.importorskip("uvicorn")
-    from tests.serve.servers import serving
+    from tests.helpers.servers import serving
 
     with serving(Grey()) as alive:
         with serving(Grey()) as mortal:
@@ -157,7 +157,7 @@ def test_a_model_reward_moves_to_the_gpu(folder_of_tiny_clip):
 
 @pytest.fixture(scope="module")
 def folder_of_tiny_clip(tmp_path_factory):
-    from tests.rewards.tiny_models import save_clip
+    from tests.helpers.tiny_models import save_clip
 
     return str(save_clip(tmp_path_factory.mktemp("clip")))
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from rlt2i.captures import EDGES
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.tree import TreeAdvantage
-from rlt2i.dry_run import batch_plan
 from rlt2i.engine import rollout, rollout_keys
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import Sampler
@@ -23,9 +22,10 @@ from rlt2i.samplers.branching import BranchSDE, TreeSDE
 from rlt2i.samplers.kernels import CPS, DDIM, DanceSDE, FlowSDE
 from rlt2i.seeds import RolloutNoise, derive_seed
 from rlt2i.tasks.base import as_prompts
+from rlt2i.training.dry_run import batch_plan
 from rlt2i.types import Experience
-from tests.build import UNIFORM, collect, toy_algorithm, toy_engine
-from tests.toy import CAPTURE, SIDE, ToyTask
+from tests.helpers.build import UNIFORM, collect, toy_algorithm, toy_engine
+from tests.helpers.toy import CAPTURE, SIDE, ToyTask
 
 DOCS = Path(__file__).parents[2] / "docs" / "algorithms"
 TREE = TreeSDE(num_steps=6, splits=(0, 2, 4))

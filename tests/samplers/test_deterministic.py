@@ -15,8 +15,8 @@ from rlt2i.samplers.kernels import DDIM
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import RolloutNoise
 from rlt2i.types import Conditioning
-from tests.build import collect, toy_algorithm, toy_engine, toy_learner
-from tests.toy import SIDE, ToyPolicy
+from tests.helpers.build import collect, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.toy import SIDE, ToyPolicy
 
 MEAN, SPREAD = 0.5, 0.3
 

@@ -11,7 +11,7 @@ from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import Sampler
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.samplers.mixed import RandomWindowSDE, SlidingSDE
-from tests.build import collect, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.build import collect, toy_algorithm, toy_engine, toy_learner
 
 
 def test_sliding_window_by_hand():

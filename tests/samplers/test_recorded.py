@@ -21,9 +21,9 @@ from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.recorded import Recorded, read_image
 from rlt2i.seeds import RolloutNoise
 from rlt2i.types import Conditioning
-from tests.build import collect, toy_algorithm, toy_engine
-from tests.toy import CAPTURE, SIDE, QuadrantBrightness, ToyPolicy, ToySpec
-from tests.toy_pairs import toy_pairs
+from tests.helpers.build import collect, toy_algorithm, toy_engine
+from tests.helpers.toy import CAPTURE, SIDE, QuadrantBrightness, ToyPolicy, ToySpec
+from tests.helpers.toy_pairs import toy_pairs
 
 PREFERRED = Product(advantage=RecordedPreference())
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.serve.servers import OPENED
+from tests.helpers.servers import OPENED
 
 
 @pytest.fixture(autouse=True)

@@ -22,14 +22,14 @@ from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rlt2i.rewards.wire import batch_from_bytes, output_to_bytes
 from rlt2i.rewards.wrapper import Wrapper
-from rlt2i.run import train
-from rlt2i.runlog import read_metrics
+from rlt2i.runs.metrics import read_metrics
 from rlt2i.serve.client import RemoteReward
 from rlt2i.serve.protocol import digest
-from rlt2i.trainer import RunStopped
+from rlt2i.training.start import train
+from rlt2i.training.trainer import RunStopped
 from tests import toy_recipe
-from tests.rewards.fakes import Grey
-from tests.serve.servers import Answer, Rogue, free_port, remote
+from tests.helpers.fake_rewards import Grey
+from tests.helpers.servers import Answer, Rogue, free_port, remote
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")

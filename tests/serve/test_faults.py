@@ -16,8 +16,8 @@ from rlt2i.interfaces import RewardOutput
 from rlt2i.rewards.wire import batch_from_bytes, output_to_bytes
 from rlt2i.serve.client import RemoteReward, RemoteRewardError
 from rlt2i.serve.protocol import Info, digest
-from tests.rewards.fakes import Broken, Grey, batch_of, output_of
-from tests.serve.servers import Answer, Rogue, free_port, remote, serving
+from tests.helpers.fake_rewards import Broken, Grey, batch_of, output_of
+from tests.helpers.servers import Answer, Rogue, free_port, remote, serving
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")

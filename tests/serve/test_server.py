@@ -19,8 +19,8 @@ from rlt2i.serve.protocol import BATCH_TYPE, INFO, SCORE, Info
 from rlt2i.serve.server import bind, is_loopback
 from rlt2i.tasks.shapes.reward import ShapesReward
 from rlt2i.tasks.shapes.task import ShapesTask
-from tests.rewards.fakes import Broken, Grey, Needy, batch_of, output_of, raises
-from tests.serve.servers import remote, serving
+from tests.helpers.fake_rewards import Broken, Grey, Needy, batch_of, output_of, raises
+from tests.helpers.servers import remote, serving
 from tests.serve.test_wire import BAD_BODIES
 
 pytest.importorskip("uvicorn")

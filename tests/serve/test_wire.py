@@ -25,7 +25,7 @@ from rlt2i.rewards.wire import (
     output_to_bytes,
 )
 from rlt2i.types import Region
-from tests.rewards.fakes import batch_of, output_of
+from tests.helpers.fake_rewards import batch_of, output_of
 
 
 def test_a_batch_comes_back_as_it_was():

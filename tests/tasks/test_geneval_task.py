@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from rlt2i.functional.geneval import CLASSES, COLOURS, RELATIONS, TAGS, check_prompt
+from rlt2i.rewards.geneval_rules import CLASSES, COLOURS, RELATIONS, TAGS, check_prompt
 from rlt2i.tasks.geneval import prompts as p
 from rlt2i.tasks.geneval.task import GenEvalTask
 

@@ -17,8 +17,8 @@ from rlt2i.tasks.base import check_metadata
 from rlt2i.tasks.pairs import PairFileTask, read_pairs
 from rlt2i.tasks.promptfile import PromptFileTask
 from rlt2i.tasks.shapes.task import ShapesTask
-from tests.toy import SIDE, ToyTask
-from tests.toy_pairs import write_pairs
+from tests.helpers.toy import SIDE, ToyTask
+from tests.helpers.toy_pairs import write_pairs
 
 
 def picture(file: Path, size: tuple[int, int] = (SIDE, SIDE)) -> None:

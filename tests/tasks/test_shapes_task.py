@@ -13,7 +13,7 @@ from rlt2i.tasks.shapes.prompts import ShapesPrompt, split_prompts
 from rlt2i.tasks.shapes.render import render, sample_scenes
 from rlt2i.tasks.shapes.reward import ShapesReward
 from rlt2i.tasks.shapes.task import ShapesTask
-from tests.toy import ToyTask
+from tests.helpers.toy import ToyTask
 
 
 def test_training_never_draws_a_held_out_combination():

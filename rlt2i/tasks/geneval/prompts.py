@@ -17,7 +17,7 @@ from typing import Any, Final
 import attrs
 import numpy as np
 
-from rlt2i.functional.geneval import CLASSES, COLOURS, RELATIONS, TAGS
+from rlt2i.rewards.geneval_rules import CLASSES, COLOURS, RELATIONS, TAGS
 
 OFFICIAL_SEED: Final = 43
 OFFICIAL_SHA256: Final = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"

@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 from attrs import validators
 
-from rlt2i.functional.geneval import TAGS
+from rlt2i.rewards.geneval_rules import TAGS
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.geneval.prompts import GenEvalPrompt, draw, held_out_keys, official_prompts

@@ -1,0 +1,1 @@
+"""What a policy is worth: held-out scores with intervals, health, where attention looks, suites of prompts."""

@@ -1,0 +1,212 @@
+"""Looking at a policy: images, evaluations and allocation maps, from a run's checkpoint or from a recipe's base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from rlt2i.engine import decode, reward_gradient, rollout
+from rlt2i.evaluation.auto import resolve_auto
+from rlt2i.evaluation.heldout import Evaluation, evaluate
+from rlt2i.interfaces import CreditContext, Policy, RewardOutput
+from rlt2i.recipes.recipe import Recipe
+from rlt2i.runs.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, verify_checkpoint
+from rlt2i.samplers.ode import ODE
+from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
+from rlt2i.seeds import derive_seed, generator
+from rlt2i.types import Prompts, Rewards, Trajectory
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Weights = Literal["best", "online", "ema", "base"]
+
+
+def find_weights(
+    *, run_dir: Path | None = None, checkpoint: Path | None = None, weights: Weights = "best"
+) -> tuple[Path, Weights] | None:
+    """The checkpoint folder and the set in it that are meant; None for the base.
+
+    Args:
+        checkpoint: default the newest of the run.
+        weights: "best" is the average where there is one, else the online weights.
+
+    Raises:
+        CheckpointError: when the run holds no complete checkpoint, or not the weights asked for.
+    """
+    if weights == "base" or (run_dir is None and checkpoint is None):
+        return None
+    path = checkpoint or latest_checkpoint(run_dir)  # type: ignore[arg-type]  # one of them is given
+    if path is None:
+        raise CheckpointError(f"{run_dir}: holds no complete checkpoint. Look at the base with --weights base.")
+    files = verify_checkpoint(path)["files"]
+    name: Weights = ("ema" if "ema.safetensors" in files else "online") if weights == "best" else weights
+    if f"{name}.safetensors" not in files:
+        saved = sorted(file.removesuffix(".safetensors") for file in files if "/" not in file)
+        raise CheckpointError(f"{path}: holds no {name!r} weights, only {saved}. Use --weights online.")
+    return path, name
+
+
+def load_policy(
+    recipe: Recipe,
+    *,
+    run_dir: Path | None = None,
+    checkpoint: Path | None = None,
+    weights: Weights = "best",
+    device: torch.device | str | None = None,
+) -> Policy:
+    """A recipe's policy with the weights of a checkpoint, or its base weights where there is no run.
+
+    Args:
+        run_dir, checkpoint, weights: see `find_weights`.
+        device: default the accelerator, where there is one.
+
+    Raises:
+        CheckpointError: when the run holds no complete checkpoint, or not the weights asked for.
+    """
+    found = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
+    policy = recipe.algorithm().load(device or ("cuda" if torch.cuda.is_available() else "cpu")).policy
+    assert isinstance(policy, Policy)
+    if found is None:
+        return policy
+    path, name = found
+    saved = load_checkpoint(path).tensors[name]
+    with torch.no_grad():
+        for key, parameter in policy.trainable_parameters().items():
+            parameter.copy_(saved[key])
+    return policy
+
+
+def sample(
+    recipe: Recipe,
+    texts: Sequence[str],
+    *,
+    run_dir: Path | None = None,
+    checkpoint: Path | None = None,
+    weights: Weights = "best",
+    count: int = 4,
+    num_steps: int | None = None,
+    seed: int = 0,
+) -> Image:
+    """A grid of `count` images per prompt, drawn by the ODE."""
+    from rlt2i.report.grids import image_grid
+
+    policy = load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=weights)
+    prompts = Prompts.of(texts, group_size=count)
+    trajectory = _draw(policy, recipe, prompts, num_steps or recipe.train.eval_steps, seed, frozenset())
+    images = decode(policy, trajectory.clean_latents, images_per_chunk=recipe.train.images_per_device)
+    return image_grid(images.cpu(), captions=prompts.per_rollout(prompts.texts), columns=count)
+
+
+def maps(
+    recipe: Recipe,
+    text: str,
+    *,
+    run_dir: Path | None = None,
+    checkpoint: Path | None = None,
+    weights: Weights = "best",
+    num_steps: int | None = None,
+    seed: int = 0,
+) -> Image:
+    """The weight that the recipe's credit gives each place at each denoising step of one rollout.
+
+    Raises:
+        ValueError: when the credit has no spatial weight, or a control that needs the reward of a known task prompt.
+    """
+    from rlt2i.report.maps import draw_maps
+
+    if run_dir is None:
+        recipe, _ = resolve_auto(recipe)
+    wanted = recipe.algorithm()
+    judged = wanted.reward_wants | (wanted.reward.requires if "reward/gradient" in wanted.credit.needs else set())
+    if judged:
+        raise ValueError(
+            f"maps: the credit of {recipe.name!r} needs {sorted(judged)} from the reward, which a free "
+            "prompt has "
+            "not. Use a recipe whose map comes from the policy, such as star-shapes."
+        )
+    policy = load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=weights)
+    prompts = Prompts.of([text])
+    captures = wanted.captures | {CLEAN_PREDICTIONS}
+    trajectory = _draw(policy, recipe, prompts, num_steps or recipe.sampler.num_steps, seed, captures)
+    image_size, per_chunk = recipe.train.image_size, recipe.train.images_per_device
+    context = CreditContext(
+        prompts=prompts,
+        trajectory=trajectory,
+        rewards=Rewards(values=torch.zeros(1, trajectory.num_steps + 1), valid=torch.ones(1, dtype=torch.bool)),
+        token_grid=policy.token_grid(image_size),
+        images=decode(policy, trajectory.clean_latents, images_per_chunk=per_chunk),
+        progress=0,
+        keys=torch.tensor([derive_seed("maps", seed)]),
+        generator=generator(seed, "maps"),
+        score=_no_score,
+        reward_gradient=lambda latents, rollouts: reward_gradient(
+            policy, wanted.reward, latents, prompts, images_per_chunk=per_chunk
+        ),
+        complete=lambda latents, step, rollouts: latents,
+    )
+    credit = recipe.credit.assign(context)
+    if credit.weight.shape[2:] == (1, 1):
+        raise ValueError(
+            f"maps: the credit of {recipe.name!r} is uniform in space, so there is no map to draw. Use a recipe with "
+            "a spatial "
+            "allocation, such as star-shapes."
+        )
+    steps = trajectory.num_steps
+    predictions = trajectory.captures[CLEAN_PREDICTIONS][0]
+    clean = decode(policy, predictions, images_per_chunk=per_chunk).cpu()
+    return draw_maps(clean, credit.weight[0].expand(steps, -1, -1).cpu(), trajectory.sigmas.tolist(), text)
+
+
+def evaluate_run(
+    recipe: Recipe,
+    *,
+    run_dir: Path | None = None,
+    checkpoint: Path | None = None,
+    weights: Weights = "best",
+    num_prompts: int | None = None,
+    num_steps: int | None = None,
+) -> dict[str, float]:
+    """Scores on held-out prompts with the run's own noise; for a run, also the base and the paired gain."""
+    train = recipe.train
+    prompts = recipe.task.eval_prompts(num_prompts or train.eval_prompts)
+
+    def judged(which: Weights) -> Evaluation:
+        policy = load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=which)
+        return evaluate(
+            policy,
+            recipe.reward,
+            prompts,
+            num_steps=num_steps or train.eval_steps,
+            seed=train.eval_seed,
+            image_size=train.image_size,
+            images_per_chunk=train.images_per_device,
+            heldout=recipe.heldout,
+        )
+
+    base = judged("base")
+    if (run_dir is None and checkpoint is None) or weights == "base":
+        return base.metrics()
+    found: dict[str, Any] = judged(weights).metrics(base)
+    return found | {name.replace("eval/", "base/", 1): value for name, value in base.metrics().items()}
+
+
+def _draw(
+    policy: Policy, recipe: Recipe, prompts: Prompts, num_steps: int, seed: int, captures: frozenset[str]
+) -> Trajectory:
+    return rollout(
+        policy,
+        ODE(num_steps=num_steps),
+        prompts,
+        seed=seed,
+        image_size=recipe.train.image_size,
+        images_per_chunk=recipe.train.images_per_device,
+        captures=captures,
+    )
+
+
+def _no_score(latents: torch.Tensor, rollouts: torch.Tensor) -> RewardOutput:
+    raise ValueError("maps: this credit rewards intermediate images; it can only be drawn during training (`report`).")

@@ -1,0 +1,98 @@
+"""The first stage of an evaluation: draw what is missing, and keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from rlt2i.engine import decode, rollout
+from rlt2i.evaluation.health import MEASURES
+from rlt2i.evaluation.suites.folder import Folder, PartWriter
+from rlt2i.evaluation.suites.suite import Drawing
+from rlt2i.interfaces import Policy
+from rlt2i.samplers.ode import ODE
+from rlt2i.seeds import derive_seed
+from rlt2i.tasks.base import as_prompts
+
+
+@attrs.frozen(kw_only=True)
+class Draw:
+    """How images are drawn.
+
+    Attributes:
+        seed: of the suite.
+        num_steps: of the ODE.
+        image_size: pixels a side.
+        images_per_chunk: per forward pass; changes speed and memory, and the last bits of what networks compute.
+        device: where.
+    """
+
+    seed: int
+    num_steps: int
+    image_size: int
+    images_per_chunk: int
+    device: torch.device
+
+    def __call__(self, policy: Policy, drawings: Sequence[Drawing]) -> Tensor:
+        """[N, 3, H, W] uint8. The noise of an image is a function of (seed, text, index): drawn on the CPU, the same
+        for every policy, on every process, in any order.
+        """
+        prompts = as_prompts([d.prompt for d in drawings], group_size=1)
+        prompts = attrs.evolve(prompts, draws=tuple(d.index for d in drawings))
+        trajectory = rollout(
+            policy,
+            ODE(num_steps=self.num_steps),
+            prompts,
+            seed=derive_seed("suite", self.seed),
+            image_size=self.image_size,
+            images_per_chunk=self.images_per_chunk,
+            device=self.device,
+        )
+        return decode(policy, trajectory.clean_latents, images_per_chunk=self.images_per_chunk)
+
+
+def generate(
+    draw: Draw,
+    policy: Policy,
+    drawings: Sequence[Drawing],
+    done: Collection[str],
+    *,
+    folder: Folder,
+    writer: PartWriter,
+    advance: Callable[[int], None],
+) -> None:
+    """Draw the images of a shard that are not there yet.
+
+    A chunk that was interrupted is drawn again as a whole, though only what is missing of it is written: networks may
+    round differently for batches of another size, and an interrupted evaluation must not differ from a whole one.
+    """
+    size = draw.images_per_chunk
+    for start in range(0, len(drawings), size):
+        chunk = drawings[start : start + size]
+        missing = [i for i, d in enumerate(chunk) if d.id not in done]
+        if missing:
+            images = draw(policy, chunk)
+            health = {measure.__name__: measure(images).tolist() for measure in MEASURES}
+            records = []
+            for i in missing:
+                seen = {name: float(f"{values[i]:.6g}") for name, values in health.items()}
+                records.append(_record(chunk[i], folder.write_image(chunk[i].id, images[i]), seen))
+            writer.append(records)
+        advance(len(chunk))
+
+
+def _record(drawing: Drawing, pixels: str, health: dict[str, float]) -> dict[str, Any]:
+    prompt = drawing.prompt
+    return {
+        "id": drawing.id,
+        "prompt": prompt.text,
+        "index": drawing.index,
+        "category": prompt.category,
+        "metadata": dict(prompt.metadata),
+        "sha256": pixels,
+        "health": health,
+    }

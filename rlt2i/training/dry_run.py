@@ -1,0 +1,65 @@
+"""What can be known of a run without its weights: do the parts fit, the batches work out, the memory do?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from rlt2i.engine import chunk_size
+from rlt2i.recipes.recipe import Recipe
+from rlt2i.recipes.train_config import BatchPlan, derive_batch
+from rlt2i.tasks.base import check_metadata
+
+
+def batch_plan(recipe: Recipe, *, world_size: int) -> BatchPlan:
+    """The batch arithmetic of a recipe.
+
+    Raises:
+        ValueError: when whole groups cannot be dealt evenly to the processes, or one must fit into a forward pass and
+            does not.
+    """
+    num_steps, train = recipe.sampler.num_steps, recipe.train
+    images = chunk_size(recipe.sampler, train.group_size, train.images_per_device)
+    train = attrs.evolve(train, images_per_device=images)
+    draws: Any = getattr(recipe.objective, "sigmas", None)
+    trained = recipe.objective.trained_steps(recipe.sampler) if draws is None else draws.count
+    return derive_batch(train, world_size=world_size, num_steps=num_steps, trained_steps=trained)
+
+
+def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
+    """What `rlt2i train --dry-run` prints.
+
+    Raises:
+        ValueError: when the parts do not fit, or the batches do not work out.
+    """
+    train = recipe.train
+    recipe.algorithm().check_group_size(train.group_size)
+    check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
+    batch = batch_plan(recipe, world_size=world_size)
+    parts = [f"{recipe.name}  {recipe.hash[:8]}  evidence: {recipe.evidence}", recipe.about, "", batch.table()]
+    size = _size(recipe, batch)
+    return "\n".join([*parts, *(["", size] if size else [])])
+
+
+def _size(recipe: Recipe, batch: BatchPlan) -> str:
+    """Parameters, arithmetic and memory of one process, where the policy is one that can be counted."""
+    from rlt2i.policies.sd3 import SD3
+
+    if not isinstance(recipe.policy, SD3):
+        return ""
+    from rlt2i.policies.cost import make_plan
+
+    train, objective = recipe.train, recipe.objective
+    copies = {"old", "reference"} & objective.requires | ({"reference"} if train.reference else set())
+    made = make_plan(
+        recipe.policy,
+        image_size=train.image_size,
+        num_steps=batch.num_steps,
+        trained_steps=batch.trained_steps,
+        rollouts_per_update=batch.rollouts_per_device,
+        micro_batch=batch.sequences_per_device,
+        rollout_batch=batch.images_per_device,
+        weight_copies=len(copies) + (train.ema_decay is not None),
+    )
+    return f"per process:\n{made.table()}"

@@ -1,0 +1,154 @@
+"""A recipe over the toy policy, importable by name from a subprocess."""
+
+from __future__ import annotations
+
+import os
+
+import attrs
+import torch
+
+from rlt2i.credit.algebra import Product
+from rlt2i.credit.group_relative import GroupRelative
+from rlt2i.credit.text_attention import TextAttention
+from rlt2i.credit.tree import TreeAdvantage
+from rlt2i.interfaces import RewardBatch, RewardOutput
+from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
+from rlt2i.objectives.nft import DiffusionNFT
+from rlt2i.recipes import Recipe
+from rlt2i.recipes.train_config import TrainConfig
+from rlt2i.rewards.jpeg import JPEGCompressibility
+from rlt2i.samplers.branching import TreeSDE
+from rlt2i.samplers.ode import ODE
+from rlt2i.samplers.sde import SDE
+from tests.helpers.toy import QuadrantBrightness, ToySpec, ToyTask
+
+STAR = Product(
+    advantage=GroupRelative(), allocations=(TextAttention(blocks="0", entropy_power=0.0),)
+)  # fmt: skip
+
+
+def clipped(**train: object) -> Recipe:
+    """STAR, clipped surrogate, two optimiser steps per batch, an average, a KL penalty: every kind of state."""
+    settings = {
+        "updates": 4,
+        "prompts_per_update": 4,
+        "group_size": 4,
+        "updates_per_rollout": 2,
+        "images_per_device": 8,
+        "sequences_per_device": 16,
+        "image_size": 8,
+        "learning_rate": 0.05,
+        "ema_decay": 0.9,
+        "reference": True,
+        "eval_every": 2,
+        "eval_prompts": 6,
+        "eval_steps": 4,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 10,
+        "trackers": (),
+    }
+    return Recipe(
+        name="toy",
+        policy=ToySpec(),
+        sampler=SDE(num_steps=5, window=(0, 3)),
+        reward=QuadrantBrightness(),
+        credit=STAR,
+        objective=ClippedSurrogate(clip_range=1e-3, kl_weight=0.01),
+        task=ToyTask(),
+        train=TrainConfig(**(settings | train)),  # type: ignore[arg-type]
+    )
+
+
+def tree() -> Recipe:
+    """Rollouts that share steps."""
+    recipe = clipped()
+    sampler = TreeSDE(num_steps=4, splits=(0, 2))
+    return attrs.evolve(recipe, sampler=sampler, credit=Product(advantage=TreeAdvantage()))
+
+
+def nft() -> Recipe:
+    """A forward-process objective with an old policy that lags."""
+    return attrs.evolve(clipped(), sampler=ODE(num_steps=5), objective=DiffusionNFT(decay=0.5, kl_weight=0.01))
+
+
+def slow() -> Recipe:
+    """Long enough to be interrupted; every update takes at least a tenth of a second."""
+    return attrs.evolve(clipped(updates=500, eval_prompts=0), reward=Slow())
+
+
+def killed() -> Recipe:
+    """Dies without warning in the third update."""
+    return attrs.evolve(clipped(), reward=Deadly())
+
+
+def broken() -> Recipe:
+    """A reward that returns NaN as if it were valid, from the third batch on."""
+    return attrs.evolve(clipped(eval_prompts=0), reward=Broken())
+
+
+def failing() -> Recipe:
+    """A reward that fails for most images."""
+    return attrs.evolve(clipped(eval_prompts=0), reward=MostlyInvalid())
+
+
+@attrs.frozen(kw_only=True)
+class Slow(QuadrantBrightness):
+    """Takes its time."""
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        import time
+
+        time.sleep(0.1)
+        return super().score(batch, want)
+
+
+@attrs.frozen(kw_only=True)
+class Deadly(QuadrantBrightness):
+    """Kills its process with SIGKILL when asked to score the third training batch, unless told to spare it."""
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        if batch.groups is not None and "SPARE" not in os.environ and str(batch.ids[0]).split("/")[2] == "8":  # type: ignore[index]
+            os.kill(os.getpid(), 9)
+        return super().score(batch, want)
+
+
+@attrs.frozen(kw_only=True)
+class Broken(QuadrantBrightness):
+    """NaN from the third training batch on."""
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        output = super().score(batch, want)
+        if batch.ids is not None and int(str(batch.ids[0]).split("/")[2]) >= 8:
+            return attrs.evolve(output, scores=output.scores * torch.nan)
+        return output
+
+
+@attrs.frozen(kw_only=True)
+class MostlyInvalid(QuadrantBrightness):
+    """Three of four images cannot be judged."""
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        output = super().score(batch, want)
+        return attrs.evolve(output, valid=torch.arange(len(output.scores)) % 4 == 0)
+
+
+def watched(**train: object) -> Recipe:
+    """`clipped`, beside two held-out rewards: one sound, and one that draws from the global generator and dies."""
+    return attrs.evolve(clipped(**train), heldout={"size": JPEGCompressibility(), "dying": Dying()})
+
+
+@attrs.frozen(kw_only=True)
+class Dying(QuadrantBrightness):
+    """Works twice, for the base and the first evaluation; raises from then on."""
+
+    calls: list[int] = attrs.field(factory=list, init=False, eq=False)
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        torch.rand(7)
+        self.calls.append(len(batch.prompts))
+        if len(self.calls) > 2:
+            raise RuntimeError("out of memory")
+        return super().score(batch, want)
+
+    def close(self) -> None:
+        self.calls.append(-1)

@@ -1,0 +1,96 @@
+"""A stop request is a flag; the second Ctrl-C is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from rlt2i.training.signals import GracefulStop
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_sets_the_flag_and_says_so(number, capfd):
+    with GracefulStop() as stop:
+        assert (stop.requested, stop.reason) == (False, "")
+        os.kill(os.getpid(), number)
+        assert (stop.requested, stop.reason) == (True, number.name)
+    assert f"{number.name}: stopping after this update" in capfd.readouterr().err
+
+
+def test_second_interrupt_raises_second_termination_does_not():
+    with GracefulStop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_handlers_are_put_back(fails):
+    def mine(*_):
+        pass
+
+    before = signal.signal(signal.SIGTERM, mine), signal.getsignal(signal.SIGINT)
+    try:
+        try:
+            with GracefulStop():
+                assert signal.getsignal(signal.SIGTERM) is not mine
+                if fails:
+                    raise KeyError("boom")
+        except KeyError:
+            assert fails
+        assert signal.getsignal(signal.SIGTERM) is mine
+        assert signal.getsignal(signal.SIGINT) is before[1]
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+
+
+def test_another_thread_is_left_alone():
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def body() -> None:
+        with GracefulStop() as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
+
+
+_LOOP = """
+    import sys, time
+    from rlt2i.training.signals import GracefulStop
+
+    done = 0
+    with GracefulStop() as stop:
+        print("ready", flush=True)
+        while not stop.requested:
+            time.sleep(0.01)
+            done += 1
+    print("saved", flush=True)
+"""
+
+
+def test_a_loop_finishes_its_update_and_exits_0():
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(_LOOP)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert (output, process.returncode) == ("saved\n", 0)
+    assert "SIGTERM: stopping after this update" in errors
