@@ -142,7 +142,7 @@ class Curve:
 
     recipe: str
     seed: int
-    updates: int
+    iterations: int
     measure: str
     base: float
     end: float
@@ -180,7 +180,7 @@ def read_curves(recipe: str) -> list[Curve]:
             Curve(
                 recipe=recipe,
                 seed=int(last["seed"]),
-                updates=int(last["update"]),
+                iterations=int(last["iteration"]),
                 measure="strict accuracy" if strict else "reward",
                 base=float(first[key]),
                 end=float(last[key]),
@@ -211,10 +211,10 @@ def sentences(recipe: str) -> list[str]:
     said = []
     for curve in read_curves(recipe):
         override = f" --set train.seed={curve.seed}" if curve.seed != train.seed else ""
-        of_all = f" of {train.updates}" if curve.updates < train.updates else ""
+        of_all = f" of {train.iterations}" if curve.iterations < train.iterations else ""
         said.append(
             f"`{recipe}`, seed {curve.seed}: held-out {curve.measure} {_share(curve.base)} at the base and "
-            f"{_share(curve.end)} after {curve.updates}{of_all} updates, a paired gain of {_gain(curve.gain)} "
+            f"{_share(curve.end)} after {curve.iterations}{of_all} iterations, a paired gain of {_gain(curve.gain)} "
             f"[{_gain(curve.low)}, {_gain(curve.high)}] on {train.eval_prompts} images, {curve.verdict}{curve.aside} "
             f"(`rlt2i train {recipe}{override}`, then `python -m benchmarks.curve`)."
         )
@@ -303,7 +303,7 @@ def figure(curves: Sequence[Curve]) -> str:
         )
 
     body = [text(8, 20, "Held-out gain over the base, one training run each, 95 % interval over prompts", size=14)]
-    body.append(text(8, 38, "Numbers of updates differ between recipes: see the pages.", colour="#5f5f66"))
+    body.append(text(8, 38, "Numbers of iterations differ between recipes: see the pages.", colour="#5f5f66"))
     ticks = nice_ticks(low, high, 6)
     for tick, label in zip(ticks, tick_labels(ticks), strict=True):
         stroke = "#5f5f66" if tick == 0 else "#e3e3e8"
@@ -314,7 +314,7 @@ def figure(curves: Sequence[Curve]) -> str:
         told = curve.gain > 2 * curve.standard_error
         colour = SERIES[0] if told else "#8a8a92"
         name = curve.recipe.removesuffix("-shapes") + (f" (seed {curve.seed})" if curve.seed else "")
-        body.append(text(left - 10, y + 4, f"{name}, {curve.updates} updates", "end"))
+        body.append(text(left - 10, y + 4, f"{name}, {curve.iterations} iterations", "end"))
         tip = f"{_gain(curve.gain)} [{_gain(curve.low)}, {_gain(curve.high)}]"
         body.append(
             f'<line x1="{x(curve.low)}" x2="{x(curve.high)}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'

@@ -39,7 +39,7 @@ def main() -> None:
     for _ in range(options.repeats + 1):  # the first round warms up
         for name, captures in modes.items():
             start = time.process_time()  # processor time: what others do on this machine does not count
-            rollout(policy, ODE(), prompts, seed=0, image_size=32, images_per_chunk=96, captures=captures)
+            rollout(policy, ODE(), prompts, seed=0, image_size=32, rollout_batch_size=96, captures=captures)
             seconds[name].append(time.process_time() - start)
     base = seconds["nothing"][1:]
     print(f"embedded model, rollout of 96 images x 10 steps, {options.repeats} rounds, {options.threads} thread")

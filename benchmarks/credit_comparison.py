@@ -3,7 +3,7 @@
 Arms of one seed share prompts, initial noise and held-out noise; they differ in the weights of the credit alone.
 Writes a CSV, a plot and an honest sentence.
 
-    python -m benchmarks.credit_comparison --objective nft --seeds 3 --updates 16
+    python -m benchmarks.credit_comparison --objective nft --seeds 3 --iterations 16
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BASE = {"nft": "star-nft-shapes", "clipped": "star-shapes"}
 ARMS = ("star", "uniform", "shuffled", "oracle")
 
 
-def recipe_of(objective: str, arm: str, *, seed: int, updates: int, every: int) -> Recipe:
+def recipe_of(objective: str, arm: str, *, seed: int, iterations: int, every: int) -> Recipe:
     """The star recipe of an objective, with the arm's allocation in place of the map."""
     recipe = load_recipe(BASE[objective])
     credit = recipe.credit
@@ -40,7 +40,7 @@ def recipe_of(objective: str, arm: str, *, seed: int, updates: int, every: int) 
         "inverted": (Inverted(allocation=attention),),
         "oracle": (Oracle(mix=attention.mix),),  # type: ignore[attr-defined]
     }
-    train = attrs.evolve(recipe.train, seed=seed, updates=updates, eval_every=every, checkpoint_every=updates)
+    train = attrs.evolve(recipe.train, seed=seed, iterations=iterations, eval_every=every, checkpoint_every=iterations)
     train = attrs.evolve(train, eval_steps=10)  # half the recipe's: what differs between arms is what matters here
     return attrs.evolve(
         recipe,
@@ -59,11 +59,11 @@ def run_all(objective: str, arms: list[str], seeds: list[int], options: argparse
         while waiting and len(running) < options.workers:
             arm, seed = waiting.pop(0)
             folder = options.runs / f"{arm}-{objective}-{seed}"
-            if (folder / f"checkpoint-{options.updates:08d}").exists():
+            if (folder / f"checkpoint-{options.iterations:08d}").exists():
                 continue
             shutil.rmtree(folder, ignore_errors=True)
             command = [sys.executable, "-m", "benchmarks.credit_comparison", "--objective", objective, "--only", arm]
-            command += ["--seed", str(seed), "--updates", str(options.updates), "--every", str(options.every)]
+            command += ["--seed", str(seed), "--iterations", str(options.iterations), "--every", str(options.every)]
             command += ["--runs", str(options.runs)]
             environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
             running.append((subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL), f"{arm} {seed}"))
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--objective", choices=[*BASE], default="nft")
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=16)
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
@@ -96,7 +96,7 @@ def main() -> None:
         from rlt2i.training.start import train
 
         recipe = recipe_of(
-            options.objective, options.only, seed=options.seed, updates=options.updates, every=options.every
+            options.objective, options.only, seed=options.seed, iterations=options.iterations, every=options.every
         )
         train(recipe, options.runs / f"{options.only}-{options.objective}-{options.seed}")
         return

@@ -101,9 +101,9 @@ def overheard() -> CreditContext:
     held_out = task.eval_prompts(480)
     prompts = as_prompts([held_out[i] for i in PROMPTS], group_size=GROUP)
     engine = Engine(
-        algorithm=algorithm, image_size=task.image_size, images_per_chunk=96, seed=0, share_initial_noise=True
+        algorithm=algorithm, image_size=task.image_size, rollout_batch_size=96, seed=0, share_initial_noise=True
     )
-    engine.collect(prompts, progress=0)
+    engine.collect(prompts, iteration=0)
     return listener.heard[0]
 
 
@@ -230,7 +230,7 @@ def time_strips(context: CreditContext, sd3: CreditContext) -> str:
 
 def batch_of(context: CreditContext, number: int) -> CreditContext:
     """The same context as rollout batch `number`."""
-    return attrs.evolve(context, progress=number, generator=torch.Generator().manual_seed(number))
+    return attrs.evolve(context, iteration=number, generator=torch.Generator().manual_seed(number))
 
 
 def _bars(strips: Sequence[tuple[str, Sequence[float | None]]], sigmas: Sequence[float]) -> str:

@@ -68,7 +68,7 @@ def gradient(policy: Policy, objective: Objective, experience: Experience, sets:
     rows = informative_rows(experience)
     context = UpdateContext(
         seed=seed,
-        max_sequences=144,
+        micro_batch_size=144,
         num_rollouts=experience.num_rollouts,
         num_groups=len(experience.groups.unique()),
         num_pairs=max(1, int(trainable_steps(experience, stochastic_only=True).sum())),
@@ -162,7 +162,7 @@ def probe(
         sets.add(name)
     # Rollouts of a deterministic sampler that start from the same noise would all be the same.
     shared = bool(sampler.stochastic_steps(0))
-    engine = Engine(algorithm=widest, image_size=32, images_per_chunk=96, seed=seed, share_initial_noise=shared)
+    engine = Engine(algorithm=widest, image_size=32, rollout_batch_size=96, seed=seed, share_initial_noise=shared)
     found: dict[str, list[Tensor]] = {name: [] for name in compared}
     task, started = ShapesTask(), time.perf_counter()
     for batch in range(batches):
@@ -171,7 +171,7 @@ def probe(
             group_size=group_size,
             start=batch * prompts,
         )
-        experience = engine.collect(drawn, progress=batch).experience
+        experience = engine.collect(drawn, iteration=batch).experience
         for name in compared:
             own = attrs.evolve(experience, credit=widest.credit.made[name])  # type: ignore[attr-defined]
             found[name].append(gradient(policy, objective, own, sets, seed=batch).half())

@@ -48,7 +48,7 @@ def main() -> None:
     named = {name for record in evaluations for name in record}
     rows = []
     for record in evaluations:
-        row = {"recipe": recipe.name, "hash": recipe.hash[:12], "seed": recipe.train.seed, "update": record["step"]}
+        row = {"recipe": recipe.name, "hash": recipe.hash[:12], "seed": recipe.train.seed, "iteration": record["step"]}
         row["commit"] = str((versions.get("git") or {}).get("commit", ""))[:12]
         row |= {name: f"{record[name]:.4f}" if name in record else "" for name in COLUMNS if name in named}
         reward = trained.get(record["step"], {}).get("reward/mean")

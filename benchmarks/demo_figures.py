@@ -51,7 +51,7 @@ def sentence(run: Path) -> str:
     first, last = read_metrics(run, "eval")[0], read_metrics(run, "eval")[-1]
     seconds = sum(sum(v for k, v in r.items() if k.startswith("seconds/")) for r in read_metrics(run, "train"))
     return (
-        f"held-out strict {first['eval/strict']:.3f} -> {last['eval/strict']:.3f} in {last['step']} updates: paired "
+        f"held-out strict {first['eval/strict']:.3f} -> {last['eval/strict']:.3f} in {last['step']} iterations: paired "
         "gain "
         f"{last['eval/strict_gain']:+.3f} [{last['eval/strict_gain_low']:+.3f}, "
         f"{last['eval/strict_gain_high']:+.3f}] on "

@@ -51,8 +51,8 @@ def main() -> None:
                 continue
             if sampler_name not in experiences:
                 drawn = ShapesTask().train_prompts(seed=0, start=0, count=2)
-                engine = Engine(algorithm=algorithm, image_size=32, images_per_chunk=16, seed=1)
-                collected = engine.collect(as_prompts(drawn, group_size=SAMPLERS[sampler_name], start=0), progress=0)
+                engine = Engine(algorithm=algorithm, image_size=32, rollout_batch_size=16, seed=1)
+                collected = engine.collect(as_prompts(drawn, group_size=SAMPLERS[sampler_name], start=0), iteration=0)
                 experiences[sampler_name] = collected.experience
             norm = toy_learner(algorithm, learning_rate=1e-4).learn(experiences[sampler_name])["grad_norm"]
             with torch.no_grad():

@@ -1,6 +1,6 @@
 """A recipe in Python: the same record as a YAML file gives, with every part at hand.
 
-rlt2i train examples/star_in_python.py:star --set train.updates=4
+rlt2i train examples/star_in_python.py:star --set train.iterations=4
 """
 
 from rlt2i import (
@@ -33,11 +33,11 @@ def star(allocation=MAP, name: str = "star-in-python") -> Recipe:
         objective=ClippedSurrogate(clip_range=2e-3, ratio="location"),
         task=ShapesTask(),
         train=TrainConfig(
-            updates=30,
-            prompts_per_update=12,
+            iterations=30,
+            prompts_per_iteration=12,
             group_size=16,
-            images_per_device=96,
-            sequences_per_device=96,
+            rollout_batch_size=96,
+            micro_batch_size=96,
             image_size=32,
             share_initial_noise=True,
             learning_rate=1e-4,

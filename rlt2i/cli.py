@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, help="run directory")
     report.add_argument("--out", type=Path, help="file to write (default RUN/report.html)")
 
-    compare = add("compare", _compare, "compare arms of several seeds at equal numbers of updates")
+    compare = add("compare", _compare, "compare arms of several seeds at equal numbers of iterations")
     compare.add_argument(
         "arms", nargs="+", metavar="ARM=RUN[,RUN...]", help="for example star=runs/a,runs/b uniform=runs/c"
     )

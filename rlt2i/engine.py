@@ -24,8 +24,8 @@ from rlt2i.interfaces import (
     Sampler,
     to_uint8,
 )
-from rlt2i.rewards.agreement import Tally, with_same_components
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.agreement import FailureCounts, with_same_components
+from rlt2i.rewards.validity import score_safely
 from rlt2i.runs.terminal import Progress
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.seeds import RolloutNoise, derive_seed, generator
@@ -73,20 +73,20 @@ def rollout_keys(prompts: Prompts, seed: int) -> list[tuple[int, str, int, int]]
     return [(seed, text, draw, index) for text, draw in named for index in range(prompts.group_size)]
 
 
-def chunk_size(sampler: Sampler, group_size: int, images_per_chunk: int) -> int:
+def chunk_size(sampler: Sampler, group_size: int, rollout_batch_size: int) -> int:
     """Rollouts per forward pass: as many as may be, in whole groups where the sampler asks for them.
 
     Raises:
         ValueError: when not even one group fits.
     """
     if not sampler.whole_groups:
-        return images_per_chunk
-    if group_size > images_per_chunk:
+        return rollout_batch_size
+    if group_size > rollout_batch_size:
         raise ValueError(
             f"{type(sampler).__name__} rolls a group out in one piece, and a group of {group_size} does not fit into "
-            f"images_per_device={images_per_chunk}. Use images_per_device >= {group_size}, or smaller groups."
+            f"rollout_batch_size={rollout_batch_size}. Use rollout_batch_size >= {group_size}, or smaller groups."
         )
-    return images_per_chunk // group_size * group_size
+    return rollout_batch_size // group_size * group_size
 
 
 @torch.no_grad()
@@ -97,10 +97,10 @@ def rollout(
     *,
     seed: int,
     image_size: int,
-    images_per_chunk: int,
+    rollout_batch_size: int,
     captures: frozenset[str] = frozenset(),
     share_initial_noise: bool = False,
-    progress: int = 0,
+    iteration: int = 0,
     device: torch.device | str = "cpu",
     advance: Callable[[int], None] = _nothing,
 ) -> Trajectory:
@@ -108,13 +108,13 @@ def rollout(
 
     Args:
         share_initial_noise: start the rollouts of a group from the same noise.
-        progress: number of the rollout batch, for samplers whose window slides.
+        iteration: number of the rollout batch, for samplers whose window slides.
         advance: called with the number of rollouts that have been finished.
     """
     device = torch.device(device)
     conditioning = policy.encode(prompts)
     keys, metadata = rollout_keys(prompts, seed), prompts.per_rollout(prompts.metadata)
-    size = chunk_size(sampler, prompts.group_size, images_per_chunk)
+    size = chunk_size(sampler, prompts.group_size, rollout_batch_size)
     chunks = []
     for start in range(0, len(keys), size):
         rows = range(start, min(start + size, len(keys)))
@@ -132,7 +132,7 @@ def rollout(
                     captures=captures,
                     image_size=image_size,
                     group_size=prompts.group_size if sampler.whole_groups else 1,
-                    progress=progress,
+                    iteration=iteration,
                     metadata=[metadata[i] for i in rows],
                 ),
             )
@@ -142,17 +142,17 @@ def rollout(
 
 
 @torch.no_grad()
-def decode(policy: Policy, latents: Tensor, *, images_per_chunk: int) -> Tensor:
+def decode(policy: Policy, latents: Tensor, *, rollout_batch_size: int) -> Tensor:
     """[N, C, H, W] latents to [N, 3, H', W'] uint8 RGB.
 
     Raises:
         ValueError: when the decoder returns NaN or infinity.
     """
-    return torch.cat([to_uint8(policy.decode(chunk)) for chunk in latents.split(images_per_chunk)])
+    return torch.cat([to_uint8(policy.decode(chunk)) for chunk in latents.split(rollout_batch_size)])
 
 
 def reward_gradient(
-    policy: Policy, reward: Reward, latents: Tensor, prompts: Prompts, *, images_per_chunk: int
+    policy: Policy, reward: Reward, latents: Tensor, prompts: Prompts, *, rollout_batch_size: int
 ) -> RewardGradient:
     """Scores of decoded latents and the gradient of each score with respect to its latents, both detached.
 
@@ -162,13 +162,13 @@ def reward_gradient(
     Args:
         latents: [N, C, H, W].
         prompts: N of them, in groups of one.
-        images_per_chunk: decoded and judged together.
+        rollout_batch_size: decoded and judged together.
 
     Raises:
         ValueError: when the scores do not depend on the images by way of a gradient.
     """
     found = []
-    for rows in torch.arange(len(latents)).split(images_per_chunk):
+    for rows in torch.arange(len(latents)).split(rollout_batch_size):
         asked = prompts.take(rows.tolist())
         with torch.enable_grad():
             leaf = latents[rows.to(latents.device)].detach().requires_grad_()
@@ -202,7 +202,7 @@ class Collected:
     prompts: Prompts
     images: Tensor
     scores: RewardOutput
-    tally: Tally
+    tally: FailureCounts
 
 
 @attrs.frozen(kw_only=True)
@@ -212,7 +212,7 @@ class Engine:
     Attributes:
         algorithm: with its policy loaded.
         image_size: pixels a side.
-        images_per_chunk: rollouts per forward pass; changes speed and memory, nothing else.
+        rollout_batch_size: rollouts per forward pass; changes speed and memory, nothing else.
         seed: of the run.
         share_initial_noise: whether a group starts from the same noise, so that its rollouts differ by what was done
             rather than by where they began.
@@ -222,7 +222,7 @@ class Engine:
 
     algorithm: Algorithm
     image_size: int
-    images_per_chunk: int
+    rollout_batch_size: int
     seed: int
     share_initial_noise: bool = False
     device: torch.device = attrs.field(default=torch.device("cpu"), converter=torch.device)
@@ -234,26 +234,26 @@ class Engine:
         assert isinstance(self.algorithm.policy, Policy), "load the algorithm first"
         return self.algorithm.policy
 
-    def collect(self, prompts: Prompts, *, progress: int, watch: Stopwatch | None = None) -> Collected:
+    def collect(self, prompts: Prompts, *, iteration: int, watch: Stopwatch | None = None) -> Collected:
         """Roll out, score and assign credit for P prompts x G rollouts.
 
         Args:
             prompts: whole groups.
-            progress: number of this rollout batch; windows may slide with it.
+            iteration: number of this rollout batch; windows may slide with it.
 
         Raises:
             ValueError: when latents or images are not finite.
             OtherProcessFailed: when that happened elsewhere.
         """
-        watch, tally = watch or Stopwatch(device=self.device), Tally()
+        watch, tally = watch or Stopwatch(device=self.device), FailureCounts()
         with torch.no_grad():
-            trajectory, images, scores, predicted = self._together(
-                lambda: self._judged_rollouts(prompts, progress, watch, tally)
+            trajectory, images, scores, predicted = self.raise_on_all(
+                lambda: self._judged_rollouts(prompts, iteration, watch, tally)
             )
             rewards = self._rewards(trajectory, scores, predicted)
             with watch("credit"):
                 keys = torch.tensor([derive_seed(*key) for key in rollout_keys(prompts, self.seed)], device=self.device)
-                context = self._context(prompts, trajectory, rewards, images, progress, keys, tally)
+                context = self._context(prompts, trajectory, rewards, images, iteration, keys, tally)
                 credit = self.algorithm.credit.assign(context)
         groups = torch.tensor(prompts.per_rollout(prompts.draws), device=self.device)
         experience = Experience(
@@ -267,7 +267,7 @@ class Engine:
         )
         return Collected(experience=experience, prompts=prompts, images=images, scores=scores, tally=tally)
 
-    def _together(self, work: Callable[[], Result]) -> Result:
+    def raise_on_all(self, work: Callable[[], Result]) -> Result:
         """What `work` returns, once no process has failed at it: credit waits for every process.
 
         Raises:
@@ -283,7 +283,7 @@ class Engine:
         return result  # type: ignore[return-value]  # there was no error
 
     def _judged_rollouts(
-        self, prompts: Prompts, progress: int, watch: Stopwatch, tally: Tally
+        self, prompts: Prompts, iteration: int, watch: Stopwatch, tally: FailureCounts
     ) -> tuple[Trajectory, Tensor, RewardOutput, list[RewardOutput]]:
         """Rollouts, their images, the scores of those, and of the clean predictions that the credit asked for."""
         with watch("rollout", prompts.num_rollouts):
@@ -293,10 +293,10 @@ class Engine:
                 prompts,
                 seed=self.seed,
                 image_size=self.image_size,
-                images_per_chunk=self.images_per_chunk,
+                rollout_batch_size=self.rollout_batch_size,
                 captures=self.algorithm.captures,
                 share_initial_noise=self.share_initial_noise,
-                progress=progress,
+                iteration=iteration,
                 device=self.device,
                 advance=watch.advance,
             )
@@ -314,7 +314,7 @@ class Engine:
 
     def images(self, latents: Tensor) -> Tensor:
         """[N, C, H, W] latents to [N, 3, H', W'] uint8 RGB."""
-        return decode(self.policy, latents, images_per_chunk=self.images_per_chunk)
+        return decode(self.policy, latents, rollout_batch_size=self.rollout_batch_size)
 
     def score(self, images: Tensor, prompts: Prompts, want: frozenset[str] = frozenset()) -> RewardOutput:
         """Score the images of whole groups. What the reward cannot judge is invalid, whatever goes wrong in it."""
@@ -325,7 +325,7 @@ class Engine:
             groups=torch.arange(len(prompts.texts)).repeat_interleave(prompts.group_size),
             ids=["/".join(map(str, key)) for key in rollout_keys(prompts, self.seed)],
         )
-        return scored(self.algorithm.reward, batch, want)
+        return score_safely(self.algorithm.reward, batch, want)
 
     def _rewards(self, trajectory: Trajectory, final: RewardOutput, predicted: list[RewardOutput]) -> Rewards:
         """The scores of a batch, with the same terms on every process.
@@ -354,9 +354,9 @@ class Engine:
         trajectory: Trajectory,
         rewards: Rewards,
         images: Tensor,
-        progress: int,
+        iteration: int,
         keys: Tensor,
-        tally: Tally,
+        tally: FailureCounts,
     ) -> CreditContext:
         texts, metadata = prompts.per_rollout(prompts.texts), prompts.per_rollout(prompts.metadata)
         each = prompts.ungrouped()
@@ -364,7 +364,7 @@ class Engine:
         def gradient(latents: Tensor, rollouts: Tensor) -> RewardGradient:
             asked = each.take(rollouts.tolist())
             return reward_gradient(
-                self.policy, self.algorithm.reward, latents, asked, images_per_chunk=self.images_per_chunk
+                self.policy, self.algorithm.reward, latents, asked, rollout_batch_size=self.rollout_batch_size
             )
 
         def score(latents: Tensor, rollouts: Tensor) -> RewardOutput:
@@ -372,12 +372,12 @@ class Engine:
             batch = RewardBatch(
                 images=self.images(latents), prompts=[texts[i] for i in rows], metadata=[metadata[i] for i in rows]
             )
-            output = scored(self.algorithm.reward, batch)
+            output = score_safely(self.algorithm.reward, batch)
             tally.add(output)
             return output
 
         def complete(latents: Tensor, step: int, rollouts: Tensor) -> Tensor:
-            size = self.images_per_chunk
+            size = self.rollout_batch_size
             chunks = zip(latents.split(size), rollouts.split(size), strict=True)
             return torch.cat([complete_chunk(part, step, rows) for part, rows in chunks])
 
@@ -395,9 +395,9 @@ class Engine:
             rewards=rewards,
             token_grid=self.policy.token_grid(self.image_size),
             images=images,
-            progress=progress,
+            iteration=iteration,
             keys=keys,
-            generator=generator(self.seed, "credit", progress),
+            generator=generator(self.seed, "credit", iteration),
             score=score,
             reward_gradient=gradient,
             complete=complete,

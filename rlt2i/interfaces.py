@@ -127,7 +127,7 @@ class RolloutRequest:
         captures: what to record on the way.
         image_size: pixels a side.
         group_size: rollouts of one prompt that are adjacent; 1 unless the sampler asked for whole groups.
-        progress: number of the rollout batch; windows may slide with it.
+        iteration: number of the rollout batch; windows may slide with it.
         metadata: task data of the B rollouts, for samplers that read rather than denoise.
     """
 
@@ -135,7 +135,7 @@ class RolloutRequest:
     captures: frozenset[str]
     image_size: int
     group_size: int = 1
-    progress: int = 0
+    iteration: int = 0
     metadata: Sequence[Mapping[str, Any]] = ()
 
 
@@ -144,18 +144,18 @@ class Sampler(ABC):
 
     Class attributes:
         offers: captures that the sampler records itself.
-        requires: metadata keys of the training prompts, for samplers that read rather than denoise.
+        metadata_keys: keys of the training prompts, for samplers that read rather than denoise.
         whole_groups: whether a group must be rolled out in one piece, since its rollouts share steps.
     """
 
     num_steps: int
     offers: frozenset[str] = frozenset({"clean_predictions"})
-    requires: frozenset[str] = frozenset()
+    metadata_keys: frozenset[str] = frozenset()
     whole_groups: bool = False
 
     @abstractmethod
-    def stochastic_steps(self, progress: int) -> tuple[int, ...]:
-        """The steps that have a log-probability in rollout batch number `progress`."""
+    def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
+        """The steps that have a log-probability in rollout batch number `iteration`."""
 
     @property
     def noisy_steps(self) -> int:
@@ -255,13 +255,13 @@ class Reward(ABC):
     """Judges finished images.
 
     Class attributes:
-        requires: metadata keys, checked when the prompts are loaded.
+        metadata_keys: of the prompts, checked when the prompts are loaded.
         offers: of {"maps", "regions"}, what `want` may ask for; "gradient" where `score_tensor` works.
         span: the documented range of the scores.
         scope: "group" when scores compare the images of one prompt.
     """
 
-    requires: frozenset[str] = frozenset()
+    metadata_keys: frozenset[str] = frozenset()
     offers: frozenset[str] = frozenset()
     span: tuple[float, float] | None = None
     scope: Literal["sample", "group"] = "sample"
@@ -319,7 +319,7 @@ class CreditContext:
         prompts, trajectory, rewards: of this batch (whole groups).
         token_grid: (h, w) of the image tokens.
         images: [B, 3, H, W] uint8 finished images.
-        progress: number of this rollout batch.
+        iteration: number of this rollout batch.
         keys: [B] long, a stable identity of each rollout; draws that belong to a rollout are functions of it.
         generator: for draws of a whole batch; a function of run and batch, the same on every process.
         score: (latents [N, C, H, W], rollouts [N]) -> scores of the decoded latents under the rollouts' prompts.
@@ -335,7 +335,7 @@ class CreditContext:
     rewards: Rewards
     token_grid: tuple[int, int]
     images: Tensor
-    progress: int
+    iteration: int
     keys: Tensor
     generator: torch.Generator
     score: Callable[[Tensor, Tensor], RewardOutput]
@@ -388,7 +388,7 @@ class UpdateContext:
     Attributes:
         seed: of this update. Draws are functions of it and of a rollout's key, so they do not depend on world size,
             order or micro-batches.
-        max_sequences: (rollout, step) pairs per forward pass.
+        micro_batch_size: (rollout, step) pairs per forward pass.
         num_rollouts: rollouts of this update over all processes, those without any advantage included: the denominator.
         num_groups: prompt groups of this update over all processes: the denominator of losses per group.
         num_pairs: (rollout, step) pairs with a log-probability that this update trains, over all processes, those
@@ -400,7 +400,7 @@ class UpdateContext:
     """
 
     seed: int
-    max_sequences: int
+    micro_batch_size: int
     num_rollouts: int
     num_groups: int
     num_pairs: int
@@ -409,13 +409,13 @@ class UpdateContext:
     reward_gradient: Callable[[Tensor, Prompts], RewardGradient]
 
     def micro_batches(self, trainable: Tensor, *, passes: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Split the True entries of `trainable` [B, T] into (rollouts [N], steps [N]) with N <= max_sequences.
+        """Split the True entries of `trainable` [B, T] into (rollouts [N], steps [N]) with N <= micro_batch_size.
 
         Args:
             passes: forward passes that one backward pass goes through; N is smaller by that factor.
         """
         rollouts, steps = trainable.nonzero(as_tuple=True)
-        size = max(1, self.max_sequences // passes)
+        size = max(1, self.micro_batch_size // passes)
         for start in range(0, len(rollouts), size):
             chunk = slice(start, start + size)
             yield rollouts[chunk], steps[chunk]
@@ -458,6 +458,6 @@ class Objective(ABC):
         """
         return sampler.noisy_steps or sampler.num_steps
 
-    def old_decay(self, num_updates: int) -> float:
-        """Share of "old" that is kept when it follows the policy, after `num_updates` optimiser updates."""
+    def old_decay(self, optimizer_step: int) -> float:
+        """Share of "old" that is kept when it follows the policy, after `optimizer_step` optimizer steps."""
         return 0.0

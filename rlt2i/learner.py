@@ -59,14 +59,14 @@ class Learner:
         reward: whose gradient objectives may ask for.
         optimizer: over `policy.trainable_parameters()`.
         sets: named copies of the parameters.
-        sequences_per_chunk: (rollout, step) pairs per forward pass.
-        updates_per_rollout: optimiser updates per rollout batch; each sees its own share of the groups.
+        micro_batch_size: (rollout, step) pairs per forward pass.
+        optimizer_steps_per_iteration: steps of the optimizer per rollout batch; each sees its own share of the groups.
         max_grad_norm: global norm at which gradients are clipped.
         ema_decay: of the evaluation average, or None.
         seed: of the run.
-        warmup_updates: linear warm-up of the learning rate.
+        warmup_steps: linear warm-up of the learning rate.
         reduce_sum: adds a tensor up over all processes, in place; None for one process.
-        num_updates: optimiser updates taken so far.
+        optimizer_step: steps of the optimizer taken so far.
     """
 
     policy: Policy
@@ -74,14 +74,14 @@ class Learner:
     reward: Reward
     optimizer: torch.optim.Optimizer
     sets: ParameterSets
-    sequences_per_chunk: int
-    updates_per_rollout: int = 1
+    micro_batch_size: int
+    optimizer_steps_per_iteration: int = 1
     max_grad_norm: float = 1.0
     ema_decay: float | None = None
     seed: int = 0
-    warmup_updates: int = 0
+    warmup_steps: int = 0
     reduce_sum: Callable[[Tensor], Tensor] | None = None
-    num_updates: int = 0
+    optimizer_step: int = 0
 
     def __attrs_post_init__(self) -> None:
         averaged = {"ema"} if self.ema_decay is not None else set()
@@ -108,22 +108,21 @@ class Learner:
         for index, part in enumerate(parts):
             averages.add(self._update(part, advance, on_policy=index == 0))
         if "old" in self.objective.requires:
-            self.sets.blend("old", self.objective.old_decay(self.num_updates))
+            self.sets.blend("old", self.objective.old_decay(self.optimizer_step))
         return averages.result()
 
     def _split(self, experience: Experience) -> list[Experience]:
-        """Whole groups, dealt over the updates of this rollout batch."""
+        """Whole groups, spread over the optimizer steps of this rollout batch."""
         groups = experience.groups.unique()
-        if len(groups) % self.updates_per_rollout:
+        if len(groups) % self.optimizer_steps_per_iteration:
             raise ValueError(
-                f"updates_per_rollout={self.updates_per_rollout} does not divide the {len(groups)} groups of this "
-                "process. "
-                "Choose a divisor, so that every update sees the same number of groups."
+                f"optimizer_steps_per_iteration={self.optimizer_steps_per_iteration} does not divide the "
+                f"{len(groups)} groups of this process. Choose a divisor, so that every step sees equally many."
             )
-        if self.updates_per_rollout == 1:
+        if self.optimizer_steps_per_iteration == 1:
             return [experience]
-        # In the order of their identities, so that several processes split as one would (see `dealt`).
-        shares = groups.chunk(self.updates_per_rollout)
+        # In the order of their identities, so that several processes split as one would (see `shard_prompts`).
+        shares = groups.chunk(self.optimizer_steps_per_iteration)
         return [experience.take(torch.isin(experience.groups, part).nonzero()[:, 0]) for part in shares]
 
     def _informative_rows(self, experience: Experience) -> Tensor:
@@ -133,15 +132,15 @@ class Learner:
 
     def _context(self, num_rollouts: int, num_groups: int, num_pairs: int = 1, *, on_policy: bool) -> UpdateContext:
         return UpdateContext(
-            seed=derive_seed(self.seed, "update", self.num_updates),
-            max_sequences=self.sequences_per_chunk,
+            seed=derive_seed(self.seed, "update", self.optimizer_step),
+            micro_batch_size=self.micro_batch_size,
             num_rollouts=num_rollouts,
             num_groups=num_groups,
             num_pairs=num_pairs,
             on_policy=on_policy,
             weights=self.sets.use,
             reward_gradient=functools.partial(
-                reward_gradient, self.policy, self.reward, images_per_chunk=self.sequences_per_chunk
+                reward_gradient, self.policy, self.reward, rollout_batch_size=self.micro_batch_size
             ),
         )
 
@@ -154,7 +153,7 @@ class Learner:
         informative = experience.take(rows)
         trainable = trainable_steps(informative, stochastic_only=True)
         for rollouts, steps in self._context(1, 1, on_policy=True).micro_batches(trainable):
-            pairs = informative.pairs(rollouts, steps)
+            pairs = informative.step_batch(rollouts, steps)
             velocity = self.policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
             transition = trajectory.kernel.transition(
                 pairs.latents, velocity, pairs.sigma, pairs.sigma_next, sigma_max=trajectory.sigma_max
@@ -184,13 +183,13 @@ class Learner:
             value = self._total(float(total))
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise UpdateRefused(
-                    f"update {self.num_updates + 1}: loss={value:g}, gradient norm={norm:g}. The update was not "
+                    f"update {self.optimizer_step + 1}: loss={value:g}, gradient norm={norm:g}. The update was not "
                     "applied. "
                     "Look for overflow in the reward or advantages; lower learning_rate or use float32."
                 )
             if norm > 0:
                 self._step(norm)
-        self.num_updates += 1
+        self.optimizer_step += 1
         result = {k: torch.tensor([v]) for k, v in averages.result().items()}
         return result | {
             "loss/total": torch.tensor([value]),
@@ -204,10 +203,10 @@ class Learner:
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * min(1.0, (self.num_updates + 1) / max(1, self.warmup_updates))
+            group["lr"] = group["initial_lr"] * min(1.0, (self.optimizer_step + 1) / max(1, self.warmup_steps))
         self.optimizer.step()
         if self.ema_decay is not None:
-            step = self.num_updates + 1
+            step = self.optimizer_step + 1
             self.sets.blend("ema", min((1 + step) / (10 + step), self.ema_decay))
 
     def _reduced_gradient_norm(self) -> float:

@@ -370,7 +370,7 @@ class Credit:
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Pairs:
+class StepBatch:
     """N (rollout, step) pairs, flattened for one forward pass of the network.
 
     Attributes:
@@ -462,7 +462,7 @@ class Experience:
             groups=self.groups[rows],
         )
 
-    def pairs(self, rollouts: Tensor, steps: Tensor) -> Pairs:
+    def step_batch(self, rollouts: Tensor, steps: Tensor) -> StepBatch:
         """Gather N (rollout, step) pairs; `rollouts` and `steps` are [N] long."""
         trajectory, credit = self.trajectory, self.credit
 
@@ -471,7 +471,7 @@ class Experience:
             step = steps if field.shape[1] > 1 else torch.zeros_like(steps)
             return field[row, step]
 
-        return Pairs(
+        return StepBatch(
             rollouts=rollouts,
             steps=steps,
             latents=trajectory.latents[rollouts, steps],

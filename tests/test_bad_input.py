@@ -321,5 +321,7 @@ def test_a_second_update_without_a_ratio_is_refused():
     algorithm = toy_algorithm(Reinforce())
     experience = collect(toy_engine(algorithm), prompts=2, group_size=4).experience
     refused(
-        lambda: toy_learner(algorithm, updates_per_rollout=2).learn(experience), "Reinforce", "updates_per_rollout=1"
+        lambda: toy_learner(algorithm, optimizer_steps_per_iteration=2).learn(experience),
+        "Reinforce",
+        "optimizer_steps_per_iteration=1",
     )

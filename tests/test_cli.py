@@ -144,7 +144,7 @@ def test_parts_of_the_working_directory_can_be_named(folder: Path):
         "import sys; sys.path[:] = [p for p in sys.path if p]; from rlt2i.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "train", "toy.yaml", "--set", "train.updates=0"],
+        [sys.executable, "-c", code, "train", "toy.yaml", "--set", "train.iterations=0"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -152,7 +152,7 @@ def test_parts_of_the_working_directory_can_be_named(folder: Path):
         check=False,
     )
     assert done.returncode == 2
-    assert "train.updates: got 0" in done.stderr
+    assert "train.iterations: got 0" in done.stderr
 
 
 # --------------------------------------------------------------------------------------------------- run directories
@@ -244,7 +244,7 @@ def test_a_recipe_trains_resumes_and_is_reported(folder: Path, capsys: pytest.Ca
     steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 2
     assert "already holds a run" in refusal(capsys, "train", "toy.yaml", "--run-dir", "run")
-    assert cli.main(["train", "--run-dir", "run", "--resume", "--set", "train.updates=3"]) == 0
+    assert cli.main(["train", "--run-dir", "run", "--resume", "--set", "train.iterations=3"]) == 0
     assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
 
 

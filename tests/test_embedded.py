@@ -19,8 +19,8 @@ from rlt2i.training.start import train
 from rlt2i.types import Prompts
 
 SMALL = (
-    "train.updates=1",
-    "train.prompts_per_update=3",
+    "train.iterations=1",
+    "train.prompts_per_iteration=3",
     "train.group_size=4",
     "train.eval_prompts=12",
     "train.eval_every=1",
@@ -112,7 +112,7 @@ class Wordless(ShapesTask):
 
 
 def test_prompts_without_core_words_fall_back_to_uniform_credit_and_say_so_once(tmp_path, capsys):
-    recipe = load_recipe("star-shapes", (*SMALL, "train.eval_prompts=0", "train.updates=2"))
+    recipe = load_recipe("star-shapes", (*SMALL, "train.eval_prompts=0", "train.iterations=2"))
     train(attrs.evolve(recipe, task=Wordless()), tmp_path / "run")
     assert capsys.readouterr().out.count("no core word") == 1
     for update in read_metrics(tmp_path / "run"):

@@ -295,7 +295,7 @@ def test_where_no_place_differs_the_map_is_uniform(name: str):
 def test_masks_keep_a_step_that_can_be_trained(name: str):
     mask, context = of("Mask", name)
     for progress in (0, 1, 7, 1000):
-        kept = mask.mask(attrs.evolve(fresh(context), progress=progress))
+        kept = mask.mask(attrs.evolve(fresh(context), iteration=progress))
         assert kept.dtype is torch.bool
         kept = kept.expand(context.trajectory.num_rollouts, context.trajectory.num_steps, -1, -1)
         assert kept.flatten(1).any(dim=1).all()
@@ -464,7 +464,7 @@ def test_replayed_log_probs_are_the_recorded_ones():
         trajectory = experience.trajectory
         for step in sampler.stochastic_steps(0):
             rows = trajectory.noisy[:, step].nonzero()[:, 0]
-            pairs = experience.pairs(rows, torch.full_like(rows, step))
+            pairs = experience.step_batch(rows, torch.full_like(rows, step))
             with torch.no_grad():
                 transition = denoising_step(algorithm.policy, trajectory, pairs).transition
             replayed = trajectory.kernel.log_prob_map(pairs.next_latents, transition)

@@ -81,17 +81,17 @@ def test_first_ratio_is_exactly_one(kernel, ratio):
 def test_replayed_log_probs_equal_recorded_ones(kernel):
     algorithm = toy_algorithm(ClippedSurrogate(), sampler=SDE(num_steps=6, window=(0, 5), kernel=kernel))
     experience = collect(toy_engine(algorithm)).experience
-    learner = toy_learner(algorithm, sequences_per_chunk=7)
+    learner = toy_learner(algorithm, micro_batch_size=7)
     replayed = learner._replayed(experience)
     torch.testing.assert_close(replayed.trajectory.log_probs, experience.trajectory.log_probs, atol=2e-5, rtol=2e-5)
 
 
 def test_second_update_is_off_policy_and_uses_replayed_log_probs():
     algorithm = toy_algorithm(ClippedSurrogate(clip_range=1e-3, ratio="sample"))
-    learner = toy_learner(algorithm, updates_per_rollout=2)
+    learner = toy_learner(algorithm, optimizer_steps_per_iteration=2)
     metrics = learner.learn(collect(toy_engine(algorithm)).experience)
     assert metrics["ratio/abs_minus_one_max"] > 0  # the first update moved the weights
-    assert learner.num_updates == 2
+    assert learner.optimizer_step == 2
 
 
 # ------------------------------------------------------------------------------------------- identity laws of STAR
@@ -182,8 +182,8 @@ def test_clip_range_follows_the_granularity():
 
 def test_rollouts_do_not_depend_on_chunks_or_order():
     algorithm = toy_algorithm(ClippedSurrogate())
-    whole = collect(toy_engine(algorithm, images_per_chunk=64)).experience.trajectory
-    chunked = collect(toy_engine(algorithm, images_per_chunk=5)).experience.trajectory
+    whole = collect(toy_engine(algorithm, rollout_batch_size=64)).experience.trajectory
+    chunked = collect(toy_engine(algorithm, rollout_batch_size=5)).experience.trajectory
     assert torch.equal(whole.latents, chunked.latents)
     second_half = collect(toy_engine(algorithm), prompts=2, first=2).experience.trajectory
     assert torch.equal(whole.latents[16:], second_half.latents)
@@ -194,8 +194,8 @@ def test_micro_batches_do_not_change_the_gradient(objective):
     loss, sampler, _ = OBJECTIVES[objective]
     algorithm = toy_algorithm(loss, sampler=sampler)
     experience = collect(toy_engine(algorithm)).experience
-    whole = gradients(toy_learner(algorithm, sequences_per_chunk=1000), experience)
-    small = gradients(toy_learner(algorithm, sequences_per_chunk=6), experience)
+    whole = gradients(toy_learner(algorithm, micro_batch_size=1000), experience)
+    small = gradients(toy_learner(algorithm, micro_batch_size=6), experience)
     for name in whole:
         torch.testing.assert_close(small[name], whole[name], atol=1e-6, rtol=1e-4)
 
@@ -273,7 +273,7 @@ def test_non_finite_gradient_is_refused_and_leaves_no_trace():
     assert all(torch.equal(before[k], v) for k, v in learner.policy.trainable_parameters().items())
     for state, old in zip(learner.optimizer.state.values(), moments, strict=True):
         assert all(torch.equal(state[k], old[k]) for k in old)
-    assert learner.num_updates == 1
+    assert learner.optimizer_step == 1
 
 
 # ---------------------------------------------------------------------------------------------------- parts that do

@@ -40,6 +40,7 @@ __all__ = [
     "build",
     "dump_yaml",
     "load_object",
+    "neutral",
     "parse_yaml",
     "read_yaml",
     "recipe_hash",
@@ -50,6 +51,7 @@ Part = TypeVar("Part")
 Parts = Mapping[str, Mapping[str, str]]
 """Name of an abstract part -> short name -> "module:Class"."""
 
+_NEUTRAL = "rlt2i.neutral"
 _IN_NO_HASH = (
     ("about",),
     ("evidence",),
@@ -93,21 +95,33 @@ def build(
     return _Builder(parts or {}, folder).part(mapping, expected, path)
 
 
-def to_mapping(part: Any, *, parts: Parts | None = None, typed: bool = True) -> dict[str, Any]:
+def neutral(default: Any, **field: Any) -> Any:
+    """A field added to a part that existed before it, whose default leaves the part as it was.
+
+    It is left out of a recipe's hash while it has its default, so that hashes written down before the field existed
+    still name the same computation. Keywords are those of `attrs.field`.
+    """
+    return attrs.field(default=default, metadata={_NEUTRAL: True}, **field)
+
+
+def to_mapping(part: Any, *, parts: Parts | None = None, typed: bool = True, hashed: bool = False) -> dict[str, Any]:
     """The inverse of `build`: plain data with every field of the part, defaults included.
 
     Args:
         part: an attrs instance.
         parts: the short names to use.
         typed: whether to say the `type`; not needed where only one class can be meant.
+        hashed: leave out `neutral` fields that have their default.
     """
     cls = type(part)
     hints = _hints(cls)  # type: ignore[arg-type]
     mapping: dict[str, Any] = {"type": _name_of(cls, parts or {})} if typed else {}
     for key, field in _fields(cls).items():
         value = getattr(part, field.name)
+        if hashed and field.metadata.get(_NEUTRAL) and value == field.default:
+            continue
         try:
-            mapping[key] = _plain(value, hints[field.name], parts or {})
+            mapping[key] = _plain(value, hints[field.name], parts or {}, hashed)
         except TypeError as error:
             raise ConfigError(f"{cls.__name__}.{key}: {error}") from None
     return mapping
@@ -151,7 +165,12 @@ class _Builder:
         dot = f"{path}." if path else ""
         unknown = [key for key in given if key not in fields]
         if unknown:
-            lines = [f"{dot}{key}: {cls.__name__} has no such field{did_you_mean(str(key), fields)}" for key in unknown]
+            renamed = getattr(cls, "RENAMED", {})
+            lines = [
+                f"{dot}{key}: {cls.__name__} has no such field"
+                + (f": it is called {renamed[key]!r} now." if key in renamed else did_you_mean(str(key), fields))
+                for key in unknown
+            ]
             raise ConfigError("\n".join([*lines, f"{cls.__name__} has: {', '.join(fields) or 'no fields'}."]))
         hints = _hints(cls)  # type: ignore[arg-type]
         values: dict[str, Any] = {}
@@ -294,7 +313,7 @@ def _in_table(cls: type, parts: Parts) -> bool:
     return not is_reference(_name_of(cls, parts))
 
 
-def _plain(value: Any, hint: Any, parts: Parts) -> Any:
+def _plain(value: Any, hint: Any, parts: Parts, hashed: bool) -> Any:
     if isinstance(value, bool | str | NoneType) or type(value) is float:
         return value
     if type(value) is int:
@@ -302,15 +321,16 @@ def _plain(value: Any, hint: Any, parts: Parts) -> Any:
     if isinstance(value, Path):
         return str(value)
     if attrs.has(type(value)):
-        return to_mapping(value, parts=parts, typed=hint is not type(value) or _in_table(type(value), parts))
+        typed = hint is not type(value) or _in_table(type(value), parts)
+        return to_mapping(value, parts=parts, typed=typed, hashed=hashed)
     inner = _inner_hints(hint, value)
     if isinstance(value, frozenset | set):
-        return sorted(_plain(item, inner[0], parts) for item in value)
+        return sorted(_plain(item, inner[0], parts, hashed) for item in value)
     if isinstance(value, list | tuple):
         hints = inner if len(inner) == len(value) else [inner[0]] * len(value)
-        return [_plain(item, item_hint, parts) for item, item_hint in zip(value, hints, strict=True)]
+        return [_plain(item, item_hint, parts, hashed) for item, item_hint in zip(value, hints, strict=True)]
     if isinstance(value, Mapping):
-        return {key: _plain(item, inner[-1], parts) for key, item in value.items()}
+        return {key: _plain(item, inner[-1], parts, hashed) for key, item in value.items()}
     raise TypeError(f"a value of type {type(value).__name__} cannot be written to a recipe.")
 
 

@@ -33,7 +33,7 @@ class SlidingWindow(Mask):
     def mask(self, context: CreditContext) -> Tensor:
         steps = trained_steps(context)
         places = sliding_window(
-            context.progress,
+            context.iteration,
             num_steps=len(steps),
             width=self.width,
             period=self.period,

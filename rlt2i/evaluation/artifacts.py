@@ -92,10 +92,10 @@ def write_maps(path: Path, collected: Collected, policy: Policy, *, shown: int) 
     steps = experience.trajectory.num_steps
     clean = []
     for step in range(steps):
-        pairs = experience.pairs(rows, torch.full_like(rows, step))
+        pairs = experience.step_batch(rows, torch.full_like(rows, step))
         velocity = policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
         latents = clean_prediction(pairs.latents, velocity, pairs.sigma)
-        clean.append(decode(policy, latents, images_per_chunk=len(chosen)).cpu())
+        clean.append(decode(policy, latents, rollout_batch_size=len(chosen)).cpu())
     groups = [i // group_size for i in chosen]
     info = {
         "prompts": [collected.prompts.texts[g] for g in groups],

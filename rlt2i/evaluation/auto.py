@@ -47,7 +47,7 @@ def resolve_auto(recipe: Recipe, *, device: torch.device | str = "cpu") -> tuple
         prompts,
         num_steps=recipe.sampler.num_steps,
         image_size=train.image_size,
-        images_per_chunk=train.images_per_device,
+        rollout_batch_size=train.rollout_batch_size,
         seed=train.seed,
         device=device,
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 from rlt2i.engine import decode, rollout
 from rlt2i.evaluation.statistics import Interval, clustered_mean, paired_difference
 from rlt2i.interfaces import Policy, Reward, RewardBatch
-from rlt2i.rewards.agreement import Tally, with_same_components
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.agreement import FailureCounts, with_same_components
+from rlt2i.rewards.validity import score_safely
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt, as_prompts
@@ -111,7 +111,7 @@ def evaluate(
     num_steps: int,
     seed: int,
     image_size: int,
-    images_per_chunk: int,
+    rollout_batch_size: int,
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
@@ -137,12 +137,12 @@ def evaluate(
         batch,
         seed=derive_seed("evaluation", seed),
         image_size=image_size,
-        images_per_chunk=images_per_chunk,
+        rollout_batch_size=rollout_batch_size,
         device=device,
     )
-    images = decode(policy, trajectory.clean_latents, images_per_chunk=images_per_chunk)
+    images = decode(policy, trajectory.clean_latents, rollout_batch_size=rollout_batch_size)
     pictures = RewardBatch(images=images, prompts=batch.texts, metadata=batch.metadata)
-    output = scored(reward, pictures)
+    output = score_safely(reward, pictures)
     components = with_same_components(output.components, len(mine), gather, device)
 
     def whole(tensor: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def evaluate(
 
     def other(held_out: Reward) -> Scores:
         with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
-            judged = scored(held_out, pictures)
+            judged = score_safely(held_out, pictures)
         parts = with_same_components(judged.components, len(mine), gather, device)
         return Scores(
             scores=whole(judged.scores),
@@ -165,5 +165,5 @@ def evaluate(
         valid=whole(output.valid),
         components={name: whole(values) for name, values in components.items()},
         heldout={name: other(held_out) for name, held_out in (heldout or {}).items()},
-        reasons=Tally.of(output).together(gather, device).reasons,
+        reasons=FailureCounts.of(output).together(gather, device).reasons,
     )

@@ -97,7 +97,7 @@ def sample(
     policy = load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=weights)
     prompts = Prompts.of(texts, group_size=count)
     trajectory = _draw(policy, recipe, prompts, num_steps or recipe.train.eval_steps, seed, frozenset())
-    images = decode(policy, trajectory.clean_latents, images_per_chunk=recipe.train.images_per_device)
+    images = decode(policy, trajectory.clean_latents, rollout_batch_size=recipe.train.rollout_batch_size)
     return image_grid(images.cpu(), captions=prompts.per_rollout(prompts.texts), columns=count)
 
 
@@ -121,7 +121,7 @@ def maps(
     if run_dir is None:
         recipe, _ = resolve_auto(recipe)
     wanted = recipe.algorithm()
-    judged = wanted.reward_wants | (wanted.reward.requires if "reward/gradient" in wanted.credit.needs else set())
+    judged = wanted.reward_wants | (wanted.reward.metadata_keys if "reward/gradient" in wanted.credit.needs else set())
     if judged:
         raise ValueError(
             f"maps: the credit of {recipe.name!r} needs {sorted(judged)} from the reward, which a free "
@@ -132,19 +132,19 @@ def maps(
     prompts = Prompts.of([text])
     captures = wanted.captures | {CLEAN_PREDICTIONS}
     trajectory = _draw(policy, recipe, prompts, num_steps or recipe.sampler.num_steps, seed, captures)
-    image_size, per_chunk = recipe.train.image_size, recipe.train.images_per_device
+    image_size, per_chunk = recipe.train.image_size, recipe.train.rollout_batch_size
     context = CreditContext(
         prompts=prompts,
         trajectory=trajectory,
         rewards=Rewards(values=torch.zeros(1, trajectory.num_steps + 1), valid=torch.ones(1, dtype=torch.bool)),
         token_grid=policy.token_grid(image_size),
-        images=decode(policy, trajectory.clean_latents, images_per_chunk=per_chunk),
-        progress=0,
+        images=decode(policy, trajectory.clean_latents, rollout_batch_size=per_chunk),
+        iteration=0,
         keys=torch.tensor([derive_seed("maps", seed)]),
         generator=generator(seed, "maps"),
         score=_no_score,
         reward_gradient=lambda latents, rollouts: reward_gradient(
-            policy, wanted.reward, latents, prompts, images_per_chunk=per_chunk
+            policy, wanted.reward, latents, prompts, rollout_batch_size=per_chunk
         ),
         complete=lambda latents, step, rollouts: latents,
     )
@@ -157,7 +157,7 @@ def maps(
         )
     steps = trajectory.num_steps
     predictions = trajectory.captures[CLEAN_PREDICTIONS][0]
-    clean = decode(policy, predictions, images_per_chunk=per_chunk).cpu()
+    clean = decode(policy, predictions, rollout_batch_size=per_chunk).cpu()
     return draw_maps(clean, credit.weight[0].expand(steps, -1, -1).cpu(), trajectory.sigmas.tolist(), text)
 
 
@@ -183,7 +183,7 @@ def evaluate_run(
             num_steps=num_steps or train.eval_steps,
             seed=train.eval_seed,
             image_size=train.image_size,
-            images_per_chunk=train.images_per_device,
+            rollout_batch_size=train.rollout_batch_size,
             heldout=recipe.heldout,
         )
 
@@ -203,7 +203,7 @@ def _draw(
         prompts,
         seed=seed,
         image_size=recipe.train.image_size,
-        images_per_chunk=recipe.train.images_per_device,
+        rollout_batch_size=recipe.train.rollout_batch_size,
         captures=captures,
     )
 

@@ -10,8 +10,8 @@ from torch.nn.functional import interpolate
 from rlt2i.captures import parse_attention_name
 from rlt2i.engine import decode, rollout
 from rlt2i.interfaces import Policy, Reward, RewardBatch
-from rlt2i.rewards.agreement import Tally
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.agreement import FailureCounts
+from rlt2i.rewards.validity import score_safely
 from rlt2i.samplers.ode import ODE
 from rlt2i.types import Prompts
 
@@ -67,7 +67,7 @@ def measure_localisation(
     *,
     num_steps: int,
     image_size: int,
-    images_per_chunk: int,
+    rollout_batch_size: int,
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Localisation:
@@ -94,19 +94,19 @@ def measure_localisation(
         prompts,
         seed=seed,
         image_size=image_size,
-        images_per_chunk=images_per_chunk,
+        rollout_batch_size=rollout_batch_size,
         captures=frozenset(names.values()),
         device=device,
     )
-    images = decode(policy, trajectory.clean_latents, images_per_chunk=images_per_chunk)
+    images = decode(policy, trajectory.clean_latents, rollout_batch_size=rollout_batch_size)
     batch = RewardBatch(
         images=images, prompts=prompts.per_rollout(prompts.texts), metadata=prompts.per_rollout(prompts.metadata)
     )
-    judged = scored(reward, batch, frozenset({"maps"}))
+    judged = score_safely(reward, batch, frozenset({"maps"}))
     if judged.maps is None or not judged.valid.any():
         raise ValueError(
             f"measure_localisation: the reward could judge none of {len(images)} images, so there are no regions to "
-            f"compare attention with. Why: {Tally.of(judged)}."
+            f"compare attention with. Why: {FailureCounts.of(judged)}."
         )
     maps = judged.maps.to(trajectory.latents.device)
     grid = policy.token_grid(image_size)

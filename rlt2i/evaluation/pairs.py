@@ -16,8 +16,8 @@ from rlt2i.engine import decode, rollout
 from rlt2i.functional.preference import best_worst_pairs
 from rlt2i.interfaces import Policy, RewardBatch
 from rlt2i.recipes.recipe import Recipe
-from rlt2i.rewards.agreement import Tally
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.agreement import FailureCounts
+from rlt2i.rewards.validity import score_safely
 from rlt2i.runs.files import replace_text
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import derive_seed
@@ -67,7 +67,7 @@ def make_pairs(
     rows = _begun(folder, settings)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     replace_text(folder / SETTINGS, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    per_batch = max(1, recipe.train.images_per_device // images)
+    per_batch = max(1, recipe.train.rollout_batch_size // images)
     first = max((row["draw"] for row in rows), default=-1) + 1
     if first:
         say(f"{folder}: {len(rows)} pairs are there; going on with prompt {first + 1} of {prompts}")
@@ -105,11 +105,11 @@ def _batch(
         prompts,
         seed=derive_seed("pairs", seed),
         image_size=train.image_size,
-        images_per_chunk=train.images_per_device,
+        rollout_batch_size=train.rollout_batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    pictures = decode(policy, trajectory.clean_latents, images_per_chunk=train.images_per_device)
-    output = scored(
+    pictures = decode(policy, trajectory.clean_latents, rollout_batch_size=train.rollout_batch_size)
+    output = score_safely(
         recipe.reward,
         RewardBatch(
             images=pictures,
@@ -120,8 +120,8 @@ def _batch(
     )
     if not output.valid.any():
         raise ValueError(
-            f"pairs: the reward could judge none of {len(output.valid)} images. Why: {Tally.of(output)}. What was made "
-            "before is there; mend the reward and run the command again."
+            f"pairs: the reward could judge none of {len(output.valid)} images. Why: {FailureCounts.of(output)}. "
+            "What was made before is there; mend the reward and run the command again."
         )
     chosen = best_worst_pairs(output.scores, images, valid=output.valid)
     rows = []

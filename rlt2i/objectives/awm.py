@@ -58,14 +58,15 @@ class AWM(Objective):
     def requires(self) -> frozenset[str]:
         return frozenset({"old", "reference"} if self.kl_weight > 0 else {"old"})
 
-    def old_decay(self, num_updates: int) -> float:
-        return dgpo_reference_decay(num_updates) if self.ema_kl_weight > 0 else 0.0
+    def old_decay(self, optimizer_step: int) -> float:
+        return dgpo_reference_decay(optimizer_step) if self.ema_kl_weight > 0 else 0.0
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         if not context.on_policy and self.ema_kl_weight > 0:
             raise ValueError(
                 f"AWM(ema_kl_weight={self.ema_kl_weight}): the old weights are the slow average, so the ratio of a "
-                "second update on the same rollouts cannot be measured. Use updates_per_rollout=1, or ema_kl_weight=0."
+                "second step on the same rollouts cannot be measured. Use optimizer_steps_per_iteration=1, or "
+                "ema_kl_weight=0."
             )
         keys = experience.keys
         grid = ratio_grid(self.ratio, experience)
@@ -75,7 +76,7 @@ class AWM(Objective):
 
         for rollouts, draws in context.micro_batches(kept):
             noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=keys, context=context)
-            pairs = noisy.pairs
+            states = noisy.states
             velocity = noisy.velocity(policy)
             likelihood, weight = self._log_likelihood(noisy, velocity, grid)
             if context.on_policy:
@@ -84,8 +85,8 @@ class AWM(Objective):
                 old_likelihood, _ = self._log_likelihood(noisy, noisy.velocity_under("old", policy, context), grid)
 
             log_ratio = likelihood - old_likelihood
-            advantage = awm_advantage(pairs.advantage, clip=self.advantage_clip, scale=self.advantage_scale)
-            mask = on_grid(pairs.mask.float(), grid) > 0
+            advantage = awm_advantage(states.advantage, clip=self.advantage_clip, scale=self.advantage_scale)
+            mask = on_grid(states.mask.float(), grid) > 0
             surrogate = clipped_surrogate(log_ratio, on_grid(advantage, grid), clip_range, weight=weight)
             per_pair = masked_mean(surrogate.loss, mask)
             metrics = surrogate_metrics(surrogate, log_ratio, mask)
@@ -98,12 +99,14 @@ class AWM(Objective):
                     metrics[f"kl/{name}"] = divergence.detach()
 
             yield Loss(
-                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=pairs.steps
+                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
+                metrics=metrics,
+                steps=states.steps,
             )
 
     def _log_likelihood(self, noisy: NoisyPairs, velocity: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """[N, *grid] l of the error pooled to the grid, and the weight that is left for the loss."""
-        error, weight = at_ratio_grid(noisy.error(velocity), noisy.pairs, grid)
+        error, weight = at_ratio_grid(noisy.error(velocity), noisy.states, grid)
         return awm_log_likelihood(error, noisy.sigma, weighting=self.weighting, power=self.power), weight
 
     def _distance(self, noisy: NoisyPairs, velocity: Tensor, other: Tensor) -> Tensor:

@@ -50,19 +50,19 @@ class ClippedSurrogate(Objective):
         trainable = trainable_steps(experience, stochastic_only=True)
 
         for rollouts, steps in context.micro_batches(trainable):
-            pairs = experience.pairs(rollouts, steps)
-            now = denoising_step(policy, trajectory, pairs)
-            log_prob = trajectory.kernel.log_prob_map(pairs.next_latents, now.transition)
-            old_log_prob = log_prob.detach() if context.on_policy else pairs.old_log_probs
+            states = experience.step_batch(rollouts, steps)
+            now = denoising_step(policy, trajectory, states)
+            log_prob = trajectory.kernel.log_prob_map(states.next_latents, now.transition)
+            old_log_prob = log_prob.detach() if context.on_policy else states.old_log_probs
 
-            log_ratio, weight = at_ratio_grid(log_prob - old_log_prob, pairs, grid)
-            mask = on_grid(pairs.mask.float(), grid) > 0
-            surrogate = clipped_surrogate(log_ratio, on_grid(pairs.advantage, grid), clip_range, weight=weight)
+            log_ratio, weight = at_ratio_grid(log_prob - old_log_prob, states, grid)
+            mask = on_grid(states.mask.float(), grid) > 0
+            surrogate = clipped_surrogate(log_ratio, on_grid(states.advantage, grid), clip_range, weight=weight)
             per_pair = masked_mean(surrogate.loss, mask)
             metrics = surrogate_metrics(surrogate, log_ratio, mask)
 
             if self.kl_weight > 0:
-                divergence = reference_kl(policy, trajectory, pairs, now, context, form=self.kl, where=self.kl_map)
+                divergence = reference_kl(policy, trajectory, states, now, context, form=self.kl, where=self.kl_map)
                 per_pair = per_pair + self.kl_weight * divergence
                 metrics["kl/reference"] = divergence.detach()
 

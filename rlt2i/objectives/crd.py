@@ -35,7 +35,7 @@ class CRD(Objective):
         form: "mse", or "bce" of sigmoids.
         adaptive: divide each error by its own scale, without gradient.
         centre: over the rollouts of a prompt, or, as the public code does, over everything in a micro-batch: then
-            results depend on sequences_per_device and on the number of processes.
+            results depend on micro_batch_size and on the number of processes.
         kl_weight: weight of mean (v - v_reference)^2 for the best samples; the worst get 1e-4.
         sigmas: the noise levels trained at, drawn once per group.
         decay: of the old policy, "start_step-start_value-slope-end_value".
@@ -70,8 +70,8 @@ class CRD(Objective):
     def requires(self) -> frozenset[str]:
         return frozenset({"old", "groups"} | ({"reference"} if self.kl_weight > 0 else set()))
 
-    def old_decay(self, num_updates: int) -> float:
-        return ramp_decay(num_updates, self.decay)
+    def old_decay(self, optimizer_step: int) -> float:
+        return ramp_decay(optimizer_step, self.decay)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         groups, keys = experience.groups, experience.keys
@@ -81,12 +81,12 @@ class CRD(Objective):
 
         for rollouts, draws in whole_groups(experience, kept, context, who="CRD"):
             noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=keys, context=context)
-            pairs, members = noisy.pairs, groups[rollouts]
+            states, members = noisy.states, groups[rollouts]
             velocity, old = noisy.velocity(policy), noisy.velocity_under("old", policy, context)
 
-            reward_map = crd_reward_map(velocity, old, pairs.clean_latents, noisy.noise, adaptive=self.adaptive)
-            reward = (weight_and_mask(pairs, noisy.grid) * reward_map).mean(dim=(1, 2))
-            label = nft_label(pairs.advantage.mean(dim=(1, 2)), clip=self.advantage_clip)
+            reward_map = crd_reward_map(velocity, old, states.clean_latents, noisy.noise, adaptive=self.adaptive)
+            reward = (weight_and_mask(states, noisy.grid) * reward_map).mean(dim=(1, 2))
+            label = nft_label(states.advantage.mean(dim=(1, 2)), clip=self.advantage_clip)
             together = members if self.centre == "group" else torch.zeros_like(members)
             loss = crd_loss(reward, label, together, beta=self.beta, temperature=temperature, form=self.form)
             per_pair = loss * self.advantage_clip / self.beta
@@ -104,5 +104,7 @@ class CRD(Objective):
                 metrics["kl/reference"] = divergence.detach()
 
             yield Loss(
-                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=pairs.steps
+                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
+                metrics=metrics,
+                steps=states.steps,
             )

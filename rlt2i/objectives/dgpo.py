@@ -59,8 +59,8 @@ class DGPO(Objective):
         moving = {"old"} if "old" in (self.anchor, self.sample_with) or self.clip_range is not None else set()
         return frozenset({"groups"} | reference | moving)
 
-    def old_decay(self, num_updates: int) -> float:
-        return dgpo_reference_decay(num_updates)
+    def old_decay(self, optimizer_step: int) -> float:
+        return dgpo_reference_decay(optimizer_step)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         groups = experience.groups
@@ -70,12 +70,12 @@ class DGPO(Objective):
 
         for rollouts, draws in whole_groups(experience, kept, context, who="DGPO"):
             noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=groups, context=context)
-            pairs, members = noisy.pairs, groups[rollouts]
+            states, members = noisy.states, groups[rollouts]
             velocity = noisy.velocity(policy)
             error = noisy.error(velocity)
             old = {name: noisy.velocity_under(name, policy, context) for name in self._compared}
 
-            weight, advantage = weight_and_mask(pairs, noisy.grid), on_grid(pairs.advantage, noisy.grid)
+            weight, advantage = weight_and_mask(states, noisy.grid), on_grid(states.advantage, noisy.grid)
             # W_g averages over the group; a rollout without advantage adds 0, and was not even given to us.
             present = _count(members) / group_size
             group_weight = dgpo_group_weight(
@@ -91,7 +91,9 @@ class DGPO(Objective):
                 metrics["kl/reference"] = divergence.detach()
 
             yield Loss(
-                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=pairs.steps
+                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
+                metrics=metrics,
+                steps=states.steps,
             )
 
     @property

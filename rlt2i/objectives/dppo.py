@@ -45,24 +45,24 @@ class FlowDPPO(Objective):
         trainable = trainable_steps(experience, stochastic_only=True)
 
         for rollouts, steps in context.micro_batches(trainable):
-            pairs = experience.pairs(rollouts, steps)
-            now = denoising_step(policy, trajectory, pairs)
-            old = old_transition(policy, trajectory, pairs, now, context)
+            states = experience.step_batch(rollouts, steps)
+            now = denoising_step(policy, trajectory, states)
+            old = old_transition(policy, trajectory, states, now, context)
             density = trajectory.kernel.log_prob_map
-            log_ratio_map = density(pairs.next_latents, now.transition) - density(pairs.next_latents, old).detach()
+            log_ratio_map = density(states.next_latents, now.transition) - density(states.next_latents, old).detach()
             divergence = pool_log_ratio(kl_map(now.transition.mean.detach(), old.mean, old.std), grid)
 
-            log_ratio, weight = at_ratio_grid(log_ratio_map, pairs, grid)
-            mask = on_grid(pairs.mask.float(), grid) > 0
+            log_ratio, weight = at_ratio_grid(log_ratio_map, states, grid)
+            mask = on_grid(states.mask.float(), grid) > 0
             surrogate = flow_dppo_surrogate(
-                log_ratio, on_grid(pairs.advantage, grid), divergence, self.threshold, weight=weight
+                log_ratio, on_grid(states.advantage, grid), divergence, self.threshold, weight=weight
             )
             per_pair = masked_mean(surrogate.loss, mask)
             metrics = surrogate_metrics(surrogate, log_ratio, mask)
             metrics |= {"kl/old": divergence.mean(dim=(1, 2)), "kl/old_max": divergence.amax(dim=(1, 2))}
 
             if self.kl_weight > 0:
-                distance = reference_kl(policy, trajectory, pairs, now, context, form=self.kl)
+                distance = reference_kl(policy, trajectory, states, now, context, form=self.kl)
                 per_pair = per_pair + self.kl_weight * distance
                 metrics["kl/reference"] = distance.detach()
 

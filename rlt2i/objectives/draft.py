@@ -16,7 +16,7 @@ from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import Objective, Policy, Sampler, UpdateContext
 from rlt2i.objectives.draws import shared_noise
 from rlt2i.objectives.reduction import share, trainable_steps
-from rlt2i.objectives.reward_backprop import credited, rewarded
+from rlt2i.objectives.reward_backprop import rewarded, scale_credit_gradient
 from rlt2i.seeds import uniform
 from rlt2i.types import Experience, Loss
 
@@ -116,16 +116,16 @@ class DRaFT(Objective):
         for step in range(int(learning.any(dim=0).long().argmax()), learning.shape[1]):
             begun = learning[:, :step].any(dim=1)[:, None, None, None]
             latents = torch.where(begun, latents, self._start(experience, rollouts, copies, step, context))
-            pairs, learns = experience.pairs(rollouts, torch.full_like(rollouts, step)), learning[:, step]
+            states, learns = experience.step_batch(rollouts, torch.full_like(rollouts, step)), learning[:, step]
             seen = latents.detach() if self.detach_input else latents
             with torch.set_grad_enabled(bool(learns.any())):
-                velocity = policy.velocity(seen, pairs.sigma, pairs.conditioning)
+                velocity = policy.velocity(seen, states.sigma, states.conditioning)
             if self.kl_weight > 0 and learns.any():
                 with torch.no_grad(), context.weights("reference"):
-                    reference = policy.velocity(seen, pairs.sigma, pairs.conditioning)
+                    reference = policy.velocity(seen, states.sigma, states.conditioning)
                 divergence = divergence + learns * (velocity - reference).pow(2).mean(dim=(1, 2, 3))
-            learned = scale_gradient(credited(velocity, pairs), learns[:, None, None, None].float())
-            latents = euler(latents, learned, pairs.sigma, pairs.sigma_next).mean
+            learned = scale_gradient(scale_credit_gradient(velocity, states), learns[:, None, None, None].float())
+            latents = euler(latents, learned, states.sigma, states.sigma_next).mean
         return latents, divergence / learning.sum(dim=1)
 
     def _start(

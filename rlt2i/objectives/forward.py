@@ -11,7 +11,7 @@ from torch import Tensor
 from rlt2i.functional.matching import flow_matching_error, noised
 from rlt2i.interfaces import Policy, UpdateContext
 from rlt2i.objectives.draws import shared_noise
-from rlt2i.types import Experience, Pairs
+from rlt2i.types import Experience, StepBatch
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -24,7 +24,7 @@ class NoisyPairs:
         noise, state: [N, C, H, W]; state = (1 - sigma) x_0 + sigma noise.
     """
 
-    pairs: Pairs
+    states: StepBatch
     sigma: Tensor
     noise: Tensor
     state: Tensor
@@ -36,7 +36,7 @@ class NoisyPairs:
 
     def velocity(self, policy: Policy) -> Tensor:
         """[N, C, H, W]; gradients flow."""
-        return policy.velocity(self.state, self.sigma, self.pairs.conditioning)
+        return policy.velocity(self.state, self.sigma, self.states.conditioning)
 
     def velocity_under(self, name: str, policy: Policy, context: UpdateContext) -> Tensor:
         """[N, C, H, W] of a named parameter set, without gradient."""
@@ -45,7 +45,7 @@ class NoisyPairs:
 
     def error(self, velocity: Tensor) -> Tensor:
         """[N, H, W] flow-matching error of a velocity."""
-        return flow_matching_error(velocity, self.pairs.clean_latents, self.noise)
+        return flow_matching_error(velocity, self.states.clean_latents, self.noise)
 
 
 def noisy_pairs(
@@ -67,9 +67,9 @@ def noisy_pairs(
     """
     trajectory = experience.trajectory
     shape, device = tuple(trajectory.latents.shape[2:]), trajectory.latents.device
-    pairs, level = experience.pairs(rollouts, step[rollouts, draws]), sigma[rollouts, draws]
+    states, level = experience.step_batch(rollouts, step[rollouts, draws]), sigma[rollouts, draws]
     noise = shared_noise(context, noise_keys[rollouts], draws, shape, device)
-    return NoisyPairs(pairs=pairs, sigma=level, noise=noise, state=noised(pairs.clean_latents, noise, level))
+    return NoisyPairs(states=states, sigma=level, noise=noise, state=noised(states.clean_latents, noise, level))
 
 
 def whole_groups(
@@ -89,15 +89,15 @@ def whole_groups(
         rows = rows[experience.groups[rows].argsort(stable=True)]
         _, sizes = experience.groups[rows].unique_consecutive(return_counts=True)
         largest = max(sizes.tolist(), default=0)
-        if largest > context.max_sequences:
+        if largest > context.micro_batch_size:
             raise ValueError(
                 f"{who} compares the rollouts of a group in one forward pass, and a group of {largest} does not "
-                f"fit into {context.max_sequences} sequences. Use sequences_per_device >= {largest}, or a smaller "
+                f"fit into {context.micro_batch_size} sequences. Use micro_batch_size >= {largest}, or a smaller "
                 "group_size."
             )
         batch: list[Tensor] = []
         for group in rows.split(sizes.tolist()):
-            if sum(map(len, batch)) + len(group) > context.max_sequences:
+            if sum(map(len, batch)) + len(group) > context.micro_batch_size:
                 yield _one_draw(batch, draw)
                 batch = []
             batch.append(group)

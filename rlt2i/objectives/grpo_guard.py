@@ -52,21 +52,21 @@ class GRPOGuard(Objective):
         trainable = trainable_steps(experience, stochastic_only=True)
 
         for rollouts, steps in context.micro_batches(trainable):
-            pairs = experience.pairs(rollouts, steps)
-            now = denoising_step(policy, trajectory, pairs)
-            old = old_transition(policy, trajectory, pairs, now, context)
+            states = experience.step_batch(rollouts, steps)
+            now = denoising_step(policy, trajectory, states)
+            old = old_transition(policy, trajectory, states, now, context)
 
-            log_ratio, weight = at_ratio_grid(_guarded(pairs.next_latents, now.transition, old), pairs, grid)
-            mask = on_grid(pairs.mask.float(), grid) > 0
-            surrogate = clipped_surrogate(log_ratio, on_grid(pairs.advantage, grid), clip_range, weight=weight)
+            log_ratio, weight = at_ratio_grid(_guarded(states.next_latents, now.transition, old), states, grid)
+            mask = on_grid(states.mask.float(), grid) > 0
+            surrogate = clipped_surrogate(log_ratio, on_grid(states.advantage, grid), clip_range, weight=weight)
             per_pair = masked_mean(surrogate.loss, mask)
             if self.inverse_dt:
-                per_pair = per_pair / (pairs.sigma - pairs.sigma_next)
+                per_pair = per_pair / (states.sigma - states.sigma_next)
             bias = kl_map(now.transition.mean.detach(), old.mean, old.std).mean(dim=(1, 2))
             metrics = surrogate_metrics(surrogate, log_ratio, mask) | {"guard/bias": bias}
 
             if self.kl_weight > 0:
-                divergence = reference_kl(policy, trajectory, pairs, now, context, form=self.kl)
+                divergence = reference_kl(policy, trajectory, states, now, context, form=self.kl)
                 per_pair = per_pair + self.kl_weight * divergence
                 metrics["kl/reference"] = divergence.detach()
 

@@ -64,8 +64,8 @@ class DiffusionNFT(Objective):
     def requires(self) -> frozenset[str]:
         return frozenset({"old", "reference"} if self.kl_weight > 0 else {"old"})
 
-    def old_decay(self, num_updates: int) -> float:
-        return nft_old_decay(num_updates, int(self.decay)) if self.decay in (0, 1, 2) else float(self.decay)
+    def old_decay(self, optimizer_step: int) -> float:
+        return nft_old_decay(optimizer_step, int(self.decay)) if self.decay in (0, 1, 2) else float(self.decay)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         keys = experience.keys
@@ -74,18 +74,18 @@ class DiffusionNFT(Objective):
 
         for rollouts, draws in context.micro_batches(kept):
             noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=keys, context=context)
-            pairs, grid = noisy.pairs, noisy.grid
+            states, grid = noisy.states, noisy.grid
             velocity, old = noisy.velocity(policy), noisy.velocity_under("old", policy, context)
 
-            weight, advantage = on_grid(pairs.weight, grid), on_grid(pairs.advantage, grid)
+            weight, advantage = on_grid(states.weight, grid), on_grid(states.advantage, grid)
             if self.spatial == "label":
                 advantage, weight = advantage * weight, torch.ones_like(weight)
             label = nft_label(advantage, clip=self.advantage_clip, mode=self.label)
             loss_map = nft_loss_map(
-                velocity, old, pairs.clean_latents, noisy.noise, noisy.sigma, label,
+                velocity, old, states.clean_latents, noisy.noise, noisy.sigma, label,
                 beta=self.beta, clip=self.advantage_clip, weight=weight,
             )  # fmt: skip
-            per_pair = masked_mean(loss_map, on_grid(pairs.mask.float(), grid) > 0)
+            per_pair = masked_mean(loss_map, on_grid(states.mask.float(), grid) > 0)
             drift = (velocity - old).pow(2).mean(dim=(1, 2, 3))
             metrics = {"loss/nft": per_pair.detach(), "kl/old_v": drift.detach()}
 
@@ -96,5 +96,7 @@ class DiffusionNFT(Objective):
                 metrics["kl/reference"] = divergence.detach()
 
             yield Loss(
-                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=pairs.steps
+                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
+                metrics=metrics,
+                steps=states.steps,
             )

@@ -25,7 +25,7 @@ class OnlineDPO(Objective):
     Attributes:
         beta: strength of the preference, for errors that are means over latent dimensions.
         refresh_every: optimiser updates after which the anchor is set to the current policy; 0 keeps it for ever.
-            Looked at after every rollout batch, so a multiple of updates_per_rollout is exact.
+            Looked at after every rollout batch, so a multiple of optimizer_steps_per_iteration is exact.
         sigmas: the noise levels trained at.
     """
 
@@ -37,8 +37,8 @@ class OnlineDPO(Objective):
     def requires(self) -> frozenset[str]:
         return frozenset({"old", "groups"})
 
-    def old_decay(self, num_updates: int) -> float:
-        return 0.0 if self.refresh_every and num_updates % self.refresh_every == 0 else 1.0
+    def old_decay(self, optimizer_step: int) -> float:
+        return 0.0 if self.refresh_every and optimizer_step % self.refresh_every == 0 else 1.0
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         yield from preference_losses(

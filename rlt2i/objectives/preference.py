@@ -37,7 +37,7 @@ def preference_losses(
         level = sigma[pair, draw]
         noise = shared_noise(context, groups[pair], draw, shape, device)
         both = torch.cat([winners[pair, draw], losers[pair, draw]])
-        pairs = experience.pairs(both, step[pair, draw].repeat(2))
+        pairs = experience.step_batch(both, step[pair, draw].repeat(2))
         state = noised(pairs.clean_latents, noise.repeat(2, 1, 1, 1), level.repeat(2))
 
         velocity = policy.velocity(state, level.repeat(2), pairs.conditioning)
@@ -78,5 +78,5 @@ def _pairs(experience: Experience, members: Tensor, step: Tensor) -> tuple[Tenso
 
 def _halves(context: UpdateContext, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Micro-batches of pairs: each pair is two sequences."""
-    half = attrs.evolve(context, max_sequences=max(1, context.max_sequences // 2))
+    half = attrs.evolve(context, micro_batch_size=max(1, context.micro_batch_size // 2))
     yield from half.micro_batches(kept)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from rlt2i.types import Experience, Pairs
+from rlt2i.types import Experience, StepBatch
 
 Granularity = Literal["sample", "token", "location"]
 
@@ -64,13 +64,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return total / kept.sum(dim=(1, 2)).clamp_min(1)
 
 
-def weight_and_mask(pairs: Pairs, grid: tuple[int, int]) -> Tensor:
+def weight_and_mask(states: StepBatch, grid: tuple[int, int]) -> Tensor:
     """[N, *grid] weight, 0 at masked locations, scaled so that a plain mean over the grid is the mean over the others.
 
     For objectives whose formula has the mean over locations inside of something that is not linear.
     """
-    weight = on_grid(pairs.weight, grid)
-    if pairs.mask.shape[1:] == (1, 1):  # pairs are drawn from what is not masked
+    weight = on_grid(states.weight, grid)
+    if states.mask.shape[1:] == (1, 1):  # pairs are drawn from what is not masked
         return weight
-    kept = (on_grid(pairs.mask.float(), grid) > 0).to(weight.dtype)
+    kept = (on_grid(states.mask.float(), grid) > 0).to(weight.dtype)
     return weight * kept / kept.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12)

@@ -13,7 +13,7 @@ from rlt2i.functional.reward_backprop import last_steps, refl_loss
 from rlt2i.functional.transitions import clean_prediction
 from rlt2i.interfaces import Objective, Policy, Sampler, UpdateContext
 from rlt2i.objectives.reduction import share, trainable_steps
-from rlt2i.objectives.reward_backprop import credited, rewarded
+from rlt2i.objectives.reward_backprop import rewarded, scale_credit_gradient
 from rlt2i.seeds import uniform
 from rlt2i.types import Experience, Loss
 
@@ -66,9 +66,9 @@ class ReFL(Objective):
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         chosen = self._draw(experience, context)
         for rollouts, steps in context.micro_batches(chosen):
-            pairs = experience.pairs(rollouts, steps)
-            velocity = policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
-            clean = clean_prediction(pairs.latents, credited(velocity, pairs), pairs.sigma)
+            states = experience.step_batch(rollouts, steps)
+            velocity = policy.velocity(states.latents, states.sigma, states.conditioning)
+            clean = clean_prediction(states.latents, scale_credit_gradient(velocity, states), states.sigma)
             reward, metrics = rewarded(clean, experience, rollouts, context)
             hinge = refl_loss(reward, margin=self.margin)
             per_pair = self.grad_scale * hinge
@@ -76,7 +76,7 @@ class ReFL(Objective):
 
             if self.kl_weight > 0:
                 with torch.no_grad(), context.weights("reference"):
-                    reference = policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
+                    reference = policy.velocity(states.latents, states.sigma, states.conditioning)
                 divergence = (velocity - reference).pow(2).mean(dim=(1, 2, 3))
                 per_pair = per_pair + self.kl_weight * divergence
                 metrics["kl/reference"] = divergence.detach()

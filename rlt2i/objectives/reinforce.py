@@ -38,22 +38,22 @@ class Reinforce(Objective):
         if not context.on_policy:
             raise ValueError(
                 "Reinforce: the weights are no longer those of the rollout, and without a ratio nothing corrects for "
-                "it. Use updates_per_rollout=1, or ClippedSurrogate()."
+                "it. Use optimizer_steps_per_iteration=1, or ClippedSurrogate()."
             )
         trajectory = experience.trajectory
         grid = ratio_grid("location", experience)
         trainable = trainable_steps(experience, stochastic_only=True)
 
         for rollouts, steps in context.micro_batches(trainable):
-            pairs = experience.pairs(rollouts, steps)
-            now = denoising_step(policy, trajectory, pairs)
-            log_prob = trajectory.kernel.log_prob_map(pairs.next_latents, now.transition)
-            loss_map = reinforce(log_prob, on_grid(pairs.advantage, grid), weight=on_grid(pairs.weight, grid))
-            per_pair = masked_mean(loss_map, on_grid(pairs.mask.float(), grid) > 0)
+            states = experience.step_batch(rollouts, steps)
+            now = denoising_step(policy, trajectory, states)
+            log_prob = trajectory.kernel.log_prob_map(states.next_latents, now.transition)
+            loss_map = reinforce(log_prob, on_grid(states.advantage, grid), weight=on_grid(states.weight, grid))
+            per_pair = masked_mean(loss_map, on_grid(states.mask.float(), grid) > 0)
             metrics = {"loss/reinforce": per_pair.detach(), "log_prob/mean": log_prob.detach().mean(dim=(1, 2))}
 
             if self.kl_weight > 0:
-                divergence = reference_kl(policy, trajectory, pairs, now, context, form=self.kl)
+                divergence = reference_kl(policy, trajectory, states, now, context, form=self.kl)
                 per_pair = per_pair + self.kl_weight * divergence
                 metrics["kl/reference"] = divergence.detach()
 

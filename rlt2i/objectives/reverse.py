@@ -14,7 +14,7 @@ from rlt2i.functional.surrogate import SurrogateLoss, pool_log_ratio
 from rlt2i.functional.transitions import Transition
 from rlt2i.interfaces import Policy, UpdateContext
 from rlt2i.objectives.reduction import masked_mean, on_grid
-from rlt2i.types import Pairs, Trajectory
+from rlt2i.types import StepBatch, Trajectory
 
 KLMap = Literal["uniform", "credit", "inverse"]
 """Where a penalty holds the policy back: everywhere alike, where the credit's weights are high, or where low."""
@@ -33,17 +33,17 @@ class Step:
     transition: Transition
 
 
-def denoising_step(policy: Policy, trajectory: Trajectory, pairs: Pairs) -> Step:
-    """The steps that the policy takes from the states of `pairs`; gradients flow."""
-    velocity = policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
+def denoising_step(policy: Policy, trajectory: Trajectory, states: StepBatch) -> Step:
+    """The steps that the policy takes from the states of `states`; gradients flow."""
+    velocity = policy.velocity(states.latents, states.sigma, states.conditioning)
     transition = trajectory.kernel.transition(
-        pairs.latents, velocity, pairs.sigma, pairs.sigma_next, sigma_max=trajectory.sigma_max
+        states.latents, velocity, states.sigma, states.sigma_next, sigma_max=trajectory.sigma_max
     )
     return Step(velocity=velocity, transition=transition)
 
 
 def old_transition(
-    policy: Policy, trajectory: Trajectory, pairs: Pairs, now: Step, context: UpdateContext
+    policy: Policy, trajectory: Trajectory, states: StepBatch, now: Step, context: UpdateContext
 ) -> Transition:
     """The steps of the policy that collected the data, without gradient.
 
@@ -54,10 +54,10 @@ def old_transition(
     if context.on_policy:
         return Transition(now.transition.mean.detach(), now.transition.std, now.transition.scale)
     with torch.no_grad(), context.weights("old"):
-        return denoising_step(policy, trajectory, pairs).transition
+        return denoising_step(policy, trajectory, states).transition
 
 
-def at_ratio_grid(values: Tensor, pairs: Pairs, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def at_ratio_grid(values: Tensor, states: StepBatch, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Pool a map to the grid of the ratio; weight and mask go inside the pool where they are finer than the grid.
 
     Args:
@@ -69,11 +69,11 @@ def at_ratio_grid(values: Tensor, pairs: Pairs, grid: tuple[int, int]) -> tuple[
         [N, *grid] pooled values, and the weight [1|N, 1|h, 1|w] that is left for the loss.
     """
     size = (values.shape[1], values.shape[2])
-    weight, inside = on_grid(pairs.weight, grid), None
-    if _finer(pairs.weight, grid):
-        inside, weight = on_grid(pairs.weight, size), values.new_ones(1, 1, 1)
-    if _finer(pairs.mask, grid):
-        kept = on_grid(pairs.mask.float(), size)
+    weight, inside = on_grid(states.weight, grid), None
+    if _finer(states.weight, grid):
+        inside, weight = on_grid(states.weight, size), values.new_ones(1, 1, 1)
+    if _finer(states.mask, grid):
+        kept = on_grid(states.mask.float(), size)
         kept = kept / on_grid(pool_log_ratio(kept, grid), size).clamp_min(1e-12)
         inside = kept if inside is None else inside * kept
     return pool_log_ratio(values if inside is None else inside * values, grid), weight
@@ -82,7 +82,7 @@ def at_ratio_grid(values: Tensor, pairs: Pairs, grid: tuple[int, int]) -> tuple[
 def reference_kl(
     policy: Policy,
     trajectory: Trajectory,
-    pairs: Pairs,
+    states: StepBatch,
     now: Step,
     context: UpdateContext,
     *,
@@ -91,16 +91,16 @@ def reference_kl(
 ) -> Tensor:
     """[N] distance to the reference policy at the steps `now`."""
     with torch.no_grad(), context.weights("reference"):
-        reference = denoising_step(policy, trajectory, pairs)
+        reference = denoising_step(policy, trajectory, states)
     divergence = reference_kl_map(now.transition, reference.transition, now.velocity, reference.velocity, form=form)
-    return (penalty_weight(pairs, divergence, where) * divergence).mean(dim=(1, 2))
+    return (penalty_weight(states, divergence, where) * divergence).mean(dim=(1, 2))
 
 
-def penalty_weight(pairs: Pairs, like: Tensor, where: KLMap) -> Tensor:
+def penalty_weight(states: StepBatch, like: Tensor, where: KLMap) -> Tensor:
     """The map of a penalty, broadcastable to `like` [N, H, W]."""
     if where == "uniform":
         return like.new_ones(1, 1, 1)
-    weight = on_grid(pairs.weight, (like.shape[1], like.shape[2]))
+    weight = on_grid(states.weight, (like.shape[1], like.shape[2]))
     return weight if where == "credit" else inverted_map(weight)
 
 

@@ -8,18 +8,18 @@ from torch import Tensor
 from rlt2i.functional.reward_backprop import first_order, scale_gradient
 from rlt2i.interfaces import UpdateContext
 from rlt2i.objectives.reduction import on_grid
-from rlt2i.types import Experience, Pairs
+from rlt2i.types import Experience, StepBatch
 
 
-def credited(velocity: Tensor, pairs: Pairs) -> Tensor:
+def scale_credit_gradient(velocity: Tensor, states: StepBatch) -> Tensor:
     """[N, C, H, W]: the velocity itself, whose gradient is multiplied by the credit's weight, and by 0 where masked.
 
     The advantage plays no part: the reward says itself which way to go. A reward is no mean over places, so a mask has
     no denominator to leave; it does what a weight of 0 does.
     """
     grid = (velocity.shape[2], velocity.shape[3])
-    kept = on_grid(pairs.mask.float(), grid) > 0
-    return scale_gradient(velocity, (on_grid(pairs.weight, grid) * kept)[:, None])
+    kept = on_grid(states.mask.float(), grid) > 0
+    return scale_gradient(velocity, (on_grid(states.weight, grid) * kept)[:, None])
 
 
 def rewarded(

@@ -46,12 +46,12 @@ class WeightedMatching(Objective):
 
         for rollouts, draws in context.micro_batches(worthwhile):
             noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=keys, context=context)
-            pairs, grid = noisy.pairs, noisy.grid
+            states, grid = noisy.states, noisy.grid
             velocity = noisy.velocity(policy)
             error = noisy.error(velocity)
 
-            advantage = on_grid(pairs.advantage, grid).clamp(min=0)
-            loss_map = weighted_matching_loss_map(error, advantage, weight=weight_and_mask(pairs, grid))
+            advantage = on_grid(states.advantage, grid).clamp(min=0)
+            loss_map = weighted_matching_loss_map(error, advantage, weight=weight_and_mask(states, grid))
             per_pair = loss_map.mean(dim=(1, 2))
             metrics = {
                 "loss/matching": per_pair.detach(),
@@ -65,5 +65,7 @@ class WeightedMatching(Objective):
                 metrics["kl/reference"] = divergence.detach()
 
             yield Loss(
-                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=pairs.steps
+                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
+                metrics=metrics,
+                steps=states.steps,
             )

@@ -135,9 +135,9 @@ def make_plan(
     image_size: int,
     num_steps: int,
     trained_steps: int,
-    rollouts_per_update: int,
-    micro_batch: int,
-    rollout_batch: int = 16,
+    rollouts_per_iteration: int,
+    micro_batch_size: int,
+    rollout_batch_size: int = 16,
     num_tokens: int = 20,
     weight_copies: int = 0,
 ) -> Plan:
@@ -148,9 +148,9 @@ def make_plan(
         image_size: pixels a side.
         num_steps: denoising steps of a rollout.
         trained_steps: of them, steps that are trained per rollout.
-        rollouts_per_update: rollouts that one optimiser update learns from.
-        micro_batch: (rollout, step) pairs per training pass.
-        rollout_batch: rollouts denoised and decoded together.
+        rollouts_per_iteration: rollouts that one optimiser update learns from.
+        micro_batch_size: (rollout, step) pairs per training pass.
+        rollout_batch_size: rollouts denoised and decoded together.
         num_tokens: text tokens recorded, for `capture_share`.
         weight_copies: further copies of what learns (average, reference, old policy).
     """
@@ -168,7 +168,10 @@ def make_plan(
     guided = spec.guidance_scale != 1.0
     train = forward + backward + guided * (forward + spec.uncond_grad * backward)
     train += spec.gradient_checkpointing * forward * (1 + guided * spec.uncond_grad)
-    rollout_rows, update_rows = rollout_batch * (1 + guided), micro_batch * (1 + (guided and spec.uncond_grad))
+    rollout_rows, update_rows = (
+        rollout_batch_size * (1 + guided),
+        micro_batch_size * (1 + (guided and spec.uncond_grad)),
+    )
 
     num_middle = len(select_blocks("middle", config.num_layers))
     latent_bytes = config.in_channels * side**2 * _FLOAT32
@@ -177,7 +180,7 @@ def make_plan(
         "optimiser": trainable * _FLOAT32 * (_ADAM_STATES + weight_copies),
         "text encoders": _bytes(build_text_encoders(spec)),
         "image decoder": _bytes(vae),
-        "trajectories": rollouts_per_update * (num_steps + 1) * latent_bytes,
+        "trajectories": rollouts_per_iteration * (num_steps + 1) * latent_bytes,
     }
     base = sum(resident.values())
     # Autocast keeps a copy of every weight in the lower precision; the meta network runs in that precision throughout.
@@ -191,7 +194,7 @@ def make_plan(
             _velocity(spec, transformer, rollout_rows, side)
         with torch.no_grad(), PeakMemory(vae) as decode:
             vae.decode(
-                torch.empty(rollout_batch, config.in_channels, side, side, device="meta", dtype=spec.image_dtype)
+                torch.empty(rollout_batch_size, config.in_channels, side, side, device="meta", dtype=spec.image_dtype)
             )
         with torch.enable_grad(), PeakMemory(transformer) as update:
             _velocity(spec, transformer, update_rows, side).square().mean().backward()
@@ -203,9 +206,9 @@ def make_plan(
         text_tokens=num_text,
         forward_flops=forward,
         backward_flops=backward,
-        rollout_flops=rollouts_per_update * num_steps * (1 + guided) * forward,
+        rollout_flops=rollouts_per_iteration * num_steps * (1 + guided) * forward,
         decode_flops=_decode_flops(vae, config.in_channels, side),
-        update_flops=rollouts_per_update * trained_steps * train,
+        update_flops=rollouts_per_iteration * trained_steps * train,
         capture_share=capture_flops(config, num_image, num_tokens, num_middle) / forward,
         memory={
             "encode": base,

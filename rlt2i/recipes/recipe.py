@@ -110,7 +110,7 @@ class Recipe:
     @property
     def hash(self) -> str:
         """SHA-256 of everything that can change the results."""
-        return recipe_hash(self.mapping())
+        return recipe_hash(to_mapping(self, parts=PARTS, typed=False, hashed=True))
 
 
 def build_part(expected: type[Part], mapping: Any, *, path: str = "", folder: Path | None = None) -> Part:

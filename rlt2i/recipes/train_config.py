@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import attrs
 from attrs.validators import ge, gt, le, lt, optional
@@ -17,36 +17,45 @@ class TrainConfig:
 
     Attributes:
         seed: from which every draw of the run follows.
-        updates: rollout batches to collect and learn from.
-        prompts_per_update: P, over all processes together.
+        iterations: rollout batches to collect and learn from.
+        prompts_per_iteration: P, over all processes together.
         group_size: G, rollouts per prompt.
-        updates_per_rollout: optimiser steps per rollout batch, each on its own share of the groups.
-        images_per_device: rollouts per forward pass while sampling; changes speed and memory, nothing else.
-        sequences_per_device: (rollout, step) pairs per forward pass while learning; likewise.
+        optimizer_steps_per_iteration: optimiser steps per rollout batch, each on its own share of the groups.
+        rollout_batch_size: rollouts per forward pass while sampling; changes speed and memory, nothing else.
+        micro_batch_size: (rollout, step) pairs per forward pass while learning; likewise.
         image_size: pixels a side.
         share_initial_noise: start the rollouts of a group from the same noise.
         learning_rate, betas, weight_decay, adam_eps: of AdamW.
         max_grad_norm: global norm at which gradients are clipped.
-        warmup_updates: optimiser steps of linear warm-up.
+        warmup_steps: optimiser steps of linear warm-up.
         ema_decay: of the averaged weights that are evaluated and exported as well, or null for none.
         reference: keep the starting weights at hand and log the distance from them, even where no loss asks for it.
-        eval_every: updates between evaluations; 0 for only before the first update and after the last.
+        eval_every: iterations between evaluations; 0 for only before the first and after the last.
         eval_prompts: held-out prompts per evaluation, one image each.
         eval_steps: denoising steps of the ODE that draws them.
         eval_seed: of their initial noise, the same at every evaluation.
-        checkpoint_every: updates between checkpoints; the last update always leaves one.
+        checkpoint_every: iterations between checkpoints; the last always leaves one.
         keep_checkpoints: how many of the newest are kept.
         max_invalid_share: of rollouts whose reward failed; beyond it the run stops instead of learning from the rest.
         trackers: where metrics go besides metrics.jsonl.
     """
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "updates": "iterations",
+        "prompts_per_update": "prompts_per_iteration",
+        "updates_per_rollout": "optimizer_steps_per_iteration",
+        "warmup_updates": "warmup_steps",
+        "images_per_device": "rollout_batch_size",
+        "sequences_per_device": "micro_batch_size",
+    }
+
     seed: int = attrs.field(default=0, validator=ge(0))
-    updates: int = attrs.field(validator=ge(1))
-    prompts_per_update: int = attrs.field(validator=ge(1))
+    iterations: int = attrs.field(validator=ge(1))
+    prompts_per_iteration: int = attrs.field(validator=ge(1))
     group_size: int = attrs.field(validator=ge(1))
-    updates_per_rollout: int = attrs.field(default=1, validator=ge(1))
-    images_per_device: int = attrs.field(validator=ge(1))
-    sequences_per_device: int = attrs.field(validator=ge(1))
+    optimizer_steps_per_iteration: int = attrs.field(default=1, validator=ge(1))
+    rollout_batch_size: int = attrs.field(validator=ge(1))
+    micro_batch_size: int = attrs.field(validator=ge(1))
     image_size: int = attrs.field(validator=ge(1))
     share_initial_noise: bool = False
     learning_rate: float = attrs.field(validator=gt(0))
@@ -54,7 +63,7 @@ class TrainConfig:
     weight_decay: float = attrs.field(default=1e-4, validator=ge(0))
     adam_eps: float = attrs.field(default=1e-8, validator=gt(0))
     max_grad_norm: float = attrs.field(default=1.0, validator=gt(0))
-    warmup_updates: int = attrs.field(default=0, validator=ge(0))
+    warmup_steps: int = attrs.field(default=0, validator=ge(0))
     ema_decay: float | None = attrs.field(default=None, validator=optional([ge(0), lt(1)]))
     reference: bool = False
     eval_every: int = attrs.field(default=0, validator=ge(0))
@@ -82,50 +91,50 @@ class BatchPlan:
         prompts, rollouts: of one rollout batch, over all processes.
         prompts_per_device, rollouts_per_device: of one process; groups are never split.
         rollout_passes: chunks that a process samples one after the other.
-        optimiser_steps: per rollout batch.
+        optimizer_steps: per rollout batch.
         rollouts_per_step: behind one optimiser step, over all processes.
         micro_batches: forward and backward passes of a process for one optimiser step, at most: groups without
             advantage are skipped.
-        total_rollouts, total_optimiser_steps: of the whole run.
+        total_rollouts, total_optimizer_steps: of the whole run.
     """
 
     world_size: int
     num_steps: int
     trained_steps: int
     group_size: int
-    images_per_device: int
-    sequences_per_device: int
+    rollout_batch_size: int
+    micro_batch_size: int
     prompts: int
     rollouts: int
     prompts_per_device: int
     rollouts_per_device: int
     rollout_passes: int
-    optimiser_steps: int
+    optimizer_steps: int
     rollouts_per_step: int
     micro_batches: int
     total_rollouts: int
-    total_optimiser_steps: int
+    total_optimizer_steps: int
 
     def table(self) -> str:
         """The plan as text."""
         rows = [
             ("processes", f"{self.world_size}"),
-            ("per update", f"{self.prompts} prompts x {self.group_size} rollouts = {self.rollouts} images"),
+            ("per iteration", f"{self.prompts} prompts x {self.group_size} rollouts = {self.rollouts} images"),
             ("per device", f"{self.prompts_per_device} prompts = {self.rollouts_per_device} images"),
             (
                 "sampling",
-                f"{self.rollout_passes} passes of up to {self.images_per_device} images, {self.num_steps} steps each",
+                f"{self.rollout_passes} passes of up to {self.rollout_batch_size} images, {self.num_steps} steps each",
             ),
             (
                 "optimiser steps",
-                f"{self.optimiser_steps} per update, each from {self.rollouts_per_step} images",
+                f"{self.optimizer_steps} per iteration, each from {self.rollouts_per_step} images",
             ),
             (
                 "learning",
                 f"{self.trained_steps} of {self.num_steps} steps: up to {self.micro_batches} micro-batches of "
-                f"{self.sequences_per_device} sequences per device and optimiser step",
+                f"{self.micro_batch_size} sequences per device and optimiser step",
             ),
-            ("whole run", f"{self.total_rollouts} images, {self.total_optimiser_steps} optimiser steps"),
+            ("whole run", f"{self.total_rollouts} images, {self.total_optimizer_steps} optimiser steps"),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
@@ -143,17 +152,17 @@ def derive_batch(train: TrainConfig, *, world_size: int, num_steps: int, trained
     Raises:
         ValueError: when whole groups cannot be dealt evenly, with the nearest numbers that work.
     """
-    prompts, share = train.prompts_per_update, world_size * train.updates_per_rollout
+    prompts, share = train.prompts_per_iteration, world_size * train.optimizer_steps_per_iteration
     if prompts % share:
         below, above = prompts // share * share, (prompts // share + 1) * share
-        sizes = [n for n in range(1, prompts + 1) if prompts % (n * train.updates_per_rollout) == 0]
-        ways = [f"train.prompts_per_update={' or '.join(str(n) for n in (below, above) if n)}"]
+        sizes = [n for n in range(1, prompts + 1) if prompts % (n * train.optimizer_steps_per_iteration) == 0]
+        ways = [f"train.prompts_per_iteration={' or '.join(str(n) for n in (below, above) if n)}"]
         if sizes:
             ways.append(f"{_listed(sizes)} processes")
         raise ValueError(
-            f"train.prompts_per_update={prompts} cannot be dealt to {world_size} processes x "
-            f"{train.updates_per_rollout} optimiser steps: the {train.group_size} rollouts of a prompt stay on one "
-            f"process and in one step, so it must be a multiple of {share}. Use {', or '.join(ways)}."
+            f"train.prompts_per_iteration={prompts} cannot be dealt to {world_size} processes x "
+            f"{train.optimizer_steps_per_iteration} optimiser steps: the {train.group_size} rollouts of a prompt stay "
+            f"on one process and in one step, so it must be a multiple of {share}. Use {', or '.join(ways)}."
         )
     rollouts = prompts * train.group_size
     per_device = rollouts // world_size
@@ -162,18 +171,18 @@ def derive_batch(train: TrainConfig, *, world_size: int, num_steps: int, trained
         num_steps=num_steps,
         trained_steps=trained_steps,
         group_size=train.group_size,
-        images_per_device=min(train.images_per_device, per_device),
-        sequences_per_device=train.sequences_per_device,
+        rollout_batch_size=min(train.rollout_batch_size, per_device),
+        micro_batch_size=train.micro_batch_size,
         prompts=prompts,
         rollouts=rollouts,
         prompts_per_device=prompts // world_size,
         rollouts_per_device=per_device,
-        rollout_passes=-(-per_device // train.images_per_device),
-        optimiser_steps=train.updates_per_rollout,
-        rollouts_per_step=rollouts // train.updates_per_rollout,
-        micro_batches=-(-per_device * trained_steps // (train.updates_per_rollout * train.sequences_per_device)),
-        total_rollouts=rollouts * train.updates,
-        total_optimiser_steps=train.updates * train.updates_per_rollout,
+        rollout_passes=-(-per_device // train.rollout_batch_size),
+        optimizer_steps=train.optimizer_steps_per_iteration,
+        rollouts_per_step=rollouts // train.optimizer_steps_per_iteration,
+        micro_batches=-(-per_device * trained_steps // (train.optimizer_steps_per_iteration * train.micro_batch_size)),
+        total_rollouts=rollouts * train.iterations,
+        total_optimizer_steps=train.iterations * train.optimizer_steps_per_iteration,
     )
 
 

@@ -23,7 +23,7 @@ SHOWN = 3
 
 
 @attrs.define
-class Tally:
+class FailureCounts:
     """How many images a reward was shown, and why it could not judge some of them.
 
     Attributes:
@@ -45,7 +45,7 @@ class Tally:
         return self.invalid / self.images if self.images else 0.0
 
     @classmethod
-    def of(cls, output: RewardOutput) -> Tally:
+    def of(cls, output: RewardOutput) -> FailureCounts:
         """The count of a single answer."""
         tally = cls()
         tally.add(output)
@@ -60,11 +60,11 @@ class Tally:
             str(details.get(REASON, "no reason given")) for ok, details in zip(valid, info, strict=True) if not ok
         )
 
-    def together(self, gather: Gather, device: torch.device | str = "cpu") -> Tally:
+    def together(self, gather: Gather, device: torch.device | str = "cpu") -> FailureCounts:
         """The sum over all processes, on each of them."""
         mine = {"images": self.images, "invalid": self.invalid, "reasons": dict(self.reasons.most_common(SAID))}
-        whole = Tally()
-        for text in texts_of_all(json.dumps(mine), gather, device):
+        whole = FailureCounts()
+        for text in all_gather_text(json.dumps(mine), gather, device):
             told = json.loads(text)
             whole.images += told["images"]
             whole.reasons.update(told["reasons"])
@@ -80,7 +80,7 @@ class Tally:
         return "; ".join([*shown, *([f"and {more} other reasons"] if more else [])])
 
 
-def texts_of_all(text: str, gather: Gather, device: torch.device | str = "cpu") -> list[str]:
+def all_gather_text(text: str, gather: Gather, device: torch.device | str = "cpu") -> list[str]:
     """One text per process, in the order of ranks, on all processes. They travel as bytes in tensors."""
     raw = text.encode()
     lengths = gather(torch.tensor([len(raw)], device=device)).tolist()
@@ -101,7 +101,7 @@ def with_same_components(
     Args:
         components: name -> [count], of this process.
     """
-    told = texts_of_all(json.dumps(list(components)), gather, device)
+    told = all_gather_text(json.dumps(list(components)), gather, device)
     names = dict.fromkeys(name for text in told for name in json.loads(text))
     absent = torch.full((count,), torch.nan)
     return {name: components.get(name, absent) for name in names}

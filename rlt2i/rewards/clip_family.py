@@ -88,12 +88,12 @@ class ImageTextReward(Reward):
     """One number for an image and its prompt, from a model with two towers. Runs where the images are.
 
     Attributes:
-        images_per_chunk: images per forward pass; changes memory and speed, not scores.
+        rollout_batch_size: images per forward pass; changes memory and speed, not scores.
     """
 
     offers = frozenset({"gradient"})
 
-    images_per_chunk: int = attrs.field(default=32, validator=validators.ge(1))
+    rollout_batch_size: int = attrs.field(default=32, validator=validators.ge(1))
 
     @abstractmethod
     def towers(self, device: torch.device) -> Towers:
@@ -134,8 +134,8 @@ class ImageTextReward(Reward):
             texts = towers.texts(unique)
         rows = torch.tensor([unique.index(p) for p in prompts], device=images.device)
         chunks = []
-        for start in range(0, len(prompts), self.images_per_chunk):
-            chunk = slice(start, start + self.images_per_chunk)
+        for start in range(0, len(prompts), self.rollout_batch_size):
+            chunk = slice(start, start + self.rollout_batch_size)
             floats = images[chunk].float() / 255 if rounded else images[chunk]
             encoded = towers.images(clip_pixels(floats, towers.side, rounded=rounded))
             chunks.append(self.compare(towers, encoded, texts[rows[chunk]]))
@@ -147,7 +147,7 @@ class ImageTextReward(Reward):
         weights = {k: weights_identity(getattr(self, k)) for k in ("path", "head") if hasattr(self, k)}
         return {
             "reward": type(self).__name__,
-            **{k: repr(v) for k, v in attrs.asdict(self, recurse=False).items() if k != "images_per_chunk"},
+            **{k: repr(v) for k, v in attrs.asdict(self, recurse=False).items() if k != "rollout_batch_size"},
             **weights,
             "preprocessing": "shortest edge bicubic antialiased, 8 bit, centre crop, OpenAI mean, std",
             "transformers": transformers.__version__,

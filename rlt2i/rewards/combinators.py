@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from rlt2i.config.references import load_object, reference_to
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import REASON, configuration, with_reasons
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.validity import score_safely
 from rlt2i.rewards.wrapper import Wrapper
 
 
@@ -45,8 +45,8 @@ class WeightedSum(Reward):
                 raise ValueError(f"WeightedSum: the weight of {name!r} is {weight}; leave the reward out instead.")
 
     @property
-    def requires(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset().union(*(reward.requires for reward, _ in self.rewards.values()))
+    def metadata_keys(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset().union(*(reward.metadata_keys for reward, _ in self.rewards.values()))
 
     @property
     def offers(self) -> frozenset[str]:  # type: ignore[override]
@@ -68,7 +68,9 @@ class WeightedSum(Reward):
         return "group" if any(reward.scope == "group" for reward, _ in self.rewards.values()) else "sample"
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
-        outputs = {name: scored(reward, batch, want & reward.offers) for name, (reward, _) in self.rewards.items()}
+        outputs = {
+            name: score_safely(reward, batch, want & reward.offers) for name, (reward, _) in self.rewards.items()
+        }
         weights = {name: weight for name, (_, weight) in self.rewards.items()}
         scores = sum((weights[name] * out.scores for name, out in outputs.items()), torch.zeros(len(batch.prompts)))
         components: dict[str, Tensor] = {}
@@ -227,12 +229,14 @@ class Function(Reward):
     Attributes:
         function: `module:function` or `file.py:function`; in Python also the function itself, defined at the top of
             a module, so that a recipe can name it.
-        requires: metadata keys that the function reads.
+        metadata_keys: metadata keys that the function reads.
         span: documented range; a score outside is invalid under `Guarded`, in a sum, and on a server.
     """
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"requires": "metadata_keys"}
+
     function: str = attrs.field(converter=_named, validator=validators.matches_re(r".+:\w+(\.\w+)*"))
-    requires: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
+    metadata_keys: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
     span: tuple[float, float] | None = None
 
     def __attrs_post_init__(self) -> None:

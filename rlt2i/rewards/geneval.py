@@ -43,10 +43,10 @@ class GenEvalReward(Reward):
         colour_model: CLIP ViT-L/14 of OpenAI, in whose terms GenEval reads colours.
         threshold: detections need a higher confidence.
         counting_threshold: the same for counting prompts.
-        images_per_chunk: images per forward pass of the detector; changes memory and speed, not scores.
+        rollout_batch_size: images per forward pass of the detector; changes memory and speed, not scores.
     """
 
-    requires = frozenset({"tag", "include"})
+    metadata_keys = frozenset({"tag", "include"})
     offers = frozenset({"maps", "regions"})
     span = (-14.0, 1.0)
 
@@ -57,7 +57,7 @@ class GenEvalReward(Reward):
     counting_threshold: float = attrs.field(
         default=COUNTING_THRESHOLD, validator=[validators.ge(0.0), validators.lt(1.0)]
     )
-    images_per_chunk: int = attrs.field(default=8, validator=validators.ge(1))
+    rollout_batch_size: int = attrs.field(default=8, validator=validators.ge(1))
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         for metadata in batch.metadata:
@@ -72,7 +72,7 @@ class GenEvalReward(Reward):
         """What the detector sees in each of [B, 3, H, W] images; None where it gave no numbers."""
         model = load_detector(self.detector, str(images.device))
         least = min(self.threshold, self.counting_threshold)
-        chunks = images.split(self.images_per_chunk)
+        chunks = images.split(self.rollout_batch_size)
         return [found for chunk in chunks for found in detect(model, chunk, threshold=least)]
 
     def _objects(self, found: Instances | None, metadata: Mapping[str, Any]) -> Objects:
@@ -114,7 +114,7 @@ class GenEvalReward(Reward):
         fields = attrs.asdict(self, recurse=False)
         return {
             "reward": type(self).__name__,
-            **{k: repr(v) for k, v in fields.items() if k != "images_per_chunk"},
+            **{k: repr(v) for k, v in fields.items() if k != "rollout_batch_size"},
             "detector": weights_identity(self.detector),
             "colour_model": weights_identity(self.colour_model),
             "preprocessing": "1333x800 bilinear without antialiasing, RGB; no NMS; 16 per class; float32",

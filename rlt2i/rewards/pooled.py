@@ -18,7 +18,7 @@ from attrs import validators
 from rlt2i.config import build, to_mapping
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import configuration, failed, merge, split_rows, take_batch
-from rlt2i.rewards.validity import checked, scored
+from rlt2i.rewards.validity import checked, score_safely
 from rlt2i.rewards.wire import batch_from_bytes, batch_to_bytes, output_from_bytes, output_to_bytes
 from rlt2i.rewards.wrapper import Wrapper
 
@@ -71,7 +71,7 @@ class Pooled(Wrapper):
 
     def _in_threads(self, pieces: list[RewardBatch], want: frozenset[str]) -> list[RewardOutput]:
         with ThreadPoolExecutor(self.workers or usable_cores(), thread_name_prefix="reward") as threads:
-            return list(threads.map(lambda piece: scored(self.reward, piece, want), pieces))
+            return list(threads.map(lambda piece: score_safely(self.reward, piece, want), pieces))
 
     def _in_processes(self, pieces: list[RewardBatch], want: frozenset[str]) -> list[RewardOutput]:
         pool = self._processes()
@@ -127,7 +127,7 @@ def _start(recipe: str) -> None:
 
 def _work(body: bytes) -> bytes:
     batch, want = batch_from_bytes(body)
-    reply, tensors = output_to_bytes(scored(_REWARD[0], batch, want))
+    reply, tensors = output_to_bytes(score_safely(_REWARD[0], batch, want))
     return (b"T" if tensors else b"J") + reply
 
 

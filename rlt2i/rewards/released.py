@@ -22,7 +22,7 @@ from rlt2i.config import to_mapping
 from rlt2i.interfaces import Reward, RewardBatch
 from rlt2i.rewards.batching import REASON
 from rlt2i.rewards.selftest_cases import Case, beauty_case, drawing_case, objects_case, text_case
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.validity import score_safely
 from rlt2i.rewards.weights import SOURCE_FILE, find_weights
 from rlt2i.rewards.wrapper import Wrapper
 
@@ -102,7 +102,7 @@ def observe(reward: Reward) -> tuple[Expectation, tuple[str, ...]]:
             prompts=[case.prompt] * len(images),
             metadata=[case.metadata] * len(images),
         )
-        output = scored(reward, batch)
+        output = score_safely(reward, batch)
         for row, (name, image) in enumerate(images.items()):
             key = f"{case_name}/{name}"
             pictures[key] = hashlib.sha256(image.numpy().tobytes()).hexdigest()
@@ -197,7 +197,7 @@ def cases_for(reward: Reward) -> dict[str, Case]:
         raise ValueError(
             f"reward test --released: {type(inside).__name__} has no released weights. Leave --released out."
         )
-    if inside.requires:
+    if inside.metadata_keys:
         return {"objects": objects_case()}
     return {"drawing": drawing_case(), "beauty": beauty_case(), "objects": objects_case(), "text": text_case()}
 

@@ -26,7 +26,7 @@ from rlt2i.rewards.combinators import Affine
 from rlt2i.rewards.naming import named_reward
 from rlt2i.rewards.released import check
 from rlt2i.rewards.selftest_cases import CASES, Case, drawing_case
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.validity import score_safely
 from rlt2i.rewards.wrapper import Wrapper
 
 GOOD = "good"
@@ -67,10 +67,10 @@ def case_for(reward: Reward) -> Case:
         name = str(reward.fingerprint()["of"]["reward"])
     if name in CASES:
         return CASES[name]()
-    if reward.requires:
+    if reward.metadata_keys:
         raise ValueError(
-            f"reward test: no pictures are bundled for {name}, which needs the metadata {sorted(reward.requires)}. "
-            "Bring your own: --good FILE --bad FILE --prompt TEXT --metadata JSON."
+            f"reward test: no pictures are bundled for {name}, which needs the metadata "
+            f"{sorted(reward.metadata_keys)}. Bring your own: --good FILE --bad FILE --prompt TEXT --metadata JSON."
         )
     return drawing_case()
 
@@ -84,9 +84,9 @@ def judge_case(reward: Reward, case: Case) -> Verdict:
         metadata=[case.metadata] * len(pictures),
     )
     start = time.perf_counter()
-    scored(reward, batch)
+    score_safely(reward, batch)
     middle = time.perf_counter()
-    output = scored(reward, batch)
+    output = score_safely(reward, batch)
     end = time.perf_counter()
     return Verdict(
         names=tuple(pictures),

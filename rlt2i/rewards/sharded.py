@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import merge, split_rows, take_batch
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.validity import score_safely
 from rlt2i.rewards.wrapper import Wrapper
 
 
@@ -62,8 +62,8 @@ class Sharded(Reward):
     _agreed: list[dict[str, Any]] = attrs.field(init=False, factory=list, eq=False, repr=False)
 
     @property
-    def requires(self) -> frozenset[str]:  # type: ignore[override]
-        return self._first.requires
+    def metadata_keys(self) -> frozenset[str]:  # type: ignore[override]
+        return self._first.metadata_keys
 
     @property
     def offers(self) -> frozenset[str]:  # type: ignore[override]
@@ -82,14 +82,14 @@ class Sharded(Reward):
         rows = split_rows(batch, share, scope=self.scope)
 
         def work(replica: Reward, mine: list[list[int]]) -> list[RewardOutput]:
-            return [scored(replica, take_batch(batch, chunk), want) for chunk in mine]
+            return [score_safely(replica, take_batch(batch, chunk), want) for chunk in mine]
 
-        dealt = [rows[i :: len(self.replicas)] for i in range(len(self.replicas))]
+        shares = [rows[i :: len(self.replicas)] for i in range(len(self.replicas))]
         with ThreadPoolExecutor(len(self.replicas), thread_name_prefix="shard") as threads:
-            outputs = list(threads.map(work, self.replicas, dealt))
+            outputs = list(threads.map(work, self.replicas, shares))
         parts = [
             (chunk, out)
-            for mine, outs in zip(dealt, outputs, strict=True)
+            for mine, outs in zip(shares, outputs, strict=True)
             for chunk, out in zip(mine, outs, strict=True)
         ]
         return merge(parts, len(batch.prompts))

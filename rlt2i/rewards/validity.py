@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 _LOG = logging.getLogger(__name__)
 
 
-def scored(reward: Reward, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+def score_safely(reward: Reward, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
     """`reward.score(batch, want)`, whatever the reward does.
 
     Samples without the metadata that the reward requires are invalid, and so are those whose score is not
@@ -34,7 +34,7 @@ def scored(reward: Reward, batch: RewardBatch, want: frozenset[str] = frozenset(
     process pass through, and so does ImportError: a package that is not installed is no fault of the images.
     """
     count = len(batch.prompts)
-    missing = [sorted(reward.requires - metadata.keys()) for metadata in batch.metadata]
+    missing = [sorted(reward.metadata_keys - metadata.keys()) for metadata in batch.metadata]
     if not any(missing):
         return _scored(reward, batch, want)
     why = f"missing metadata key(s) {sorted(set().union(*missing))}"
@@ -146,4 +146,4 @@ class Guarded(Wrapper):
     """Another reward behind `scored`: it never raises, and what it calls valid is finite and in range."""
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
-        return scored(self.reward, batch, want)
+        return score_safely(self.reward, batch, want)

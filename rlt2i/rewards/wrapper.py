@@ -25,8 +25,8 @@ class Wrapper(Reward):
     reward: Reward
 
     @property
-    def requires(self) -> frozenset[str]:  # type: ignore[override]
-        return self.reward.requires
+    def metadata_keys(self) -> frozenset[str]:  # type: ignore[override]
+        return self.reward.metadata_keys
 
     @property
     def offers(self) -> frozenset[str]:  # type: ignore[override]

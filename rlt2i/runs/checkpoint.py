@@ -55,7 +55,7 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        step: optimiser updates finished when it was written.
+        step: iterations finished when it was written.
         tensors: file name without suffix -> name -> CPU tensor.
         state: the JSON state.
     """
@@ -82,7 +82,7 @@ def save_checkpoint(
 
     Args:
         run_dir: the run's folder; created if needed.
-        step: optimiser updates finished, >= 0.
+        step: iterations finished, >= 0.
         tensors: file name without suffix -> name -> tensor on any device.
         state: JSON with finite numbers.
         export: writes files that the ecosystem loads into the folder it is given.

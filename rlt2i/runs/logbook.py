@@ -25,20 +25,20 @@ class Logbook:
         self._trackers = recipe.train.trackers
         self._log: RunLog | None = None
 
-    def rewind(self, update: int) -> None:
-        """Forget what came after `update`, so that no update is logged or kept twice."""
-        set_aside_after(self._run.path, update)
-        self._run.rewind(update)
+    def rewind(self, iteration: int) -> None:
+        """Forget what came after `iteration`, so that no iteration is logged or kept twice."""
+        set_aside_after(self._run.path, iteration)
+        self._run.rewind(iteration)
 
-    def log(self, update: int, metrics: Mapping[str, Any], *, phase: str = "train") -> None:
+    def log(self, iteration: int, metrics: Mapping[str, Any], *, phase: str = "train") -> None:
         if self._log is None:
             self._log = RunLog(self._run, trackers=self._trackers)
-        self._log.log(update, metrics, phase=phase)
+        self._log.log(iteration, metrics, phase=phase)
 
-    def failures(self, update: int, reasons: Mapping[str, int], *, images: int, phase: str) -> None:
-        """Append to failures.jsonl why images of an update were not judged; after a resume an update may come twice."""
+    def failures(self, iteration: int, reasons: Mapping[str, int], *, images: int, phase: str) -> None:
+        """Append to failures.jsonl why images were not judged; after a resume an iteration may come twice."""
         record = {
-            "step": update,
+            "step": iteration,
             "phase": phase,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "images": images,

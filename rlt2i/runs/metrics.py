@@ -3,9 +3,9 @@
 <run>/
     recipe.yaml              the resolved recipe, secrets redacted; can be run again
     versions.json            recipe hash, versions, commit, platform, command line; later starts in "resumed"
-    metrics.jsonl            a line per update and phase: {"step", "phase", "time", name: number or null}
+    metrics.jsonl            a line per iteration and phase: {"step", "phase", "time", name: number or null}
     metrics.dropped.jsonl    lines after the checkpoint that a resumed run went back to
-    failures.jsonl           a line per update whose reward could not judge some image: {"step", "phase", "time",
+    failures.jsonl           a line per iteration whose reward could not judge some image: {"step", "phase", "time",
                              "images", "invalid", "reasons": {reason: images}}
     images/, tensorboard/, checkpoint-<step>/
     run.lock                 held by the process that writes
@@ -126,7 +126,7 @@ class RunDirectory:
         The dropped lines are kept in metrics.dropped.jsonl.
 
         Args:
-            step: optimiser updates finished in the checkpoint that the run goes on from; -1 for none.
+            step: iterations finished in the checkpoint that the run goes on from; -1 for none.
 
         Returns:
             The number of lines dropped.
@@ -211,7 +211,7 @@ class RunLog:
         """Append one line, and have it on disk before returning.
 
         Args:
-            step: optimiser updates finished.
+            step: iterations finished.
             metrics: numbers and scalar tensors. NaN and infinity become null, their names go into
             "nonfinite".
             phase: "train" or "eval".

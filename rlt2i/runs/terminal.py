@@ -1,4 +1,4 @@
-"""What the terminal shows: a line that moves within a phase, and one line per update."""
+"""What the terminal shows: a line that moves within a phase, and one line per iteration."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def _phase_line(name: str, done: int, total: int | None, seconds: float) -> str:
     return f"{name:<8} [{'#' * filled}{'.' * (20 - filled)}] {done}/{total} {seconds:.0f} s{left}"
 
 
-def summary_line(update: int, metrics: Mapping[str, float | Tensor]) -> str:
-    """One update in one line of at most `WIDTH` columns; lines of the same metrics align.
+def summary_line(iteration: int, metrics: Mapping[str, float | Tensor]) -> str:
+    """One iteration in one line of at most `WIDTH` columns; lines of the same metrics align.
 
     Shows, where logged: reward, spread within a group, share clipped below / above, |ratio - 1|, gradient
     norm, KL to the base, map entropy, seconds in all and of the longest phases that fit, and the held-out
     score.
     """
-    parts = [f"#{update:<5}"]
+    parts = [f"#{iteration:<5}"]
     for key, label, number in _COLUMNS:
         if key == "clip/low" and "clip/high" in metrics and key in metrics:
             low, high = 100 * float(metrics[key]), 100 * float(metrics["clip/high"])

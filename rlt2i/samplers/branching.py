@@ -36,7 +36,7 @@ class BranchingSampler(StochasticSampler):
     def paths(self) -> Paths:
         """Of one group."""
 
-    def stochastic_steps(self, progress: int) -> tuple[int, ...]:
+    def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
         return tuple((self.paths.edges >= 0).any(dim=0).nonzero()[:, 0].tolist())
 
     @property
@@ -57,7 +57,7 @@ class BranchingSampler(StochasticSampler):
             policy,
             conditioning,
             kernel=self.kernel,
-            stochastic_steps=self.stochastic_steps(request.progress),
+            stochastic_steps=self.stochastic_steps(request.iteration),
             num_steps=self.num_steps,
             request=request,
             paths=self.paths,

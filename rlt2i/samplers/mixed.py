@@ -49,9 +49,9 @@ class SlidingSDE(StochasticSampler):
     def _last(self) -> int:
         return max(1, self.num_steps - 1) if self.last is None else self.last
 
-    def stochastic_steps(self, progress: int) -> tuple[int, ...]:
+    def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
         return sliding_window(
-            progress,
+            iteration,
             num_steps=self.num_steps,
             width=self.width,
             stride=self.stride,
@@ -92,6 +92,6 @@ class RandomWindowSDE(StochasticSampler):
     def _high(self) -> int:
         return self.num_steps // 2 if self.high is None else self.high
 
-    def stochastic_steps(self, progress: int) -> tuple[int, ...]:
-        draw = generator(self.seed, "window", progress)
+    def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
+        draw = generator(self.seed, "window", iteration)
         return random_window(width=self.width, low=self.low, high=self._high, generator=draw)

@@ -17,7 +17,7 @@ class ODE(Sampler):
 
     num_steps: int = attrs.field(default=10, validator=validators.ge(1))
 
-    def stochastic_steps(self, progress: int) -> tuple[int, ...]:
+    def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
         return ()
 
     def rollout(self, policy: Policy, conditioning: Conditioning, request: RolloutRequest) -> Trajectory:

@@ -39,10 +39,10 @@ class Recorded(Sampler):
     num_steps: int = attrs.field(default=10, validator=validators.ge(1))
 
     offers = frozenset({CLEAN_PREDICTIONS, PREFERENCE})
-    requires = frozenset(ROLES)
+    metadata_keys = frozenset(ROLES)
     whole_groups = True
 
-    def stochastic_steps(self, progress: int) -> tuple[int, ...]:
+    def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
         return ()
 
     def check_group_size(self, group_size: int) -> None:

@@ -32,6 +32,6 @@ class SDE(StochasticSampler):
                 f"0 <= first < last <= {self.num_steps}, and hold at least one step."
             )
 
-    def stochastic_steps(self, progress: int) -> tuple[int, ...]:
+    def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
         first, last = self.window or (0, max(1, self.num_steps - 1))
         return tuple(range(first, last))

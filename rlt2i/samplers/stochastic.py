@@ -28,7 +28,7 @@ class StochasticSampler(Sampler):
             policy,
             conditioning,
             kernel=self.kernel,
-            stochastic_steps=self.stochastic_steps(request.progress),
+            stochastic_steps=self.stochastic_steps(request.iteration),
             num_steps=self.num_steps,
             request=request,
         )

@@ -95,8 +95,8 @@ class RemoteReward(Reward):
             raise ValueError(f"RemoteReward(urls={list(value)}): give different URLs of the form http://host:port.")
 
     @property
-    def requires(self) -> frozenset[str]:  # type: ignore[override]
-        return self.info().requires
+    def metadata_keys(self) -> frozenset[str]:  # type: ignore[override]
+        return self.info().metadata_keys
 
     @property
     def offers(self) -> frozenset[str]:  # type: ignore[override]

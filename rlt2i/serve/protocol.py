@@ -42,7 +42,7 @@ class Info:
     """
 
     reward: str
-    requires: frozenset[str]
+    metadata_keys: frozenset[str]
     offers: frozenset[str]
     span: tuple[float, float] | None
     scope: Literal["sample", "group"]
@@ -57,7 +57,7 @@ class Info:
         details = reward.fingerprint()
         return cls(
             reward=type(reward).__name__,
-            requires=frozenset(reward.requires),
+            metadata_keys=frozenset(reward.metadata_keys),
             offers=frozenset(reward.offers),
             span=None if reward.span is None else (float(reward.span[0]), float(reward.span[1])),
             scope=reward.scope,
@@ -70,7 +70,7 @@ class Info:
     def to_json(self) -> bytes:
         """The body of /v1/info."""
         plain = {"version": VERSION, **attrs.asdict(self)}
-        plain |= {"requires": sorted(self.requires), "offers": sorted(self.offers)}
+        plain |= {"metadata_keys": sorted(self.metadata_keys), "offers": sorted(self.offers)}
         return json.dumps(plain, default=repr).encode()
 
     @classmethod
@@ -86,7 +86,7 @@ class Info:
                 raise WireError(f"the server speaks another protocol version; this side speaks {VERSION!r}")
             known = {field.name for field in attrs.fields(cls)}
             kept = {name: value for name, value in plain.items() if name in known}
-            kept["requires"], kept["offers"] = frozenset(kept["requires"]), frozenset(kept["offers"])
+            kept["metadata_keys"], kept["offers"] = frozenset(kept["metadata_keys"]), frozenset(kept["offers"])
             if kept["scope"] not in ("sample", "group"):
                 raise WireError(f"the server's scope is {kept['scope']!r}")
             if kept["span"] is not None:

@@ -26,7 +26,7 @@ from attrs import validators
 
 from rlt2i.interfaces import Reward, RewardBatch
 from rlt2i.rewards.naming import named_reward
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.validity import score_safely
 from rlt2i.rewards.wire import WireError, batch_from_bytes, output_to_bytes
 from rlt2i.serve.protocol import (
     BATCH_TYPE,
@@ -184,7 +184,7 @@ class _Service:
 
     def _judge(self, batch: RewardBatch, want: frozenset[str]) -> tuple[bytes, str, bool]:
         """The reply, its type, and whether every sample was judged: a failure may pass, so it is not kept."""
-        output = scored(self.reward, batch, want)
+        output = score_safely(self.reward, batch, want)
         reply, tensors = output_to_bytes(output, fingerprint=self.info.fingerprint)
         return reply, BATCH_TYPE if tensors else REPLY_TYPE, bool(output.valid.all())
 

@@ -66,7 +66,7 @@ def check_metadata(task: Task, *parts: Reward | Sampler) -> None:
         ValueError: naming what is missing and what exists.
     """
     for part in parts:
-        missing = sorted(part.requires - task.provides) if part.requires else []
+        missing = sorted(part.metadata_keys - task.provides) if part.metadata_keys else []
         if missing:
             raise ValueError(
                 f"{type(part).__name__} needs the metadata {missing}, but the prompts of {type(task).__name__} carry "

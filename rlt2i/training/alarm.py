@@ -33,8 +33,8 @@ def hacking_alarms(before: Metrics, now: Metrics, *, headline: str) -> list[str]
     """What fell while the trained reward rose, in words; empty when nothing did.
 
     Args:
-        before: metrics of the first update and of the evaluation of the base.
-        now: metrics of this update and its evaluation.
+        before: metrics of the first iteration and of the evaluation of the base.
+        now: metrics of this iteration and its evaluation.
         headline: name of the held-out score, such as "strict".
     """
     if not _of(now, "reward/mean") > (_of(before, "reward/mean", 0.0)):

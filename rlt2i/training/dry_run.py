@@ -16,12 +16,12 @@ def batch_plan(recipe: Recipe, *, world_size: int) -> BatchPlan:
     """The batch arithmetic of a recipe.
 
     Raises:
-        ValueError: when whole groups cannot be dealt evenly to the processes, or one must fit into a forward pass and
-            does not.
+        ValueError: when whole groups cannot be shared evenly among the processes, or one must fit into a forward
+            pass and does not.
     """
     num_steps, train = recipe.sampler.num_steps, recipe.train
-    images = chunk_size(recipe.sampler, train.group_size, train.images_per_device)
-    train = attrs.evolve(train, images_per_device=images)
+    images = chunk_size(recipe.sampler, train.group_size, train.rollout_batch_size)
+    train = attrs.evolve(train, rollout_batch_size=images)
     draws: Any = getattr(recipe.objective, "sigmas", None)
     trained = recipe.objective.trained_steps(recipe.sampler) if draws is None else draws.count
     return derive_batch(train, world_size=world_size, num_steps=num_steps, trained_steps=trained)
@@ -57,9 +57,9 @@ def _size(recipe: Recipe, batch: BatchPlan) -> str:
         image_size=train.image_size,
         num_steps=batch.num_steps,
         trained_steps=batch.trained_steps,
-        rollouts_per_update=batch.rollouts_per_device,
-        micro_batch=batch.sequences_per_device,
-        rollout_batch=batch.images_per_device,
+        rollouts_per_iteration=batch.rollouts_per_device,
+        micro_batch_size=batch.micro_batch_size,
+        rollout_batch_size=batch.rollout_batch_size,
         weight_copies=len(copies) + (train.ema_decay is not None),
     )
     return f"per process:\n{made.table()}"

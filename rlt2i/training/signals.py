@@ -1,4 +1,4 @@
-"""Stopping without losing work: Ctrl-C or a scheduler's SIGTERM ends the run after the update under way."""
+"""Stopping without losing work: Ctrl-C or a scheduler's SIGTERM ends the run after the iteration under way."""
 
 from __future__ import annotations
 
@@ -48,4 +48,4 @@ class GracefulStop:
             self.requested = True
             self.reason = signal.Signals(number).name
             # os.write, because a print interrupted by this very handler must not be entered again.
-            os.write(2, f"\n{self.reason}: stopping after this update; Ctrl-C again stops at once.\n".encode())
+            os.write(2, f"\n{self.reason}: stopping after this iteration; Ctrl-C again stops at once.\n".encode())

@@ -64,11 +64,12 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
         else:
             trainer.restore(_checkpoint(run_dir, resume))
             if log is not None:
-                log.rewind(trainer.update)
-            say(f"resuming after update {trainer.update} of {train.updates}")
+                log.rewind(trainer.iteration)
+            say(f"resuming after iteration {trainer.iteration} of {train.iterations}")
         trainer.train(stop)
-        if trainer.update < train.updates:
-            say(f"stopped after update {trainer.update}, saved. Go on with: rlt2i train --run-dir {run_dir} --resume")
+        if trainer.iteration < train.iterations:
+            again = f"rlt2i train --run-dir {run_dir} --resume"
+            say(f"stopped after iteration {trainer.iteration}, saved. Go on with: {again}")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -130,18 +131,18 @@ def _assemble(
         reward=algorithm.reward,
         optimizer=optimizer,
         sets=sets,
-        sequences_per_chunk=train.sequences_per_device,
-        updates_per_rollout=train.updates_per_rollout,
+        micro_batch_size=train.micro_batch_size,
+        optimizer_steps_per_iteration=train.optimizer_steps_per_iteration,
         max_grad_norm=train.max_grad_norm,
         ema_decay=train.ema_decay,
         seed=train.seed,
-        warmup_updates=train.warmup_updates,
+        warmup_steps=train.warmup_steps,
         reduce_sum=processes.sum if processes.world_size > 1 else None,
     )
     engine = Engine(
         algorithm=algorithm,
         image_size=train.image_size,
-        images_per_chunk=train.images_per_device,
+        rollout_batch_size=train.rollout_batch_size,
         seed=train.seed,
         share_initial_noise=train.share_initial_noise,
         device=processes.device,

@@ -20,7 +20,7 @@ from rlt2i.evaluation.heldout import Evaluation, evaluate
 from rlt2i.interfaces import Policy
 from rlt2i.learner import Learner, UpdateRefused
 from rlt2i.recipes.recipe import Recipe
-from rlt2i.rewards.agreement import Tally
+from rlt2i.rewards.agreement import FailureCounts
 from rlt2i.runs.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -65,7 +65,7 @@ class Trainer:
     learner: Learner
     say: Callable[[str], None]
     start: str
-    update: int = 0
+    iteration: int = 0
     base: Evaluation | None = None
     mentioned: bool = False
 
@@ -74,28 +74,28 @@ class Trainer:
         return self.engine.policy
 
     def train(self, stop: GracefulStop) -> None:
-        """Run until the last update, or until asked to stop; always leaves a checkpoint of the last finished update."""
+        """Run until the last iteration, or until asked to stop; always leaves a checkpoint of the last finished one."""
         train = self.recipe.train
         if self._evaluation_is_due() and self._evaluation_is_missing():
-            self._judge(first=self.update == 0)
-        while self.update < train.updates and not self.processes.any(stop.requested):
-            metrics = self._one_update()
-            self.update += 1
-            last = self.update == train.updates
+            self._judge(first=self.iteration == 0)
+        while self.iteration < train.iterations and not self.processes.any(stop.requested):
+            metrics = self._one_iteration()
+            self.iteration += 1
+            last = self.iteration == train.iterations
             if self._evaluation_is_due():
                 try:
                     metrics |= self._judge(first=False)
                 except RunStopped:
-                    self._remember(metrics)  # the update is finished, although nothing could be said about it
+                    self._remember(metrics)  # the iteration is finished, although nothing could be said about it
                     raise
                 self._watch_for_hacking(metrics)
             self._remember(metrics)
-            if last or self.update % train.checkpoint_every == 0 or self.processes.any(stop.requested):
+            if last or self.iteration % train.checkpoint_every == 0 or self.processes.any(stop.requested):
                 self._save()
 
-    # ------------------------------------------------------------------------------------------------- one update
+    # ------------------------------------------------------------------------------------------------- one iteration
 
-    def _one_update(self) -> dict[str, Any]:
+    def _one_iteration(self) -> dict[str, Any]:
         train, watch = self.recipe.train, Stopwatch(device=self.engine.device)
         error: Exception | None = None
         collected: Collected | None = None
@@ -129,18 +129,18 @@ class Trainer:
 
     def _collect(self, watch: Stopwatch) -> Collected:
         train = self.recipe.train
-        first = self.update * train.prompts_per_update
-        mine = dealt(
-            train.prompts_per_update,
-            parts=train.updates_per_rollout,
+        first = self.iteration * train.prompts_per_iteration
+        mine = shard_prompts(
+            train.prompts_per_iteration,
+            parts=train.optimizer_steps_per_iteration,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
         )
-        stream = self.recipe.task.train_prompts(seed=train.seed, start=first, count=train.prompts_per_update)
+        stream = self.recipe.task.train_prompts(seed=train.seed, start=first, count=train.prompts_per_iteration)
         prompts = as_prompts([stream[i] for i in mine], group_size=train.group_size)
         prompts = attrs.evolve(prompts, draws=tuple(first + i for i in mine))
         with self.learner.sets.use(self.learner.objective.rollout_weights):
-            return self.engine.collect(prompts, progress=self.update, watch=watch)
+            return self.engine.collect(prompts, iteration=self.iteration, watch=watch)
 
     def _mention_uniform_prompts(self, collected: Collected) -> None:
         """Say once that a prompt has no word that a map could start from."""
@@ -152,24 +152,24 @@ class Trainer:
     def _agree(self, error: Exception | None) -> None:
         """Raise on every process when any of them failed, so that nobody waits for a collective that never comes."""
         if self.processes.any(error is not None):
-            raise error or RunStopped(f"update {self.update + 1}: another process failed; see its message.")
+            raise error or RunStopped(f"iteration {self.iteration + 1}: another process failed; see its message.")
 
-    def _stop_if_broken(self, tally: Tally, share: float, phase: str, consequence: str) -> None:
+    def _stop_if_broken(self, tally: FailureCounts, share: float, phase: str, consequence: str) -> None:
         """Write down why images were not judged; stop, on every process, when they are too many.
 
         Raises:
             RunStopped: with the most frequent reasons.
         """
-        update, limit = self.update + (phase == "train"), self.recipe.train.max_invalid_share
+        iteration, limit = self.iteration + (phase == "train"), self.recipe.train.max_invalid_share
         if tally.invalid and self.log is not None:
-            self.log.failures(update, tally.reasons, images=tally.images, phase=phase)
+            self.log.failures(iteration, tally.reasons, images=tally.images, phase=phase)
         if share <= limit:
             return
         self._save()
         raise RunStopped(
-            f"{'update' if phase == 'train' else 'evaluation after update'} {update}: {share:.0%} of the rewards are "
-            f"invalid, more than max_invalid_share={limit:.0%}. Why: {tally}. {consequence}, and the last update is "
-            "saved. Mend the reward, then resume with --resume latest."
+            f"{'iteration' if phase == 'train' else 'evaluation after iteration'} {iteration}: {share:.0%} of the "
+            f"rewards are invalid, more than max_invalid_share={limit:.0%}. Why: {tally}. {consequence}, and "
+            "the last iteration is saved. Mend the reward, then resume with --resume latest."
         )
 
     @torch.no_grad()
@@ -177,7 +177,7 @@ class Trainer:
         """mean (v - v_base)^2 on a few (rollout, step) pairs: how far the policy has moved from where it began."""
         experience = collected.experience
         rollouts = torch.arange(min(count, experience.num_rollouts), device=self.engine.device)
-        pairs = experience.pairs(rollouts, rollouts % experience.trajectory.num_steps)
+        pairs = experience.step_batch(rollouts, rollouts % experience.trajectory.num_steps)
         now = self.policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
         with self.learner.sets.use("reference"):
             base = self.policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
@@ -186,13 +186,13 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- judgement
 
     def _evaluation_is_due(self) -> bool:
-        """Before the first update, after the last, and every so often in between."""
-        train, done = self.recipe.train, self.update
+        """Before the first iteration, after the last, and every so often in between."""
+        train, done = self.recipe.train, self.iteration
         regular = train.eval_every > 0 and done % train.eval_every == 0
-        return train.eval_prompts > 0 and (done in (0, train.updates) or regular)
+        return train.eval_prompts > 0 and (done in (0, train.iterations) or regular)
 
     def _evaluation_file(self) -> Path:
-        return self.run_dir / "images" / f"eval-{self.update:06d}.safetensors"
+        return self.run_dir / "images" / f"eval-{self.iteration:06d}.safetensors"
 
     def _evaluation_is_missing(self) -> bool:
         """Whether the weights at hand were not judged yet: at the start, or where the reward failed at it."""
@@ -211,14 +211,14 @@ class Trainer:
                 num_steps=train.eval_steps,
                 seed=train.eval_seed,
                 image_size=train.image_size,
-                images_per_chunk=train.images_per_device,
+                rollout_batch_size=train.rollout_batch_size,
                 device=self.engine.device,
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
                 gather=self.processes.gather,
                 heldout=self.recipe.heldout,
             )
-        tally = Tally(images=len(result.valid), reasons=Counter(result.reasons))
+        tally = FailureCounts(images=len(result.valid), reasons=Counter(result.reasons))
         share = 1 - float(result.valid.float().mean())
         self._stop_if_broken(tally, share, "eval", "Nothing can be said about these weights")
         if first:
@@ -231,7 +231,7 @@ class Trainer:
         return metrics
 
     def _watch_for_hacking(self, metrics: dict[str, Any]) -> None:
-        """Compare with the base and the first update, as they were logged."""
+        """Compare with the base and the first iteration, as they were logged."""
         if self.log is None or self.base is None:
             return
         before = {
@@ -244,24 +244,26 @@ class Trainer:
 
     def _remember(self, metrics: Mapping[str, Any], *, phase: str = "train") -> None:
         if self.log is not None:
-            self.log.log(self.update, metrics, phase=phase)
-        if phase == "train" or self.update == 0:
-            self.say(summary_line(self.update, metrics))
+            self.log.log(self.iteration, metrics, phase=phase)
+        if phase == "train" or self.iteration == 0:
+            self.say(summary_line(self.iteration, metrics))
 
     def _shows_maps(self) -> bool:
-        train, done = self.recipe.train, self.update + 1
-        return self.update == 0 or done == train.updates or (train.eval_every > 0 and done % train.eval_every == 0)
+        train, done = self.recipe.train, self.iteration + 1
+        return (
+            self.iteration == 0 or done == train.iterations or (train.eval_every > 0 and done % train.eval_every == 0)
+        )
 
     def _keep_maps(self, collected: Collected) -> None:
         if collected.experience.credit.weight.shape[2:] == (1, 1) or not self.processes.is_main:
             return
-        path = self.run_dir / "maps" / f"step-{self.update + 1:06d}.safetensors"
+        path = self.run_dir / "maps" / f"step-{self.iteration + 1:06d}.safetensors"
         write_maps(path, collected, self.policy, shown=MAPS_SHOWN)
 
     # --------------------------------------------------------------------------------------------------- survival
 
     def _save(self) -> None:
-        """A complete checkpoint of the last finished update."""
+        """A complete checkpoint of the last finished iteration."""
         if self.processes.is_main:
             tensors: dict[str, dict[str, Tensor]] = {"online": dict(self.policy.trainable_parameters())}
             for name in self.learner.sets.names:
@@ -272,15 +274,15 @@ class Trainer:
             # Nothing of ours draws from the global generator; a reward of somebody else's may.
             tensors["rng"] = {"torch": torch.get_rng_state()}
             state = {
-                "update": self.update,
-                "num_updates": self.learner.num_updates,
+                "iteration": self.iteration,
+                "optimizer_step": self.learner.optimizer_step,
                 "optimizer": hyper,
                 "recipe": continuity(self.recipe),
                 "start": self.start,
             }
             save_checkpoint(
                 self.run_dir,
-                self.update,
+                self.iteration,
                 tensors=tensors,
                 state=state,
                 export=self._export,
@@ -315,13 +317,13 @@ class Trainer:
                 self.learner.sets.load(name, checkpoint.tensors[name])
         restore_optimizer(self.learner.optimizer, parameters, checkpoint.tensors["optimizer"], state["optimizer"])
         torch.set_rng_state(checkpoint.tensors["rng"]["torch"])
-        self.update, self.learner.num_updates = state["update"], state["num_updates"]
+        self.iteration, self.learner.optimizer_step = state["iteration"], state["optimizer_step"]
         first = self.run_dir / "images" / "eval-000000.safetensors"
         if self.recipe.train.eval_prompts and first.exists():
             self.base = read_evaluation(first, self.recipe.task.eval_prompts(self.recipe.train.eval_prompts))
 
 
-def dealt(count: int, *, parts: int, rank: int, world_size: int) -> list[int]:
+def shard_prompts(count: int, *, parts: int, rank: int, world_size: int) -> list[int]:
     """The prompts of one process, of `count` in all.
 
     The stream is cut into one block per optimiser step first and each block among the processes second, so that every
@@ -339,11 +341,11 @@ def prompts_without_core(collected: Collected) -> list[str]:
 
 
 # What may differ between a run and its continuation: how long it is and what is recorded of it.
-_FREE_TO_CHANGE = ("updates", "eval_every", "checkpoint_every", "keep_checkpoints", "trackers", "max_invalid_share")
+_FREE_TO_CHANGE = ("iterations", "eval_every", "checkpoint_every", "keep_checkpoints", "trackers", "max_invalid_share")
 
 
 def continuity(recipe: Recipe) -> str:
-    """SHA-256 of everything that decides the weights after a given number of updates."""
+    """SHA-256 of everything that decides the weights after a given number of iterations."""
     mapping = recipe.mapping()
     mapping["train"] = {k: v for k, v in mapping["train"].items() if k not in _FREE_TO_CHANGE}
     return recipe_hash(mapping)

@@ -104,7 +104,7 @@ def test_maps_can_be_drawn_along_the_ode():
     algorithm = algorithm_of(ClippedSurrogate())
     prompts = Prompts.of(["a"], group_size=2)
     found = rollout(
-        algorithm.policy, ODE(num_steps=4), prompts, seed=0, image_size=SIDE, images_per_chunk=2,
+        algorithm.policy, ODE(num_steps=4), prompts, seed=0, image_size=SIDE, rollout_batch_size=2,
         captures=algorithm.captures,
     )  # fmt: skip
     assert (found.captures[EDGES] == -1).all()
@@ -160,7 +160,7 @@ def test_the_gradient_is_that_of_an_explicit_list_of_edges():
         for step, leaves in enumerate(([0, 2], [0, 2], [0, 1, 2, 3])):
             rows += [4 * group + leaf for leaf in leaves]
             steps += [step] * len(leaves)
-    pairs = experience.pairs(torch.tensor(rows), torch.tensor(steps))
+    pairs = experience.step_batch(torch.tensor(rows), torch.tensor(steps))
     policy = algorithm_of(ClippedSurrogate()).policy
     transition = trajectory.kernel.transition(
         pairs.latents,
@@ -211,7 +211,7 @@ def test_later_updates_replay_the_steps_that_are_trained(sampler: Sampler):
     objective = ClippedSurrogate(clip_range=1e-2)
     algorithm = algorithm_of(objective, sampler)
     experience = collect(toy_engine(algorithm), prompts=4, group_size=SIZES[sampler]).experience
-    learner = toy_learner(algorithm, sequences_per_chunk=5, updates_per_rollout=2)
+    learner = toy_learner(algorithm, micro_batch_size=5, optimizer_steps_per_iteration=2)
     trained = trainable_steps(experience, stochastic_only=True)
     replayed = learner._replayed(experience).trajectory.log_probs
     torch.testing.assert_close(replayed[trained], experience.trajectory.log_probs[trained], atol=1e-4, rtol=1e-4)

@@ -133,7 +133,7 @@ def test_every_committed_curve_is_on_a_page():
         assert recipe in told, f"{path.name} belongs to no page"
 
 
-HEAD = "recipe,hash,seed,update,commit,eval/strict,eval/strict_low,eval/strict_high,eval/strict_gain,"
+HEAD = "recipe,hash,seed,iteration,commit,eval/strict,eval/strict_low,eval/strict_high,eval/strict_gain,"
 HEAD += "eval/strict_gain_low,eval/strict_gain_high,eval/objects,eval/objects_asked,reward/mean\n"
 TEXT = "# T\n\nOne. Two. Three.\n\n    e\n\n**Composition** (`crd-shapes.yaml`)\n\n```yaml\nobjective: {}\n```\n\n"
 TEXT += "**Results**: old\nwords\n\nBy hand.\n\n**References**: none.\n"

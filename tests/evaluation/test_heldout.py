@@ -48,7 +48,7 @@ def test_the_trained_reward_may_be_watched_under_another_name():
         num_steps=2,
         seed=0,
         image_size=8,
-        images_per_chunk=3,
+        rollout_batch_size=3,
         heldout={"same": QuadrantBrightness()},
     )
     assert torch.equal(found.heldout["same"].scores, found.scores)

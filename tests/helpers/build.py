@@ -38,16 +38,16 @@ def toy_algorithm(
     ).load()
 
 
-def toy_engine(algorithm: Algorithm, *, images_per_chunk: int = 64, seed: int = 1, **options: object) -> Engine:
-    return Engine(algorithm=algorithm, image_size=SIDE, images_per_chunk=images_per_chunk, seed=seed, **options)  # type: ignore[arg-type]
+def toy_engine(algorithm: Algorithm, *, rollout_batch_size: int = 64, seed: int = 1, **options: object) -> Engine:
+    return Engine(algorithm=algorithm, image_size=SIDE, rollout_batch_size=rollout_batch_size, seed=seed, **options)  # type: ignore[arg-type]
 
 
 def toy_learner(
     algorithm: Algorithm,
     *,
     learning_rate: float = 0.05,
-    sequences_per_chunk: int = 256,
-    updates_per_rollout: int = 1,
+    micro_batch_size: int = 256,
+    optimizer_steps_per_iteration: int = 1,
     reduce_sum: Callable[[Tensor], Tensor] | None = None,
 ) -> Learner:
     parameters = algorithm.policy.trainable_parameters()  # type: ignore[union-attr]
@@ -60,8 +60,8 @@ def toy_learner(
         reward=algorithm.reward,
         optimizer=optimizer,
         sets=ParameterSets(parameters),
-        sequences_per_chunk=sequences_per_chunk,
-        updates_per_rollout=updates_per_rollout,
+        micro_batch_size=micro_batch_size,
+        optimizer_steps_per_iteration=optimizer_steps_per_iteration,
         max_grad_norm=1e9,
         reduce_sum=reduce_sum,
     )
@@ -69,9 +69,9 @@ def toy_learner(
 
 def collect(engine: Engine, *, update: int = 0, prompts: int = 4, group_size: int = 8, first: int = 0) -> Collected:
     start = update * prompts + first
-    task = toy_pairs() if engine.algorithm.sampler.requires else ToyTask()
+    task = toy_pairs() if engine.algorithm.sampler.metadata_keys else ToyTask()
     drawn = task.train_prompts(seed=0, start=start, count=prompts)
-    return engine.collect(as_prompts(drawn, group_size=group_size, start=start), progress=update)
+    return engine.collect(as_prompts(drawn, group_size=group_size, start=start), iteration=update)
 
 
 def gradients(learner: Learner, experience: object) -> dict[str, Tensor]:

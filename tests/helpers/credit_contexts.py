@@ -85,7 +85,7 @@ def make_context(
         ),
         token_grid=(SIDE // 2, SIDE // 2),
         images=(torch.rand(count, 3, 16, 16, generator=draw) * 255).to(torch.uint8),
-        progress=progress,
+        iteration=progress,
         keys=torch.arange(count) + 1000 * seed,
         generator=torch.Generator().manual_seed(seed),
         score=score,

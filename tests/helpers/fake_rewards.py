@@ -82,7 +82,7 @@ class Broken(Reward):
 class Needy(Reward):
     """Reads metadata["value"]."""
 
-    requires = frozenset({"value"})
+    metadata_keys = frozenset({"value"})
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         return output_of([float(metadata["value"]) for metadata in batch.metadata])

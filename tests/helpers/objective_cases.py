@@ -64,7 +64,7 @@ def experience_for(objective: Objective, credit: CreditAssigner = UNIFORM, **col
 def gradient(objective: Objective, experience: Experience, *, sequences: int = 1000) -> dict[str, Tensor]:
     """Of the first update of a fresh policy."""
     algorithm = toy_algorithm(objective, sampler=sampler_for(objective))
-    return gradients(toy_learner(algorithm, sequences_per_chunk=sequences), experience)
+    return gradients(toy_learner(algorithm, micro_batch_size=sequences), experience)
 
 
 def with_credit(experience: Experience, **fields: Tensor) -> Experience:

@@ -24,7 +24,7 @@ def main(out: str, shard: str = "", chunk: str = "8", dies_after: str = "") -> N
 
         Folder.write_image = write_and_die  # type: ignore[method-assign, assignment]
     evaluate_suite(
-        clipped(images_per_device=int(chunk)), suite(), out=Path(out), shard=Shard.parse(shard) if shard else None
+        clipped(rollout_batch_size=int(chunk)), suite(), out=Path(out), shard=Shard.parse(shard) if shard else None
     )
 
 

@@ -40,7 +40,7 @@ class Corners(Task):
 class Brightness(QuadrantBrightness):
     """`QuadrantBrightness`; of prompt 3 it can judge nothing. It dies where the environment says so."""
 
-    requires = frozenset({"number"})
+    metadata_keys = frozenset({"number"})
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         if "KILLED_BY_REWARD" in os.environ and "corner 5" in batch.prompts:

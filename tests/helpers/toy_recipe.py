@@ -30,12 +30,12 @@ STAR = Product(
 def clipped(**train: object) -> Recipe:
     """STAR, clipped surrogate, two optimiser steps per batch, an average, a KL penalty: every kind of state."""
     settings = {
-        "updates": 4,
-        "prompts_per_update": 4,
+        "iterations": 4,
+        "prompts_per_iteration": 4,
         "group_size": 4,
-        "updates_per_rollout": 2,
-        "images_per_device": 8,
-        "sequences_per_device": 16,
+        "optimizer_steps_per_iteration": 2,
+        "rollout_batch_size": 8,
+        "micro_batch_size": 16,
         "image_size": 8,
         "learning_rate": 0.05,
         "ema_decay": 0.9,
@@ -73,7 +73,7 @@ def nft() -> Recipe:
 
 def slow() -> Recipe:
     """Long enough to be interrupted; every update takes at least a tenth of a second."""
-    return attrs.evolve(clipped(updates=500, eval_prompts=0), reward=Slow())
+    return attrs.evolve(clipped(iterations=500, eval_prompts=0), reward=Slow())
 
 
 def killed() -> Recipe:

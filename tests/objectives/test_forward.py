@@ -23,7 +23,7 @@ def evaluate(objective, *, moved: float = 0.0, on_policy: bool = True, group_siz
     """(experience, errors [B, draws, H, W] at the objective's own draws with shared noise, losses)."""
     algorithm = toy_algorithm(objective, sampler=FLOW)
     experience = collect(toy_engine(algorithm), prompts=2, group_size=group_size).experience
-    learner = toy_learner(algorithm, sequences_per_chunk=sequences)
+    learner = toy_learner(algorithm, micro_batch_size=sequences)
     with torch.no_grad():
         algorithm.policy.image.add_(moved)
     context = learner._context(experience.num_rollouts, 2, on_policy=on_policy)
@@ -160,9 +160,9 @@ def test_awm_elbo_distance_by_hand():
 def test_awm_measures_ratios_against_the_old_policy():
     algorithm = toy_algorithm(AWM(ema_kl_weight=0.0), sampler=FLOW)
     experience = collect(toy_engine(algorithm), prompts=2, group_size=4).experience
-    assert toy_learner(algorithm, updates_per_rollout=2).learn(experience)["ratio/abs_minus_one_max"] > 0
-    with pytest.raises(ValueError, match="updates_per_rollout=1, or ema_kl_weight=0"):
-        toy_learner(toy_algorithm(AWM(), sampler=FLOW), updates_per_rollout=2).learn(experience)
+    assert toy_learner(algorithm, optimizer_steps_per_iteration=2).learn(experience)["ratio/abs_minus_one_max"] > 0
+    with pytest.raises(ValueError, match="optimizer_steps_per_iteration=1, or ema_kl_weight=0"):
+        toy_learner(toy_algorithm(AWM(), sampler=FLOW), optimizer_steps_per_iteration=2).learn(experience)
 
 
 def test_weighted_matching_leaves_out_the_blamed_but_counts_them():
@@ -178,7 +178,7 @@ def test_weighted_matching_leaves_out_the_blamed_but_counts_them():
 
 def test_groups_are_never_split():
     experience = experience_for(DGPO(), group_size=4)
-    context = toy_learner(toy_algorithm(DGPO()), sequences_per_chunk=6)._context(8, 2, on_policy=True)
+    context = toy_learner(toy_algorithm(DGPO()), micro_batch_size=6)._context(8, 2, on_policy=True)
     kept = torch.ones(8, 2, dtype=torch.bool)
     kept[5, 1] = False
     batches = list(whole_groups(experience, kept, context, who="DGPO"))
@@ -191,8 +191,8 @@ def test_groups_are_never_split():
 def test_a_group_that_does_not_fit_is_refused(objective):
     algorithm = toy_algorithm(objective, sampler=FLOW)
     experience = collect(toy_engine(algorithm), prompts=1, group_size=6).experience
-    with pytest.raises(ValueError, match="Use sequences_per_device >= 6"):
-        toy_learner(algorithm, sequences_per_chunk=5).learn(experience)
+    with pytest.raises(ValueError, match="Use micro_batch_size >= 6"):
+        toy_learner(algorithm, micro_batch_size=5).learn(experience)
 
 
 @pytest.mark.parametrize(

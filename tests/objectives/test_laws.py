@@ -76,7 +76,7 @@ def test_a_step_without_noise_is_harmless(objective, kernel):
     # The last step of CPS ends at sigma = 0 and has no noise at all.
     algorithm = toy_algorithm(objective, sampler=SDE(num_steps=4, window=(2, 4), kernel=kernel))
     experience = collect(toy_engine(algorithm), prompts=2, group_size=4).experience
-    assert toy_learner(algorithm, updates_per_rollout=2).learn(experience)["grad_norm"] > 0
+    assert toy_learner(algorithm, optimizer_steps_per_iteration=2).learn(experience)["grad_norm"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------------- maps

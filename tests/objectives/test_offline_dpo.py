@@ -126,7 +126,7 @@ def test_recorded_images_teach_without_a_single_sample(objective: Objective, cre
 def drawn(policy: ToyPolicy) -> float:
     """The toy reward of what the policy draws now."""
     prompts = ToyTask().eval_prompts(12)
-    found = evaluate(policy, QuadrantBrightness(), prompts, num_steps=4, seed=0, image_size=SIDE, images_per_chunk=12)
+    found = evaluate(policy, QuadrantBrightness(), prompts, num_steps=4, seed=0, image_size=SIDE, rollout_batch_size=12)
     return float(found.scores.mean())
 
 
@@ -134,7 +134,7 @@ def drawn(policy: ToyPolicy) -> float:
 
 
 def toy_recipe(path: Path, **changes: object) -> Recipe:
-    settings = {"group_size": 2, "updates_per_rollout": 1, "ema_decay": None, "reference": False, **changes}
+    settings = {"group_size": 2, "optimizer_steps_per_iteration": 1, "ema_decay": None, "reference": False, **changes}
     return attrs.evolve(
         clipped(**settings),
         sampler=STEPS,
@@ -148,7 +148,7 @@ def test_a_run_evaluates_fresh_images_and_resumes_bit_for_bit(tmp_path: Path):
     path = write_pairs(tmp_path)
     recipe = toy_recipe(path)
     train(recipe, tmp_path / "whole")
-    train(attrs.evolve(recipe, train=attrs.evolve(recipe.train, updates=2)), tmp_path / "cut")
+    train(attrs.evolve(recipe, train=attrs.evolve(recipe.train, iterations=2)), tmp_path / "cut")
     train(recipe, tmp_path / "cut", resume="latest")
     whole, cut = (load_checkpoint(latest_checkpoint(tmp_path / name)).tensors for name in ("whole", "cut"))
     assert whole["online"].keys() == cut["online"].keys()
@@ -188,7 +188,12 @@ def test_the_shipped_recipe_names_the_command_that_makes_its_pairs(tmp_path: Pat
         train(recipe, tmp_path / "run")
     rendered_pairs(Path("pairs/shapes"), count=4)
     small = attrs.evolve(
-        recipe.train, updates=1, updates_per_rollout=1, prompts_per_update=4, eval_prompts=0, trackers=()
+        recipe.train,
+        iterations=1,
+        optimizer_steps_per_iteration=1,
+        prompts_per_iteration=4,
+        eval_prompts=0,
+        trackers=(),
     )
     train(attrs.evolve(recipe, train=small), tmp_path / "run")
     (update,) = read_metrics(tmp_path / "run")
@@ -200,7 +205,7 @@ def test_the_shipped_recipe_names_the_command_that_makes_its_pairs(tmp_path: Pat
 
 
 def made(folder: Path, *, prompts: int, **options: object) -> int:
-    recipe = clipped(images_per_device=8)
+    recipe = clipped(rollout_batch_size=8)
     return make_pairs(recipe, recipe.policy.load(), folder, prompts=prompts, say=lambda _: None, **options)  # type: ignore[arg-type]
 
 
@@ -243,7 +248,7 @@ def test_the_command_makes_pairs_that_a_recipe_trains_on(tmp_path: Path, capsys:
     ]
     assert main(command) == 0
     assert f"{folder / 'pairs.jsonl'}: 4 pairs" in capsys.readouterr().out
-    train(toy_recipe(folder / "pairs.jsonl", updates=1, eval_prompts=0), tmp_path / "run")
+    train(toy_recipe(folder / "pairs.jsonl", iterations=1, eval_prompts=0), tmp_path / "run")
     assert read_metrics(tmp_path / "run")[0]["grad_norm"] > 0
     assert main([*command, "--seed", "1"]) == 2
     assert "made with other settings (seed)" in capsys.readouterr().err

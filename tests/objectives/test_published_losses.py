@@ -102,7 +102,7 @@ class World:
 
         return UpdateContext(
             seed=5,
-            max_sequences=8,
+            micro_batch_size=8,
             num_rollouts=count,
             num_groups=2,
             num_pairs=count * STEPS,

@@ -30,7 +30,7 @@ def steps_of(experience: Experience, t: int, image: float) -> tuple[torch.Tensor
     """(mean, std, length) of step t under a policy that is the fresh one plus a constant image."""
     algorithm = toy_algorithm(Reinforce(), sampler=WINDOW)
     trajectory, rows = experience.trajectory, torch.arange(experience.num_rollouts)
-    pairs = experience.pairs(rows, torch.full_like(rows, t))
+    pairs = experience.step_batch(rows, torch.full_like(rows, t))
     with torch.no_grad():
         velocity = algorithm.policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning) + image
     step = trajectory.kernel.transition(
@@ -109,7 +109,7 @@ def test_dppo_divergence_by_hand():
 @pytest.mark.parametrize("objective", [GRPOGuard(), FlowDPPO()], ids=["guard", "dppo"])
 def test_the_old_policy_is_the_one_that_collected_the_data(objective):
     algorithm = toy_algorithm(objective, sampler=WINDOW)
-    learner, engine = toy_learner(algorithm, updates_per_rollout=2, learning_rate=1e-3), toy_engine(algorithm)
+    learner, engine = toy_learner(algorithm, optimizer_steps_per_iteration=2, learning_rate=1e-3), toy_engine(algorithm)
     for update in range(2):
         experience = collect(engine, update=update, prompts=2, group_size=4).experience
         assert float(learner.sets.distance("old")) == 0  # at every rollout
@@ -125,8 +125,8 @@ def test_reinforce_has_the_on_policy_gradient_of_the_surrogate():
 def test_reinforce_refuses_stale_rollouts():
     algorithm = toy_algorithm(Reinforce(), sampler=WINDOW)
     experience = collect(toy_engine(algorithm), prompts=2, group_size=4).experience
-    with pytest.raises(ValueError, match="updates_per_rollout=1, or ClippedSurrogate"):
-        toy_learner(algorithm, updates_per_rollout=2).learn(experience)
+    with pytest.raises(ValueError, match="optimizer_steps_per_iteration=1, or ClippedSurrogate"):
+        toy_learner(algorithm, optimizer_steps_per_iteration=2).learn(experience)
 
 
 @pytest.mark.parametrize("where", ["uniform", "credit", "inverse"])

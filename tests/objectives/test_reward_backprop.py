@@ -187,7 +187,7 @@ def test_draft_is_autograd_through_the_last_steps(steps: int, sequences: int):
     objective = DRaFT(steps=steps)
     algorithm = toy_algorithm(objective, sampler=SDE(num_steps=6, window=(0, 3)))
     experience = collect(toy_engine(algorithm), prompts=2, group_size=4).experience
-    found = gradients(toy_learner(algorithm, sequences_per_chunk=sequences), experience)
+    found = gradients(toy_learner(algorithm, micro_batch_size=sequences), experience)
     assert_same(found, by_autograd(experience, algorithm.policy, steps))  # type: ignore[arg-type]
 
 
@@ -352,7 +352,7 @@ def test_micro_batches_make_room_for_the_steps():
     sizes: list[int] = []
     velocity = algorithm.policy.velocity  # type: ignore[union-attr]
     algorithm.policy.velocity = lambda x, *rest: sizes.append(len(x)) or velocity(x, *rest)  # type: ignore[union-attr]
-    toy_learner(algorithm, sequences_per_chunk=9).learn(experience)
+    toy_learner(algorithm, micro_batch_size=9).learn(experience)
     assert sizes == [3, 3, 3, 3, 3, 3, 2, 2, 2]
 
 
@@ -370,11 +370,11 @@ def signed_prompts() -> Prompts:
     )
 
 
-@pytest.mark.parametrize("images_per_chunk", [1, 4, 100])
-def test_every_image_is_judged_under_its_own_prompt(images_per_chunk: int):
+@pytest.mark.parametrize("rollout_batch_size", [1, 4, 100])
+def test_every_image_is_judged_under_its_own_prompt(rollout_batch_size: int):
     latents = torch.randn(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     found = reward_gradient(
-        Linear(), Signed(), latents, signed_prompts().ungrouped(), images_per_chunk=images_per_chunk
+        Linear(), Signed(), latents, signed_prompts().ungrouped(), rollout_batch_size=rollout_batch_size
     )
     signs = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
     torch.testing.assert_close(found.gradient, signs[:, None, None, None] * MAP.expand(6, -1, -1, -1))
@@ -385,7 +385,7 @@ def test_every_image_is_judged_under_its_own_prompt(images_per_chunk: int):
 
 def test_prompts_follow_their_rollouts():
     algorithm = Algorithm(policy=Linear(), sampler=ODE(num_steps=2), reward=Signed(), credit=UNIFORM, objective=DRaFT())
-    experience = toy_engine(algorithm).collect(signed_prompts(), progress=0).experience
+    experience = toy_engine(algorithm).collect(signed_prompts(), iteration=0).experience
     assert experience.prompts.texts == ("up", "up", "up", "down", "down", "down")
     mixed = experience.take(torch.tensor([4, 0, 5]))
     assert [entry["sign"] for entry in mixed.prompts.metadata] == [-1.0, 1.0, -1.0]
@@ -402,7 +402,7 @@ def test_the_image_decoder_of_sd3_recomputes_its_blocks_where_a_gradient_flows()
     policy = SD3().load()
     assert policy.vae.decoder.gradient_checkpointing  # type: ignore[union-attr]
     latents = torch.randn(2, *policy.latent_shape(32), generator=torch.Generator().manual_seed(0))
-    found = reward_gradient(policy, Bright(), latents, Prompts.of(["", ""]), images_per_chunk=2)
+    found = reward_gradient(policy, Bright(), latents, Prompts.of(["", ""]), rollout_batch_size=2)
     change = 0.05 * found.gradient / found.gradient.norm()
     with torch.no_grad():
         ahead, behind = (policy.decode(latents + sign * change).mean(dim=(1, 2, 3)).sum() for sign in (1, -1))
@@ -464,5 +464,5 @@ def test_a_reward_without_gradient_is_refused(objective: Objective, reward: Rewa
 def test_a_reward_that_only_promises_a_gradient_is_found_out():
     with pytest.raises(ValueError, match="scores without a gradient"):
         reward_gradient(
-            Linear(), Bright(attached=False), torch.zeros(1, 3, SIDE, SIDE), Prompts.of(["x"]), images_per_chunk=1
+            Linear(), Bright(attached=False), torch.zeros(1, 3, SIDE, SIDE), Prompts.of(["x"]), rollout_batch_size=1
         )

@@ -239,7 +239,7 @@ def tiny_algorithm(folder: Path, objective, sampler, credit=None, **options) -> 
         policy=spec, sampler=sampler, reward=QuadrantBrightness(),
         credit=credit or Product(advantage=GroupRelative()), objective=objective,
     ).load()  # fmt: skip
-    return algorithm, Engine(algorithm=algorithm, image_size=32, images_per_chunk=8, seed=0)
+    return algorithm, Engine(algorithm=algorithm, image_size=32, rollout_batch_size=8, seed=0)
 
 
 def tiny_learner(algorithm: Algorithm) -> Learner:
@@ -249,13 +249,13 @@ def tiny_learner(algorithm: Algorithm) -> Learner:
         group["initial_lr"] = group["lr"]
     return Learner(
         policy=algorithm.policy, objective=algorithm.objective, reward=algorithm.reward, optimizer=optimizer,
-        sets=ParameterSets(parameters), sequences_per_chunk=8,
+        sets=ParameterSets(parameters), micro_batch_size=8,
     )  # type: ignore[arg-type]  # fmt: skip
 
 
 def collected(engine: Engine):
     prompts = attrs.evolve(Prompts.of(TEXTS[:1], group_size=4), core=(("cat",),))
-    return engine.collect(prompts, progress=0).experience
+    return engine.collect(prompts, iteration=0).experience
 
 
 @pytest.mark.parametrize("prediction", ["sd15", "v_prediction"])

@@ -22,7 +22,7 @@ def written(folder: Path, text: str) -> Path:
 def test_fields_change_parts_with_a_type_are_replaced_and_the_rest_stays(tmp_path: Path):
     # star-shapes: SDE(num_steps 10, window [0, 3], FlowSDE 0.9); ClippedSurrogate(2e-3, location); 30 updates.
     text = "extends: star-shapes\nsampler: {num_steps: 12, kernel: {type: CPS}}\nobjective: {type: Reinforce}\n"
-    mine = load_recipe(written(tmp_path, OWN + text + "train: {updates: 5}\ncredit: {allocations: []}\n"))
+    mine = load_recipe(written(tmp_path, OWN + text + "train: {iterations: 5}\ncredit: {allocations: []}\n"))
     star = load_recipe("star-shapes")
     assert (mine.name, mine.about, mine.evidence) == ("mine", "mine", "unrun")
     assert mine.sampler.num_steps == 12
@@ -32,7 +32,7 @@ def test_fields_change_parts_with_a_type_are_replaced_and_the_rest_stays(tmp_pat
     assert type(mine.objective).__name__ == "Reinforce"
     assert mine.credit.allocations == ()  # type: ignore[attr-defined]
     assert mine.credit.advantage == star.credit.advantage  # type: ignore[attr-defined]
-    assert mine.train.updates == 5
+    assert mine.train.iterations == 5
     assert mine.train.learning_rate == star.train.learning_rate
 
 
@@ -82,5 +82,5 @@ def test_the_plan_of_a_recipe_that_extends_another_needs_no_weights(name: str):
     recipe = load_recipe(name)
     text = describe_run(recipe, world_size=2)
     assert text.startswith(f"{name}  {recipe.hash[:8]}  evidence: unrun")
-    assert f"{recipe.train.prompts_per_update} prompts x {recipe.train.group_size} rollouts" in text
+    assert f"{recipe.train.prompts_per_iteration} prompts x {recipe.train.group_size} rollouts" in text
     assert "memory, " in text

@@ -42,7 +42,7 @@ credit: {type: Product, advantage: GroupRelative, allocations: [{type: TextAtten
 objective: {type: ClippedSurrogate, clip_range: 1e-3}
 task: {type: "tests.helpers.toy:ToyTask"}
 train:
-  {updates: 2, prompts_per_update: 4, group_size: 4, images_per_device: 8, sequences_per_device: 16, image_size: 8,
+  {iterations: 2, prompts_per_iteration: 4, group_size: 4, rollout_batch_size: 8, micro_batch_size: 16, image_size: 8,
    learning_rate: 1e-2, eval_prompts: 6, trackers: []}
 """
 
@@ -81,7 +81,7 @@ def test_shipped_recipes_are_algorithms_whose_parts_fit(name: str, tmp_path: Pat
         with pytest.raises(FileNotFoundError, match="rlt2i pairs RECIPE FOLDER"):
             _ = recipe.task.provides
         return
-    assert recipe.reward.requires <= recipe.task.provides
+    assert recipe.reward.metadata_keys <= recipe.task.provides
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -222,7 +222,7 @@ def test_overrides_go_through_the_same_checks(tmp_path: Path):
     ("old", "new", "message"),
     [
         ("group_size: 4", "group_size: 1", "train: group_size=1: ClippedSurrogate learns from advantages"),
-        ("updates: 2", "updates: 0", "train.updates: got 0 (int), expected int >= 1"),
+        ("iterations: 2", "iterations: 0", "train.iterations: got 0 (int), expected int >= 1"),
         ("name: toy", "name: Toy!", "name: Recipe(name='Toy!'): run directories start with it"),
         ("about: a toy", "abuot: a toy", "abuot: Recipe has no such field; did you mean 'about'?"),
         ("evidence: smoke", "evidence: proven", "evidence: got 'proven' (str), expected 'gated' or 'curve' or"),
@@ -270,12 +270,12 @@ def test_the_folder_of_recipes_holds_nothing_else():
 # -------------------------------------------------------------------------------------------------- batch arithmetic
 
 TRAIN = TrainConfig(
-    updates=10,
-    prompts_per_update=12,
+    iterations=10,
+    prompts_per_iteration=12,
     group_size=16,
-    updates_per_rollout=2,
-    images_per_device=40,
-    sequences_per_device=64,
+    optimizer_steps_per_iteration=2,
+    rollout_batch_size=40,
+    micro_batch_size=64,
     image_size=32,
     learning_rate=1e-4,
 )
@@ -287,21 +287,21 @@ def test_batch_arithmetic_by_hand():
     plan = derive_batch(TRAIN, world_size=3, num_steps=10, trained_steps=3)
     assert (plan.rollouts, plan.prompts_per_device, plan.rollouts_per_device, plan.rollout_passes) == (192, 4, 64, 2)
     assert (plan.rollouts_per_step, plan.micro_batches) == (96, 2)
-    assert (plan.total_rollouts, plan.total_optimiser_steps) == (1920, 20)
+    assert (plan.total_rollouts, plan.total_optimizer_steps) == (1920, 20)
     assert "12 prompts x 16 rollouts = 192 images" in plan.table()
 
 
 def test_a_batch_smaller_than_the_chunk_is_one_pass():
-    plan = derive_batch(attrs.evolve(TRAIN, images_per_device=1000), world_size=6, num_steps=10, trained_steps=3)
-    assert (plan.images_per_device, plan.rollout_passes) == (32, 1)
+    plan = derive_batch(attrs.evolve(TRAIN, rollout_batch_size=1000), world_size=6, num_steps=10, trained_steps=3)
+    assert (plan.rollout_batch_size, plan.rollout_passes) == (32, 1)
 
 
 def test_groups_that_cannot_be_dealt_evenly_are_refused_with_the_nearest_that_can():
     with pytest.raises(ValueError, match="cannot be dealt") as caught:
         derive_batch(TRAIN, world_size=4, num_steps=10, trained_steps=3)
     text = str(caught.value)
-    assert "train.prompts_per_update=12 cannot be dealt to 4 processes x 2 optimiser steps" in text
-    assert "must be a multiple of 8. Use train.prompts_per_update=8 or 16, or 1, 2, 3 or 6 processes." in text
+    assert "train.prompts_per_iteration=12 cannot be dealt to 4 processes x 2 optimiser steps" in text
+    assert "must be a multiple of 8. Use train.prompts_per_iteration=8 or 16, or 1, 2, 3 or 6 processes." in text
 
 
 @pytest.mark.parametrize(

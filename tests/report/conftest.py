@@ -142,7 +142,7 @@ credit:
   - {{type: GroupRelative, eps: 1.0e-4}}
   - {{type: TextAttention, layers: auto, mix: 1.0}}
 objective: {{type: ClippedSurrogate, granularity: location, clip_range: 1.0e-2}}
-prompts_per_update: 12
+prompts_per_iteration: 12
 group_size: 16
 """
 

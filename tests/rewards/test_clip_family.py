@@ -72,7 +72,7 @@ def test_order_and_chunks_do_not_matter(reward: ImageTextReward):
     scores = reward.score(batch_of(images, PROMPTS)).scores
     shuffled = reward.score(batch_of(images[order], [PROMPTS[i] for i in order])).scores
     torch.testing.assert_close(shuffled, scores[order], atol=2e-4, rtol=1e-4)
-    chunked = attrs.evolve(reward, images_per_chunk=4).score(batch_of(images, PROMPTS)).scores
+    chunked = attrs.evolve(reward, rollout_batch_size=4).score(batch_of(images, PROMPTS)).scores
     torch.testing.assert_close(chunked, scores, atol=2e-4, rtol=1e-4)
 
 
@@ -192,5 +192,5 @@ def test_the_fingerprint_tells_weights_apart_and_ignores_memory_settings(tmp_pat
     other = save_clip(tmp_path / "clip", seed=1)
     here = PickScore(path=str(folder / "clip"), tokenizer="")
     assert weights_identity(str(other)) != weights_identity(str(folder / "clip"))
-    assert here.fingerprint() == PickScore(path=str(folder / "clip"), tokenizer="", images_per_chunk=1).fingerprint()
+    assert here.fingerprint() == PickScore(path=str(folder / "clip"), tokenizer="", rollout_batch_size=1).fingerprint()
     assert here.fingerprint() != PickScore(path=str(other), tokenizer="").fingerprint()

@@ -18,7 +18,7 @@ from rlt2i.rewards.batching import failed, merge, split_rows, take_batch
 from rlt2i.rewards.cached import Cached
 from rlt2i.rewards.combinators import Affine, Clip, Function, WeightedSum
 from rlt2i.rewards.pooled import Pooled, usable_cores
-from rlt2i.rewards.validity import Guarded, scored
+from rlt2i.rewards.validity import Guarded, score_safely
 from tests.helpers.fake_rewards import Bright, Broken, Dying, Grey, Needy, batch_of, mean_grey, output_of, raises
 
 FAKES = "tests.helpers.fake_rewards"
@@ -70,7 +70,7 @@ def test_a_raising_reward_in_a_sum_never_becomes_zero():
 
 def test_sums_know_what_their_rewards_need_and_where_to_look():
     total = WeightedSum(rewards={"grey": (Grey(), 2.0), "needy": (Needy(), 1.0)})
-    assert total.requires == {"value"}
+    assert total.metadata_keys == {"value"}
     assert total.offers == {"maps", "regions"}
     assert total.span is None
     batch = batch_of(3, metadata=[{"value": 1}])
@@ -165,9 +165,9 @@ def test_a_plain_function_is_a_reward():
 def test_a_function_from_a_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def score(images, prompts, metadata):\n    return [len(p) for p in prompts]\n", encoding="utf-8")
-    reward = Function(function=f"{path}:score", requires=["value"])
+    reward = Function(function=f"{path}:score", metadata_keys=["value"])
     assert reward.score(batch_of(1, 100)).scores.tolist() == [6.0, 8.0]
-    assert reward.requires == {"value"}
+    assert reward.metadata_keys == {"value"}
     assert len(reward.fingerprint()["source"]) == 64
 
 
@@ -198,7 +198,7 @@ def test_a_function_that_returns_too_few_scores_fails_aloud():
     reward = Function(function=f"{FAKES}:one_too_few")
     with pytest.raises(ValueError, match="one number per image"):
         reward.score(batch_of(1, 2))
-    output = scored(reward, batch_of(1, 2))
+    output = score_safely(reward, batch_of(1, 2))
     assert not output.valid.any()
     assert "one number per image" in output.info[0]["error"]
 

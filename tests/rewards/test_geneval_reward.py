@@ -128,7 +128,7 @@ def test_the_whole_path_on_random_weights(tiny: GenEvalReward, monkeypatch: pyte
     output = tiny.score(batch, want)
     assert output.valid.all()
     assert output.components["objects"].sum() > 0
-    chunked = attrs.evolve(tiny, images_per_chunk=3).score(batch, want)
+    chunked = attrs.evolve(tiny, rollout_batch_size=3).score(batch, want)
     torch.testing.assert_close(chunked.scores, output.scores)
     order = [2, 3, 0, 1]
     shuffled = tiny.score(attrs.evolve(batch, images=images[order]), want)  # the prompts alternate, so they stay

@@ -22,7 +22,7 @@ from rlt2i.interfaces import Reward
 from rlt2i.recipes.parts import PARTS
 from rlt2i.rewards.judge import Endpoint, RubricJudge, YesNoJudge
 from rlt2i.rewards.rubrics import RUBRICS, Rubric
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.validity import score_safely
 from tests.helpers.fake_rewards import batch_of
 
 pytest.importorskip("httpx")
@@ -92,7 +92,7 @@ def weighed(**tokens: float) -> dict[str, Any]:
 
 def test_yes_no_by_hand(judge):
     judge.answer = lambda request: (200, weighed(**{"Yes": 0.5, " yes": 0.1, "No": 0.1, "no": 0.1, "Maybe": 0.2}))
-    output = scored(YesNoJudge(endpoint=judge.endpoint()), batch_of(1, 2))
+    output = score_safely(YesNoJudge(endpoint=judge.endpoint()), batch_of(1, 2))
     # (0.5 + 0.1) / (0.6 + 0.2)
     assert output.valid.all()
     assert output.scores.tolist() == pytest.approx([0.75, 0.75])
@@ -103,7 +103,7 @@ def test_yes_no_by_hand(judge):
 def test_the_request_is_deterministic_lossless_and_asks_vqascores_question(judge):
     judge.answer = lambda request: (200, weighed(Yes=0.9))
     batch = batch_of(77)
-    scored(YesNoJudge(endpoint=judge.endpoint()), batch)
+    score_safely(YesNoJudge(endpoint=judge.endpoint()), batch)
     (request,) = judge.requests
     assert request["path"] == "/v1/chat/completions"
     assert request["model"] == "fake"
@@ -123,7 +123,7 @@ def test_answers_belong_to_their_own_prompts(judge):
         return 200, weighed(Yes=grey / 20, No=1 - grey / 20)
 
     judge.answer = answer
-    output = scored(YesNoJudge(endpoint=judge.endpoint(concurrency=5)), batch_of(*range(1, 20)))
+    output = score_safely(YesNoJudge(endpoint=judge.endpoint(concurrency=5)), batch_of(*range(1, 20)))
     assert output.scores.tolist() == pytest.approx([grey / 20 for grey in range(1, 20)])
 
 
@@ -131,7 +131,7 @@ def test_a_prompt_with_braces_is_left_alone(judge):
     judge.answer = lambda request: (200, weighed(Yes=0.9))
     batch = batch_of(1)
     batch.prompts[0] = "a {prompt} {0} {x}"  # type: ignore[index]
-    assert scored(YesNoJudge(endpoint=judge.endpoint()), batch).valid.all()
+    assert score_safely(YesNoJudge(endpoint=judge.endpoint()), batch).valid.all()
     assert "a {prompt} {0} {x}" in judge.requests[0]["messages"][0]["content"][1]["text"]
 
 
@@ -157,7 +157,7 @@ def test_a_prompt_with_braces_is_left_alone(judge):
 )
 def test_what_cannot_be_read_is_invalid_and_never_zero(judge, answer):
     judge.answer = lambda request: answer
-    output = scored(YesNoJudge(endpoint=judge.endpoint()), batch_of(1))
+    output = score_safely(YesNoJudge(endpoint=judge.endpoint()), batch_of(1))
     assert not output.valid.any()
     assert output.scores.isnan().all()
     assert "judge" in output.info[0]["error"]
@@ -168,7 +168,7 @@ def test_what_cannot_be_read_is_invalid_and_never_zero(judge, answer):
 def test_a_busy_judge_is_asked_again(judge, status):
     answers = [(status, {}), (200, weighed(Yes=0.9, No=0.1))]
     judge.answer = lambda request: answers.pop(0)
-    output = scored(YesNoJudge(endpoint=judge.endpoint(patience_s=5.0)), batch_of(1))
+    output = score_safely(YesNoJudge(endpoint=judge.endpoint(patience_s=5.0)), batch_of(1))
     assert output.scores.tolist() == pytest.approx([0.9])
     assert len(judge.requests) == 2
 
@@ -176,7 +176,7 @@ def test_a_busy_judge_is_asked_again(judge, status):
 def test_a_judge_that_stays_busy_is_given_up(judge):
     judge.answer = lambda request: (503, {})
     start = time.monotonic()
-    output = scored(YesNoJudge(endpoint=judge.endpoint(patience_s=0.5)), batch_of(1))
+    output = score_safely(YesNoJudge(endpoint=judge.endpoint(patience_s=0.5)), batch_of(1))
     assert time.monotonic() - start < 5
     assert not output.valid.any()
     assert "gave up" in output.info[0]["error"]
@@ -185,8 +185,8 @@ def test_a_judge_that_stays_busy_is_given_up(judge):
 def test_a_slow_judge_and_a_dead_one_are_invalid_in_time(judge):
     judge.answer = lambda request: (time.sleep(2), (200, weighed(Yes=0.9)))[1]
     start = time.monotonic()
-    slow = scored(YesNoJudge(endpoint=judge.endpoint(timeout_s=0.3)), batch_of(1))
-    dead = scored(YesNoJudge(endpoint=judge.endpoint(url="http://127.0.0.1:9/v1")), batch_of(1))
+    slow = score_safely(YesNoJudge(endpoint=judge.endpoint(timeout_s=0.3)), batch_of(1))
+    dead = score_safely(YesNoJudge(endpoint=judge.endpoint(url="http://127.0.0.1:9/v1")), batch_of(1))
     assert time.monotonic() - start < 6
     assert not slow.valid.any()
     assert "0.3 s" in slow.info[0]["error"]
@@ -221,7 +221,7 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_the_recipe(judge, m
 )
 def test_marks_are_read(judge, rubric, text, score):
     judge.answer = lambda request: (200, said(text))
-    output = scored(RubricJudge(endpoint=judge.endpoint(), rubric=rubric), batch_of(1))
+    output = score_safely(RubricJudge(endpoint=judge.endpoint(), rubric=rubric), batch_of(1))
     assert output.valid.all(), output.info
     assert output.scores.tolist() == pytest.approx([score])
     assert set(output.components) == set(RUBRICS[rubric].marks)
@@ -244,7 +244,7 @@ def test_marks_are_read(judge, rubric, text, score):
 )
 def test_marks_that_are_missing_or_out_of_range_are_invalid(judge, text):
     judge.answer = lambda request: (200, said(text))
-    output = scored(RubricJudge(endpoint=judge.endpoint(), rubric="unified-reward"), batch_of(1))
+    output = score_safely(RubricJudge(endpoint=judge.endpoint(), rubric="unified-reward"), batch_of(1))
     assert not output.valid.any()
     assert output.scores.isnan().all()
     assert output.info[0]["said"] == (text or "")
@@ -252,7 +252,7 @@ def test_marks_that_are_missing_or_out_of_range_are_invalid(judge, text):
 
 def test_one_missing_mark_of_three_is_invalid(judge):
     judge.answer = lambda request: (200, said("Alignment Score (1-5): 4\nStyle Score (1-5): 3"))
-    assert not scored(RubricJudge(endpoint=judge.endpoint()), batch_of(1)).valid.any()
+    assert not score_safely(RubricJudge(endpoint=judge.endpoint()), batch_of(1)).valid.any()
 
 
 def test_a_rubric_of_your_own_in_a_recipe(judge):
@@ -270,7 +270,7 @@ def test_a_rubric_of_your_own_in_a_recipe(judge):
     assert reward.span == (0.0, 10.0)
     assert build(Reward, to_mapping(reward, parts=PARTS), parts=PARTS) == reward
     judge.answer = lambda request: (200, said("Cuteness = 9"))
-    assert scored(reward, batch_of(1)).scores.tolist() == [9.0]
+    assert score_safely(reward, batch_of(1)).scores.tolist() == [9.0]
 
 
 @pytest.mark.parametrize(

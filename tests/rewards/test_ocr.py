@@ -8,7 +8,7 @@ import torch
 from rlt2i.interfaces import RewardBatch
 from rlt2i.rewards.ocr import OCRReward
 from rlt2i.rewards.ocr_engine import Engines
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.validity import score_safely
 from rlt2i.tasks.ocr.task import OCRTask
 from tests.helpers.rendering import fonts, outline, written
 
@@ -132,7 +132,7 @@ def test_the_target_comes_from_metadata_else_from_quotes(reward):
         prompts=['a sign "OPEN"', 'a sign "CLOSED"', "a sign", 'a sign "  "'],
         metadata=[{}, {"text": "open"}, {}, {}],
     )
-    output = scored(reward, batch)
+    output = score_safely(reward, batch)
     assert output.valid.tolist() == [True, True, False, False]
     assert output.scores[:2].tolist() == [1.0, 1.0]
     assert output.scores[2:].isnan().all()
@@ -144,7 +144,7 @@ def test_an_engine_that_fails_is_no_unreadable_picture(monkeypatch):
         raise RuntimeError("ONNX session lost")
 
     monkeypatch.setattr(Engines, "read", fail)
-    output = scored(OCRReward(workers=1), batch_of(["OPEN"], [torch.zeros(3, 64, 64).byte()]))
+    output = score_safely(OCRReward(workers=1), batch_of(["OPEN"], [torch.zeros(3, 64, 64).byte()]))
     assert not output.valid.any()
     assert "ONNX session lost" in output.info[0]["error"]
 

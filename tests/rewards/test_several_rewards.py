@@ -27,7 +27,7 @@ credit:
 objective: {type: ClippedSurrogate, clip_range: 1e-3}
 task: {type: "tests.helpers.toy:ToyTask"}
 train:
-  {updates: 1, prompts_per_update: 4, group_size: 4, images_per_device: 16, sequences_per_device: 16, image_size: 8,
+  {iterations: 1, prompts_per_iteration: 4, group_size: 4, rollout_batch_size: 16, micro_batch_size: 16, image_size: 8,
    learning_rate: 1e-2, eval_prompts: 0, trackers: []}
 """
 SUM = "{type: GroupRelative}"

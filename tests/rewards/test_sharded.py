@@ -14,7 +14,7 @@ from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.recipes.parts import PARTS
 from rlt2i.rewards.combinators import Affine
 from rlt2i.rewards.sharded import OnDevice, Sharded
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.validity import score_safely
 from rlt2i.serve.client import RemoteReward
 from tests.helpers.fake_rewards import Broken, Grey, Needy, batch_of, output_of, raises
 
@@ -68,13 +68,13 @@ def test_a_replica_that_fails_spoils_its_own_share_only(act, reason):
 def test_replicas_that_score_differently_are_refused_before_anything_is_scored():
     sharded = Sharded(replicas=(Affine(reward=Grey(), scale=2.0), Affine(reward=Grey(), scale=3.0)))
     with pytest.raises(ValueError, match=r"replica 0 is .*'scale': 2.0.* but replica 1 is .*'scale': 3.0"):
-        _ = sharded.requires
+        _ = sharded.metadata_keys
 
 
 def test_what_is_known_of_the_replicas_is_known_of_the_whole():
     sharded = Sharded(replicas=(Needy(), Needy()))
-    assert sharded.requires == {"value"}
-    output = scored(sharded, batch_of(1, 2, metadata=[{"value": 1}, {}]))
+    assert sharded.metadata_keys == {"value"}
+    output = score_safely(sharded, batch_of(1, 2, metadata=[{"value": 1}, {}]))
     assert output.valid.tolist() == [True, False]
     grey = Sharded(replicas=(Grey(), Grey()))
     assert (grey.span, grey.offers, grey.scope) == ((0.0, 255.0), WANT, "sample")

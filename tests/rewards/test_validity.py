@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlt2i.interfaces import RewardOutput
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.validity import score_safely
 from tests.helpers.fake_rewards import Broken, Needy, batch_of, output_of, raises
 
 
@@ -26,7 +26,7 @@ from tests.helpers.fake_rewards import Broken, Needy, batch_of, output_of, raise
     ],
 )
 def test_a_bad_sample_is_invalid_and_its_neighbour_is_not(act, reason):
-    output = scored(Broken(act=act), batch_of(1, 2))
+    output = score_safely(Broken(act=act), batch_of(1, 2))
     assert output.valid.tolist() == [False, True]
     assert math.isnan(output.scores[0])
     assert output.scores[1] == 0.5
@@ -46,7 +46,7 @@ def test_a_bad_sample_is_invalid_and_its_neighbour_is_not(act, reason):
     ],
 )
 def test_an_untrustworthy_output_is_invalid_as_a_whole(act, reason, caplog):
-    output = scored(Broken(act=act), batch_of(1, 2))
+    output = score_safely(Broken(act=act), batch_of(1, 2))
     assert not output.valid.any()
     assert output.scores.isnan().all()
     assert all(reason in row["error"] for row in output.info)
@@ -54,25 +54,27 @@ def test_an_untrustworthy_output_is_invalid_as_a_whole(act, reason, caplog):
 
 
 def test_rounding_at_the_edge_of_the_range_is_no_failure():
-    assert scored(Broken(act=lambda batch: output_of([1.00001, -0.00001])), batch_of(1, 2)).valid.all()
+    assert score_safely(Broken(act=lambda batch: output_of([1.00001, -0.00001])), batch_of(1, 2)).valid.all()
 
 
 def test_samples_without_their_metadata_are_invalid_and_the_others_are_scored():
-    output = scored(Needy(), batch_of(1, 2, 3, metadata=[{"value": 1}, {}, {"value": 3}]))
+    output = score_safely(Needy(), batch_of(1, 2, 3, metadata=[{"value": 1}, {}, {"value": 3}]))
     assert output.valid.tolist() == [True, False, True]
     assert output.scores[[0, 2]].tolist() == [1.0, 3.0]
     assert "missing metadata" in output.info[1]["error"]
-    assert not scored(Needy(), batch_of(1)).valid.any()
+    assert not score_safely(Needy(), batch_of(1)).valid.any()
 
 
 def test_what_ends_the_process_and_missing_packages_pass_through():
     with pytest.raises(KeyboardInterrupt):
-        scored(Broken(act=raises(KeyboardInterrupt())), batch_of(1))  # type: ignore[arg-type]
+        score_safely(Broken(act=raises(KeyboardInterrupt())), batch_of(1))  # type: ignore[arg-type]
     with pytest.raises(ImportError):
-        scored(Broken(act=raises(ImportError("rapidocr"))), batch_of(1))
+        score_safely(Broken(act=raises(ImportError("rapidocr"))), batch_of(1))
 
 
 def test_components_that_are_not_finite_become_nan():
-    output = scored(Broken(act=lambda b: output_of([0.5], components={"x": torch.tensor([math.inf])})), batch_of(1))
+    output = score_safely(
+        Broken(act=lambda b: output_of([0.5], components={"x": torch.tensor([math.inf])})), batch_of(1)
+    )
     assert output.valid.all()
     assert output.components["x"].isnan().all()

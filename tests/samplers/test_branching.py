@@ -36,7 +36,7 @@ both = pytest.mark.parametrize("sampler", [TREE, BRANCHES], ids=lambda s: type(s
 
 def rolled(sampler: Sampler, *, chunk: int = 64, prompts: int = 2, **options) -> Experience:
     algorithm = toy_algorithm(ClippedSurrogate(), sampler=sampler)
-    engine = toy_engine(algorithm, images_per_chunk=chunk)
+    engine = toy_engine(algorithm, rollout_batch_size=chunk)
     return collect(engine, prompts=prompts, group_size=SIZES.get(sampler, 8), **options).experience
 
 
@@ -62,7 +62,7 @@ def test_noisy_steps_are_the_kernels_and_all_others_the_odes(sampler, kernel):
     algorithm = toy_algorithm(ClippedSurrogate(), sampler=sampler)
     size = len(sampler.paths.states)
     prompts = as_prompts(ToyTask().train_prompts(seed=0, start=0, count=2), group_size=size, start=0)
-    trajectory = toy_engine(algorithm).collect(prompts, progress=0).experience.trajectory
+    trajectory = toy_engine(algorithm).collect(prompts, iteration=0).experience.trajectory
     edges = sampler.paths.edges.repeat(2, 1)
     assert torch.equal(trajectory.captures[EDGES], edges)
     assert torch.equal(trajectory.noisy, edges >= 0)
@@ -125,7 +125,7 @@ def test_captures_are_those_of_the_state_that_a_rollout_stands_at(sampler):
     algorithm = toy_algorithm(ClippedSurrogate(), sampler=sampler)
     names = frozenset({CAPTURE, "clean_predictions"})
     prompts = as_prompts(ToyTask().train_prompts(seed=0, start=0, count=2), group_size=SIZES[sampler], start=0)
-    found = rollout(algorithm.policy, sampler, prompts, seed=1, image_size=SIDE, images_per_chunk=64, captures=names)
+    found = rollout(algorithm.policy, sampler, prompts, seed=1, image_size=SIDE, rollout_batch_size=64, captures=names)
     for step in range(6):
         state, sigma = found.latents[:, step], found.sigmas[step].expand(found.num_rollouts)
         velocity, captured = algorithm.policy.velocity_with_captures(
@@ -204,11 +204,11 @@ def test_a_group_that_does_not_fit_the_branches_is_refused_with_the_number_that_
 
 
 def test_a_group_that_does_not_fit_into_memory_is_refused_before_anything_is_loaded():
-    recipe = load_recipe("branch-grpo-shapes", ["train.images_per_device=7"])
-    with pytest.raises(ValueError, match="Use images_per_device >= 8"):
+    recipe = load_recipe("branch-grpo-shapes", ["train.rollout_batch_size=7"])
+    with pytest.raises(ValueError, match="Use rollout_batch_size >= 8"):
         batch_plan(recipe, world_size=1)
-    recipe = load_recipe("branch-grpo-shapes", ["train.images_per_device=50"])
-    assert batch_plan(recipe, world_size=1).images_per_device == 48
+    recipe = load_recipe("branch-grpo-shapes", ["train.rollout_batch_size=50"])
+    assert batch_plan(recipe, world_size=1).rollout_batch_size == 48
 
 
 def test_tree_credit_needs_a_sampler_that_branches():

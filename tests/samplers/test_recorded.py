@@ -77,7 +77,7 @@ def test_captures_are_those_of_the_policy_at_these_states():
 def test_chunks_do_not_change_what_is_read():
     algorithm = toy_algorithm(DiffusionDPO(), sampler=Recorded(num_steps=4), credit=PREFERRED)
     whole = collect(toy_engine(algorithm), prompts=3, group_size=2).experience.trajectory
-    parts = collect(toy_engine(algorithm, images_per_chunk=3), prompts=3, group_size=2).experience.trajectory
+    parts = collect(toy_engine(algorithm, rollout_batch_size=3), prompts=3, group_size=2).experience.trajectory
     assert torch.equal(whole.latents, parts.latents)
     assert torch.equal(whole.captures[PREFERENCE], parts.captures[PREFERENCE])
 

@@ -27,7 +27,7 @@ from rlt2i.serve.client import RemoteReward
 from rlt2i.serve.protocol import digest
 from rlt2i.training.start import train
 from rlt2i.training.trainer import RunStopped
-from tests import toy_recipe
+from tests.helpers import toy_recipe
 from tests.helpers.fake_rewards import Grey
 from tests.helpers.servers import Answer, Rogue, free_port, remote
 
@@ -76,7 +76,7 @@ def test_a_run_stops_with_a_message_when_its_server_dies(tmp_path):
 @pytest.mark.slow
 def test_the_embedded_model_learns_the_same_from_a_served_reward(tmp_path):
     """`rlt2i train` twice, with the reward in the process and behind a server: equal scores, equal weights."""
-    small = ["train.updates=2", "train.prompts_per_update=2", "train.group_size=4", "train.trackers=[]"]
+    small = ["train.iterations=2", "train.prompts_per_iteration=2", "train.group_size=4", "train.trackers=[]"]
     small += ["train.eval_prompts=6", "train.eval_steps=2", "sampler.num_steps=4", "objective.sigmas.count=1"]
     settings = [word for setting in small for word in ("--set", setting)]
 
@@ -122,7 +122,7 @@ SERVER: list[tuple[subprocess.Popen[str], tuple[str, ...]]] = []
 @pytest.mark.slow
 def test_a_run_outlives_a_restart_of_its_server(tmp_path):
     def run(name: str, reward: Reward) -> list[object]:
-        train(attrs.evolve(toy_recipe.clipped(updates=3, eval_prompts=0), reward=reward), tmp_path / name)
+        train(attrs.evolve(toy_recipe.clipped(iterations=3, eval_prompts=0), reward=reward), tmp_path / name)
         return [(line["reward/mean"], line["rewards/invalid"]) for line in read_metrics(tmp_path / name)]
 
     arguments = ("JPEGIncompressibility", "--port", str(free_port()))

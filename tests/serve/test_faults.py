@@ -180,7 +180,7 @@ def test_a_server_that_hangs_up_is_asked_again():
 def test_no_server_at_the_start_is_refused_before_anything_else():
     client = remote(f"http://127.0.0.1:{free_port()}", patience_s=0.3)
     with pytest.raises(ValueError, match=r"no reward server answers at .*serve-reward"):
-        _ = client.requires
+        _ = client.metadata_keys
 
 
 def test_a_server_that_dies_later_is_invalid():

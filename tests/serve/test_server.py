@@ -73,7 +73,7 @@ def test_maps_masks_and_metadata_travel():
     )
     with serving(ShapesReward()) as url:
         client = remote(url, chunk=4)
-        assert client.requires == ShapesReward.requires
+        assert client.metadata_keys == ShapesReward.metadata_keys
         assert client.offers == ShapesReward.offers
         assert client.span == ShapesReward.span
         assert client.scope == "sample"

@@ -142,9 +142,9 @@ def test_it_agrees_with_the_verifier_on_what_the_base_draws():
     drawn = ShapesTask().eval_prompts(96)
     policy = SD3().load()
     trajectory = rollout(
-        policy, ODE(num_steps=10), as_prompts(drawn, group_size=1), seed=0, image_size=32, images_per_chunk=48
+        policy, ODE(num_steps=10), as_prompts(drawn, group_size=1), seed=0, image_size=32, rollout_batch_size=48
     )
-    images = decode(policy, trajectory.clean_latents, images_per_chunk=48)
+    images = decode(policy, trajectory.clean_latents, rollout_batch_size=48)
     asked = [ShapesPrompt.from_metadata(p.metadata) for p in drawn]
     colours = score(images.float() / 255, asked)
     partial = verify(images.permute(0, 2, 3, 1), asked).partial

@@ -26,7 +26,7 @@ from rlt2i.runs.metrics import read_metrics
 from rlt2i.samplers.sde import SDE
 from rlt2i.training.start import train
 from rlt2i.training.trainer import RunStopped
-from tests import toy_recipe
+from tests.helpers import toy_recipe
 from tests.helpers.build import UNIFORM, collect, gradients, toy_engine, toy_learner
 from tests.helpers.toy import QuadrantBrightness, ToySpec
 
@@ -71,7 +71,7 @@ FAULTS: dict[str, tuple[Act, str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_stops_with_the_reason_and_learns_nothing_from_the_batch(tmp_path, fault):
-    recipe = attrs.evolve(toy_recipe.clipped(updates=2, eval_prompts=0), reward=Faulty(fault=fault))
+    recipe = attrs.evolve(toy_recipe.clipped(iterations=2, eval_prompts=0), reward=Faulty(fault=fault))
     with pytest.raises(RunStopped) as stopped:
         train(recipe, tmp_path / "run")
     said = str(stopped.value)
@@ -109,7 +109,7 @@ class NoEvaluation(QuadrantBrightness):
 
 
 def test_an_evaluation_that_fails_stops_the_run_and_is_made_up_for(tmp_path, monkeypatch):
-    recipe = attrs.evolve(toy_recipe.clipped(updates=2), reward=NoEvaluation())
+    recipe = attrs.evolve(toy_recipe.clipped(iterations=2), reward=NoEvaluation())
     with pytest.raises(RunStopped, match=r"evaluation after update 0: 100%.*6 x the judge is asleep.*these weights"):
         train(recipe, tmp_path / "run")
     monkeypatch.setenv("SPARE", "1")
@@ -144,7 +144,7 @@ def asleep_from(update: int) -> Any:
 
 
 def test_a_few_failures_in_an_evaluation_are_left_out(tmp_path):
-    train(attrs.evolve(toy_recipe.clipped(updates=1), reward=NoEvaluation(share=1 / 6)), tmp_path / "run")
+    train(attrs.evolve(toy_recipe.clipped(iterations=1), reward=NoEvaluation(share=1 / 6)), tmp_path / "run")
     first = read_metrics(tmp_path / "run", "eval")[0]
     assert first["eval/images"] == 5
     assert first["eval/reward"] > 0.4
@@ -225,13 +225,13 @@ class FailsElsewhere(Judged):
 
 def one_rank() -> Recipe:
     """Half of the rewards fail, on one process: too many."""
-    return attrs.evolve(toy_recipe.clipped(updates=2), reward=FailsElsewhere())
+    return attrs.evolve(toy_recipe.clipped(iterations=2), reward=FailsElsewhere())
 
 
 def one_rank_tolerated() -> Recipe:
     """The same, and the user does not mind; the credit reads components, which the failing process does not have."""
     credit = Product(advantage=GDPO(weights={"inside": 1.0, "outside": 0.5}))
-    return attrs.evolve(toy_recipe.clipped(updates=2, max_invalid_share=0.6), reward=FailsElsewhere(), credit=credit)
+    return attrs.evolve(toy_recipe.clipped(iterations=2, max_invalid_share=0.6), reward=FailsElsewhere(), credit=credit)
 
 
 def launch(recipe: str, run: Path) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ from rlt2i.tasks.shapes.reward import ShapesReward
 from rlt2i.training.dry_run import describe_run
 from rlt2i.training.start import train
 from rlt2i.training.trainer import RunStopped
-from tests import toy_recipe
+from tests.helpers import toy_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,15 +123,15 @@ def test_run_stops_when_too_many_rewards_are_invalid(tmp_path):
 
 
 def test_resume_refuses_another_recipe(tmp_path):
-    train(toy_recipe.clipped(updates=1), tmp_path / "run")
+    train(toy_recipe.clipped(iterations=1), tmp_path / "run")
     with pytest.raises(CheckpointError, match="another recipe"):
-        train(toy_recipe.clipped(updates=2, learning_rate=0.01), tmp_path / "run", resume="latest")
-    train(toy_recipe.clipped(updates=2), tmp_path / "run", resume="latest")  # more updates are a continuation
+        train(toy_recipe.clipped(iterations=2, learning_rate=0.01), tmp_path / "run", resume="latest")
+    train(toy_recipe.clipped(iterations=2), tmp_path / "run", resume="latest")  # more updates are a continuation
     assert [r["step"] for r in read_metrics(tmp_path / "run")] == [1, 2]
 
 
 def test_every_update_logs_what_a_user_looks_for(tmp_path):
-    train(toy_recipe.clipped(updates=2), tmp_path / "run")
+    train(toy_recipe.clipped(iterations=2), tmp_path / "run")
     first = read_metrics(tmp_path / "run")[0]
     wanted = {
         "reward/mean", "reward/spread", "clip/high", "clip/low", "ratio/abs_minus_one_max", "grad_norm", "kl/base",
@@ -148,9 +148,9 @@ def test_every_update_logs_what_a_user_looks_for(tmp_path):
 
 
 def test_held_out_rewards_are_scored_and_change_nothing(tmp_path):
-    recipe = toy_recipe.watched(updates=2, eval_every=1)
+    recipe = toy_recipe.watched(iterations=2, eval_every=1)
     train(recipe, tmp_path / "watched")
-    train(toy_recipe.clipped(updates=2, eval_every=1), tmp_path / "plain")
+    train(toy_recipe.clipped(iterations=2, eval_every=1), tmp_path / "plain")
     assert_equal_bits(weights(tmp_path / "watched", 2), weights(tmp_path / "plain", 2))
     base, halfway, last = read_metrics(tmp_path / "watched", "eval")
     images = load_file(tmp_path / "watched" / "images" / "eval-000000.safetensors")
@@ -177,10 +177,10 @@ def test_the_alarm_rings_in_a_run_whose_held_out_reward_falls(tmp_path, capsys):
 
 
 def test_what_is_watched_may_change_between_a_run_and_its_continuation(tmp_path):
-    train(toy_recipe.clipped(updates=1), tmp_path / "run")
-    train(toy_recipe.watched(updates=2), tmp_path / "run", resume="latest")
+    train(toy_recipe.clipped(iterations=1), tmp_path / "run")
+    train(toy_recipe.watched(iterations=2), tmp_path / "run", resume="latest")
     assert "eval/heldout/size" in read_metrics(tmp_path / "run", "eval")[-1]
-    train(toy_recipe.clipped(updates=3), tmp_path / "run", resume="latest")
+    train(toy_recipe.clipped(iterations=3), tmp_path / "run", resume="latest")
     assert [r["step"] for r in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 

@@ -133,7 +133,7 @@ def draw_suite(
         seed=suite.seed,
         num_steps=suite.steps or recipe.train.eval_steps,
         image_size=suite.image_size or recipe.train.image_size,
-        images_per_chunk=recipe.train.images_per_device,
+        rollout_batch_size=recipe.train.rollout_batch_size,
         device=job.device,
     )
     found_versions = versions()
@@ -217,7 +217,7 @@ def score_folder(folder: Folder, rewards: Mapping[str, Reward], job: Job, *, res
 
 def _check_metadata(name: str, reward: Reward, drawn: Iterable[Record]) -> None:
     for record in drawn:
-        if missing := sorted(reward.requires - record["metadata"].keys()):
+        if missing := sorted(reward.metadata_keys - record["metadata"].keys()):
             raise ValueError(
                 f"{name}: {type(reward).__name__} needs the metadata {missing}, but the prompt {record['prompt']!r} "
                 f"carries {sorted(record['metadata']) or 'none'}. Use a reward that judges any picture."

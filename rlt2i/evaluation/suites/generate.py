@@ -27,14 +27,14 @@ class Draw:
         seed: of the suite.
         num_steps: of the ODE.
         image_size: pixels a side.
-        images_per_chunk: per forward pass; changes speed and memory, and the last bits of what networks compute.
+        rollout_batch_size: per forward pass; changes speed and memory, and the last bits of what networks compute.
         device: where.
     """
 
     seed: int
     num_steps: int
     image_size: int
-    images_per_chunk: int
+    rollout_batch_size: int
     device: torch.device
 
     def __call__(self, policy: Policy, drawings: Sequence[Drawing]) -> Tensor:
@@ -49,10 +49,10 @@ class Draw:
             prompts,
             seed=derive_seed("suite", self.seed),
             image_size=self.image_size,
-            images_per_chunk=self.images_per_chunk,
+            rollout_batch_size=self.rollout_batch_size,
             device=self.device,
         )
-        return decode(policy, trajectory.clean_latents, images_per_chunk=self.images_per_chunk)
+        return decode(policy, trajectory.clean_latents, rollout_batch_size=self.rollout_batch_size)
 
 
 def generate(
@@ -70,7 +70,7 @@ def generate(
     A chunk that was interrupted is drawn again as a whole, though only what is missing of it is written: networks may
     round differently for batches of another size, and an interrupted evaluation must not differ from a whole one.
     """
-    size = draw.images_per_chunk
+    size = draw.rollout_batch_size
     for start in range(0, len(drawings), size):
         chunk = drawings[start : start + size]
         missing = [i for i, d in enumerate(chunk) if d.id not in done]

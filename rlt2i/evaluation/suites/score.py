@@ -12,7 +12,7 @@ import torch
 from rlt2i.evaluation.suites.folder import REWARDS, EvaluationError, Folder, PartWriter, Record, Shard, scores_of
 from rlt2i.interfaces import Reward, RewardBatch
 from rlt2i.rewards.batching import REASON, split_rows
-from rlt2i.rewards.validity import scored
+from rlt2i.rewards.validity import score_safely
 from rlt2i.runs.files import plain_json, replace_text
 
 IMAGES_PER_CHUNK = 32
@@ -85,7 +85,7 @@ def score(
             # Images of other weights bear the same ids; a server that remembers ids must not mix them up.
             ids=[f"{record['sha256'][:24]}/{record['id']}" for record in records],
         )
-        output = scored(reward, batch)
+        output = score_safely(reward, batch)
         writer.append(
             _score_record(
                 record["id"],

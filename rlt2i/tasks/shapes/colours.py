@@ -101,7 +101,7 @@ class ShapesColours(Reward):
     Component: `coloured`, pixels of any colour of the palette.
     """
 
-    requires = frozenset({"text", "category", "objects", "count", "relation"})
+    metadata_keys = frozenset({"text", "category", "objects", "count", "relation"})
     offers = frozenset({"gradient"})
     span = (0.0, 1.0)
 

@@ -28,7 +28,7 @@ class ShapesReward(Reward):
         strict_weight: share of the strict score; the rest is partial credit, which separates near misses.
     """
 
-    requires = frozenset({"text", "category", "objects", "count", "relation"})
+    metadata_keys = frozenset({"text", "category", "objects", "count", "relation"})
     offers = frozenset({"maps", "regions"})
     span = (0.0, 1.0)
 

@@ -22,7 +22,7 @@ from rlt2i.evaluation.suites.report import Report
 from rlt2i.evaluation.suites.suite import drawings
 from rlt2i.rewards.jpeg import JPEGIncompressibility
 from rlt2i.training.start import train
-from tests import toy_recipe
+from tests.helpers import toy_recipe
 from tests.helpers.suite_parts import Brightness, Corners, suite
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -94,12 +94,12 @@ def test_an_evaluation_leaves_images_results_and_a_report(whole: Path):
 def test_noise_depends_on_seed_text_and_index_alone():
     from rlt2i.evaluation.suites.generate import Draw
 
-    draw = Draw(seed=0, num_steps=3, image_size=8, images_per_chunk=4, device=torch.device("cpu"))
+    draw = Draw(seed=0, num_steps=3, image_size=8, rollout_batch_size=4, device=torch.device("cpu"))
     policy = load_policy(RECIPE)
     everything = drawings(suite().chosen_prompts(), 3)
     images = draw(policy, everything)
     order = [17, 3, 29, 4, 0]
-    again = attrs.evolve(draw, images_per_chunk=2)(policy, [everything[i] for i in order])
+    again = attrs.evolve(draw, rollout_batch_size=2)(policy, [everything[i] for i in order])
     assert torch.equal(again, images[order])
     renumbered = [attrs.evolve(d, number=d.number + 5, id="x") for d in everything[:3]]
     assert torch.equal(draw(policy, renumbered), images[:3])
@@ -115,7 +115,7 @@ def test_independent_shards_give_the_same_images_and_results(whole: Path, tmp_pa
     reports = []
     for index in range(3):
         job = {"shard": Shard(index=index, count=3), "say": heard.append}
-        reports.append(run(tmp_path / "shards", toy_recipe.clipped(images_per_device=4), **job))
+        reports.append(run(tmp_path / "shards", toy_recipe.clipped(rollout_batch_size=4), **job))
     # `rank` wants whole prompts, so it is asked when all images are there: by whoever comes last, for its share.
     assert reports == [None] * 3
     assert "put it together with: rlt2i eval" in heard[-1]

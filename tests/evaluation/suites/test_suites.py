@@ -131,7 +131,7 @@ def test_features_of_a_transformer_in_a_folder(tmp_path: Path):
 
 
 def test_the_embedded_suite_runs_offline_and_twice_alike(tmp_path: Path):
-    recipe = load_recipe("star-shapes", ["train.images_per_device=6"])
+    recipe = load_recipe("star-shapes", ["train.rollout_batch_size=6"])
     options = {"prompts": 6, "say": lambda _: None}
     import attrs
 

@@ -1,0 +1,58 @@
+"""Carries committed curves over a renaming of recipe fields: new hashes for the same computations.
+
+python -m benchmarks.rekey_curves old=new [old=new ...]
+
+A curve is re-keyed only where its recipe, written with the old names, has exactly the hash that the curve was committed
+under: nothing but names changed. Any other curve is left alone and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+from rlt2i.config import recipe_hash, to_mapping
+from rlt2i.recipes import PARTS, load_recipe
+
+CURVES = Path(__file__).parent / "curves"
+
+
+def renamed(value: Any, names: dict[str, str]) -> Any:
+    """Every key of plain data under its other name."""
+    if isinstance(value, dict):
+        return {names.get(key, key): renamed(item, names) for key, item in value.items()}
+    return [renamed(item, names) for item in value] if isinstance(value, list) else value
+
+
+def rekey(path: Path, to_old: dict[str, str]) -> bool:
+    """Whether the curve at `path` is that of today's recipe under its old names; if so it gets today's hash."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    (name, seed, committed), *others = {(row["recipe"], row["seed"], row["hash"]) for row in rows}
+    assert not others, f"{path}: more than one run"
+    recipe = load_recipe(name, [f"train.seed={seed}"])
+    mapping = to_mapping(recipe, parts=PARTS, typed=False, hashed=True)
+    if committed != recipe_hash(renamed(mapping, to_old))[:12]:
+        return committed == recipe.hash[:12]
+    text = path.read_text().replace(f",{committed},", f",{recipe.hash[:12]},")
+    head, _, body = text.partition("\n")
+    path.write_text(f"{head.replace(',update,', ',iteration,')}\n{body}")
+    return True
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="re-key committed curves after a renaming")
+    parser.add_argument("names", nargs="+", metavar="OLD=NEW")
+    to_old = {new: old for old, new in (name.split("=") for name in parser.parse_args().names)}
+    paths = sorted(CURVES.glob("*.csv"))
+    left = [path.name for path in paths if not rekey(path, to_old)]
+    print(f"{len(paths) - len(left)} of {len(paths)} curves name today's recipes")
+    if left:
+        raise SystemExit(f"other than names changed, so their hashes stay: {', '.join(left)}")
+
+
+if __name__ == "__main__":
+    main()
