@@ -79,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
 
     add("list", _list, "show the recipes and what evidence there is for each")
 
+    doctor = add("doctor", _doctor, "look whether this machine can run a recipe, and say what to mend")
+    doctor.add_argument("recipe", nargs="*", help="recipes to look after (default: a survey of all that are shipped)")
+    _add_set(doctor)
+    doctor.add_argument("--run-dir", type=Path, metavar="DIR", dest="run", default=Path("runs"))
+
     train = add("train", _train, "train a recipe")
     train.add_argument(
         "recipe",
@@ -216,6 +221,17 @@ def _list(_: argparse.Namespace) -> None:
     name, evidence = (max(len(getattr(entry, field)) for entry in entries) for field in ("name", "evidence"))
     for entry in entries:
         print(f"{entry.name:<{name}}  {entry.evidence:<{evidence}}  {entry.about}")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rlt2i.recipes import list_recipes, load_recipe
+    from rlt2i.training.doctor import examine, table
+
+    names = options.recipe or [entry.name for entry in list_recipes()]
+    recipes = [load_recipe(name, options.set) for name in names]
+    findings = examine(recipes, folder=options.run, strict=bool(options.recipe))
+    print(table(findings))
+    return int(any(finding.verdict == "broken" for finding in findings))
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlt2i.config.version import __version__
+
 PACKAGES = ("rlt2i", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 REDACTED = "<redacted>"
 
@@ -81,7 +83,7 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "git": _git(Path(__file__).resolve().parent),
+        "git": _git(Path(__file__).resolve().parents[1]),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "command": redacted_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -93,9 +95,7 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        if package == __package__:
-            return getattr(sys.modules[package], "__version__", None)
-        return None
+        return __version__ if package == "rlt2i" else None
 
 
 def _git(package: Path) -> dict[str, Any] | None:
