@@ -15,8 +15,8 @@ PACKAGE = ROOT / "rlt2i"
 
 LAYERS = (
     "captures",
-    "config",
     "functional",
+    "config",
     "axes",
     "seeds",
     "types",

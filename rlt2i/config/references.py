@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from rlt2i.config.textfiles import TextFileError, read_text, refuse_surrogates
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field and the way out."""
@@ -70,6 +72,20 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 
 
+def _whole_characters(loader: _StrictLoader, node: yaml.ScalarNode) -> str:
+    r"""A text; two JSON escapes of one character ("\ud83d\ude00") are put together, half of one is refused."""
+    value = str(loader.construct_scalar(node))
+    joined = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    try:
+        refuse_surrogates(joined, f"line {node.start_mark.line + 1}")
+    except TextFileError as error:
+        raise ConfigError(str(error)) from None
+    return joined
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:str", _whole_characters)
+
+
 def dump_yaml(value: Any) -> str:
     """The YAML text of plain data, such that `parse_yaml` returns the same."""
     return yaml.dump(value, Dumper=_StrictDumper, sort_keys=False, width=110)
@@ -94,11 +110,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: naming the file.
     """
     try:
-        value = parse_yaml(path.read_text(encoding="utf-8"))
+        value = parse_yaml(read_text(path))
+    except TextFileError as error:
+        raise ConfigError(str(error)) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file ({error}).") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, got {type(value).__name__}.")
     return value

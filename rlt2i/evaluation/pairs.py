@@ -22,6 +22,7 @@ from rlt2i.runs.files import replace_text
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt, as_prompts, check_metadata
+from rlt2i.config.textfiles import read_objects
 
 PAIRS = "pairs.jsonl"
 SETTINGS = "settings.json"
@@ -62,6 +63,7 @@ def make_pairs(
     if images < 2:
         raise ValueError(f"images={images}: a pair is two images. Use images >= 2; more of them lie further apart.")
     check_metadata(recipe.task, recipe.reward)
+    recipe.task.check_image_size(recipe.train.image_size)
     steps = num_steps or recipe.train.eval_steps
     settings = _settings(recipe, images=images, seed=seed, num_steps=steps, weights=weights)
     rows = _begun(folder, settings)
@@ -169,7 +171,7 @@ def _begun(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
             f"{folder}: holds pairs that were made with other settings ({', '.join(differing)}). Use an empty folder, "
             "or the same command to go on."
         )
-    return [json.loads(line) for line in (folder / PAIRS).read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in read_objects(folder / PAIRS)]
 
 
 def _write_png(file: Path, picture: Tensor) -> None:

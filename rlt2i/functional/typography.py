@@ -106,7 +106,11 @@ def is_blank(text: str) -> bool:
 
 def lone_surrogate(text: str) -> int | None:
     """Where a text holds half of a surrogate pair, which no encoder accepts; None when it holds none."""
-    return next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int, str]]:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Final
 
 import attrs
-import numpy as np
 import torch
 from attrs import validators
 from torch import Tensor
 
 from rlt2i.captures import PREFERENCE
 from rlt2i.functional.transitions import clean_prediction
+from rlt2i.config.imagefiles import ImageFileError, read_picture
 from rlt2i.interfaces import Policy, RolloutRequest, Sampler
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
@@ -81,13 +81,10 @@ def read_image(file: Path, image_size: int) -> Tensor:
     Raises:
         ValueError: naming the file, when it is no image of `image_size` pixels a side.
     """
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(file) as opened:
-            pixels = torch.from_numpy(np.array(opened.convert("RGB"), dtype=np.uint8)).permute(2, 0, 1)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{file}: not an image that can be read ({error}). Replace it, or drop its pair.") from None
+        pixels = torch.from_numpy(read_picture(file)).permute(2, 0, 1)
+    except ImageFileError as error:
+        raise ValueError(f"{file}: {error}. Replace it, or drop its pair.") from None
     if tuple(pixels.shape[1:]) != (image_size, image_size):
         raise ValueError(
             f"{file}: {pixels.shape[2]} x {pixels.shape[1]} pixels, expected {image_size} x {image_size}. "

@@ -32,8 +32,6 @@ class TaskPrompt:
 class Task(ABC):
     """A source of prompts. Held-out prompts are never trained on."""
 
-    image_size: int
-
     @property
     @abstractmethod
     def provides(self) -> frozenset[str]:
@@ -46,6 +44,13 @@ class Task(ABC):
     @abstractmethod
     def eval_prompts(self, count: int) -> list[TaskPrompt]:
         """`count` held-out prompts, balanced over categories; the same list on every call."""
+
+    def check_image_size(self, image_size: int) -> None:  # noqa: B027 - most tasks go with every size
+        """Refuse a size (pixels a side, the `train.image_size` of a recipe) that the task's images cannot have.
+
+        Raises:
+            ValueError: saying which size to use.
+        """
 
 
 def as_prompts(prompts: list[TaskPrompt], *, group_size: int, start: int = 0) -> Prompts:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import json
+import hashlib
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
-from attrs import validators
 
+from rlt2i.functional.typography import is_blank
+from rlt2i.config.imagefiles import ImageFileError, read_picture
 from rlt2i.tasks.base import Task, TaskPrompt
-from rlt2i.tasks.streams import balanced, shuffled
+from rlt2i.tasks.streams import balanced, prompt_key, shuffled
+from rlt2i.config.textfiles import TextLine, has_suffix, kept_until_changed, read_objects, user_path
 
 HELD_OUT_EVERY: Final = 10
 """Without a task of its own, evaluation gets every tenth prompt of the file."""
@@ -25,30 +26,23 @@ class PairFileTask(Task):
 
     Paths start at the folder of the file. A prompt may have several pairs. `core` (a list of phrases) and `category`
     are used where they are there, and the whole row is the metadata that a reward sees, with both paths made absolute.
-    Every image is looked at when the file is read, so a training run cannot meet a missing one.
+    Every image is decoded when the file is read (upright, 16-bit grey scaled, transparency on white), so a training run
+    cannot meet one that is missing or damaged. A pair whose images are alike is refused, and so is one that another row
+    turns round. All images have one size, that of `train.image_size`.
 
     Attributes:
         pairs: the .jsonl file.
         evaluation: a task whose held-out prompts evaluate (they need no images); None holds out every tenth prompt of
             the file with all its pairs.
-        image_size: side of the images in pixels; all have it.
     """
 
     pairs: str = attrs.field()
     evaluation: Task | None = None
-    image_size: int = attrs.field(default=512, validator=validators.ge(1))
 
     @pairs.validator
     def _check_pairs(self, _: object, value: str) -> None:
-        if Path(value).suffix != ".jsonl":
+        if not has_suffix(value, ".jsonl"):
             raise ValueError(f"PairFileTask(pairs={value!r}): expected a .jsonl file, one object per line.")
-
-    def __attrs_post_init__(self) -> None:
-        if self.evaluation is not None and self.evaluation.image_size != self.image_size:
-            raise ValueError(
-                f"PairFileTask(image_size={self.image_size}): its evaluation has images of "
-                f"{self.evaluation.image_size} pixels. Use the same image_size for both."
-            )
 
     @property
     def provides(self) -> frozenset[str]:
@@ -67,24 +61,50 @@ class PairFileTask(Task):
             return self.evaluation.eval_prompts(count)
         return balanced(self._split()[1], count, of="PairFileTask")
 
+    def check_image_size(self, image_size: int) -> None:
+        if self.evaluation is not None:
+            self.evaluation.check_image_size(image_size)
+        height, width = self._file().size
+        if (height, width) != (image_size, image_size):
+            raise ValueError(
+                f"train.image_size={image_size}: the images of {self.pairs} have {width} x {height} pixels. Crop and "
+                "resize them to squares of that size, or set train.image_size."
+            )
+
+    def _file(self) -> PairFile:
+        return _read_current(user_path(self.pairs).absolute())
+
     def _split(self) -> tuple[tuple[TaskPrompt, ...], tuple[TaskPrompt, ...]]:
         """(pairs to train on, one pair of each held-out prompt)."""
-        rows = _read_current(Path(self.pairs).expanduser().absolute(), self.image_size)
+        rows = self._file().pairs
         if self.evaluation is not None:
             return rows, ()
-        texts = list(dict.fromkeys(row.text for row in rows))
-        held_out = dict.fromkeys(texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+        keys = list(dict.fromkeys(map(prompt_key, rows)))
+        held_out = dict.fromkeys(keys[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
         if not held_out:
             raise ValueError(
-                f"PairFileTask: {self.pairs} has {len(texts)} prompts, too few to hold out every tenth. Give a task "
+                f"PairFileTask: {self.pairs} has {len(keys)} prompts, too few to hold out every tenth. Give a task "
                 "with other prompts as `evaluation`."
             )
-        first = {row.text: row for row in reversed(rows)}
-        return tuple(row for row in rows if row.text not in held_out), tuple(first[text] for text in held_out)
+        first = {prompt_key(row): row for row in reversed(rows)}
+        return tuple(row for row in rows if prompt_key(row) not in held_out), tuple(first[key] for key in held_out)
 
 
-def read_pairs(path: Path, image_size: int) -> tuple[TaskPrompt, ...]:
-    """The pairs of a file in their order; blank lines do not count.
+@attrs.frozen(kw_only=True)
+class PairFile:
+    """What a pair file holds.
+
+    Attributes:
+        pairs: in the order of the file; the metadata have absolute paths under "winner" and "loser".
+        size: (height, width) of all images in pixels.
+    """
+
+    pairs: tuple[TaskPrompt, ...]
+    size: tuple[int, int]
+
+
+def read_pairs(path: Path) -> PairFile:
+    """The pairs of a file; blank lines do not count.
 
     Raises:
         FileNotFoundError: naming the file, and how to make one.
@@ -95,74 +115,81 @@ def read_pairs(path: Path, image_size: int) -> tuple[TaskPrompt, ...]:
             f"{path}: no such pair file; relative paths start at {Path.cwd()}. `{MAKE}` makes one from the images and "
             "the reward of a recipe."
         )
-    found: dict[tuple[str, ...], tuple[int, TaskPrompt]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        row = _row(line, where)
-        files = [_image(path.parent, row[role], role, where, image_size) for role in ROLES]
-        if files[0] == files[1]:
-            raise ValueError(f"{where}: winner and loser are the same image, {row['winner']!r}. Drop the row.")
-        prompt = TaskPrompt(
+    pairs: list[TaskPrompt] = []
+    numbers: dict[tuple[str, str, str], int] = {}
+    sizes: dict[tuple[int, int], str] = {}
+    for line, row in read_objects(path):
+        _check_row(row, line)
+        images = [_image(path.parent, row[role], role, line.where) for role in ROLES]
+        pair = TaskPrompt(
             text=row["prompt"].strip(),
-            metadata={**row, **dict(zip(ROLES, files, strict=True))},
+            metadata={**row, **{role: str(image.file) for role, image in zip(ROLES, images, strict=True)}},
             core=tuple(row.get("core", ())),
             category=str(row.get("category", row.get("tag", "all"))),
         )
-        key = (prompt.text, *files)
-        if key in found:
-            raise ValueError(f"{where}: this pair is already on line {found[key][0]}. Keep one of them.")
-        found[key] = (number, prompt)
-    if not found:
+        _check_preference(prompt_key(pair), images, numbers, line)
+        sizes |= {image.size: f"{line.where}: the {r} {row[r]!r}" for r, image in zip(ROLES, images, strict=True)}
+        if len(sizes) > 1:
+            (height, width), (there, across) = list(sizes)[:2]
+            raise ValueError(
+                f"{sizes[there, across]} has {across} x {there} pixels, the images before it have {width} x {height}. "
+                "Crop and resize the images to squares of one size."
+            )
+        pairs.append(pair)
+    if not pairs:
         raise ValueError(f"{path}: holds no pair. Write one JSON object per line, or make some: `{MAKE}`.")
-    return tuple(prompt for _, prompt in found.values())
+    return PairFile(pairs=tuple(pairs), size=next(iter(sizes)))
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+_read_current = kept_until_changed(read_pairs)
+
+
+@attrs.frozen(kw_only=True)
+class _Image:
+    """A decoded image of a pair: where it is, (height, width), and a hash of its pixels."""
+
+    file: Path
+    size: tuple[int, int]
+    digest: str
+
+
+def _image(folder: Path, name: str, role: str, where: str) -> _Image:
+    file = (folder / user_path(name)).absolute()
     try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object, got {line.strip()[:80]}.")
+        pixels = read_picture(file)
+    except ImageFileError as error:
+        hint = f"; paths start at {folder.absolute()}" if not file.is_file() else ""
+        raise ValueError(f"{where}: the {role} {name!r} {error}{hint}.") from None
+    height, width, _ = pixels.shape
+    return _Image(file=file, size=(height, width), digest=hashlib.sha256(pixels.tobytes()).hexdigest())
+
+
+def _check_row(row: dict[str, Any], line: TextLine) -> None:
     for key in ("prompt", *ROLES):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise ValueError(f'{where}: expected a text under "{key}", got {row.get(key)!r}.')
+        if not isinstance(row.get(key), str) or is_blank(row[key]):
+            raise ValueError(f'{line.where}: expected a text under "{key}", got {row.get(key)!r}.')
     core = row.get("core", [])
     if not isinstance(core, list) or not all(isinstance(phrase, str) for phrase in core):
-        raise ValueError(f'{where}: "core" must be a list of phrases, got {core!r}.')
-    return row
+        raise ValueError(f'{line.where}: "core" must be a list of phrases, got {core!r}.')
 
 
-def _image(folder: Path, name: str, role: str, where: str, image_size: int) -> str:
-    """The absolute path of an image, after a look at its header."""
-    from PIL import Image, UnidentifiedImageError
-
-    file = (folder / name).absolute()
-    if not file.is_file():
-        raise ValueError(f"{where}: the {role} {name!r} is not there; paths start at {folder.absolute()}.")
-    try:
-        with Image.open(file) as opened:
-            size = opened.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{where}: the {role} {name!r} is no image that can be read ({error}).") from None
-    if size != (image_size, image_size):
+def _check_preference(
+    prompt: str, images: list[_Image], numbers: dict[tuple[str, str, str], int], line: TextLine
+) -> None:
+    """Refuse a pair that prefers nothing, one that is there already, and one that is there the other way round."""
+    winner, loser = (image.digest for image in images)
+    if winner == loser:
+        same = "are the same image" if images[0].file == images[1].file else "are alike in every pixel"
+        raise ValueError(f"{line.where}: winner and loser {same}, so nothing is preferred. Drop the row.")
+    if (prompt, loser, winner) in numbers:
         raise ValueError(
-            f"{where}: the {role} {name!r} has {size[0]} x {size[1]} pixels, expected {image_size} x {image_size}. "
-            "Crop and resize the images to squares of one size, or set image_size."
+            f"{line.where}: line {numbers[prompt, loser, winner]} prefers the same two images the other way round. "
+            "Keep the row that is right, or neither."
         )
-    return str(file)
+    first = numbers.setdefault((prompt, winner, loser), line.number)
+    if first != line.number:
+        raise ValueError(f"{line.where}: this pair is already on line {first}. Keep one of them.")
 
 
 def _common(prompts: tuple[TaskPrompt, ...]) -> frozenset[str]:
     return frozenset.intersection(*(frozenset(p.metadata) for p in prompts))
-
-
-def _read_current(path: Path, image_size: int) -> tuple[TaskPrompt, ...]:
-    return _read_once(path, path.stat().st_mtime_ns, image_size) if path.is_file() else read_pairs(path, image_size)
-
-
-@functools.lru_cache(maxsize=8)
-def _read_once(path: Path, modified: int, image_size: int) -> tuple[TaskPrompt, ...]:
-    return read_pairs(path, image_size)

@@ -22,11 +22,9 @@ class PickScoreTask(Task):
     Attributes:
         subset: "sfw", filtered by its publishers (15,470 prompts and 1,024 held out), or "full", Flow-GRPO's own
             (25,432 and 2,048), which holds sexual and violent prompts. Scores of the two cannot be compared.
-        image_size: side of the images in pixels.
     """
 
     subset: Subset = attrs.field(default="sfw", validator=validators.in_(("sfw", "full")))
-    image_size: int = attrs.field(default=512, validator=validators.ge(1))
 
     @property
     def provides(self) -> frozenset[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-import tempfile
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,11 +13,12 @@ from typing import Final
 import attrs
 
 from rlt2i.tasks.base import TaskPrompt
+from rlt2i.tasks.download import download, keep
+from rlt2i.config.textfiles import has_suffix, numbered_lines, read_text, split_lines
 
 LARGEST: Final = 64 << 20
 """Bytes; no prompt set is larger."""
-TIMEOUT: Final = 60.0
-"""Seconds without an answer."""
+WITHOUT_A_NETWORK: Final = "use prompts of your own: PromptFileTask(train=...)"
 
 _FLOW_GRPO: Final = (
     "https://raw.githubusercontent.com/yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/dataset/"
@@ -116,19 +115,20 @@ def prompt_home() -> Path:
     return Path(os.environ.get("RLT2I_PROMPTS", "~/.cache/rlt2i/prompts")).expanduser()
 
 
-def fetch(url: str, sha256: str) -> Path:
+def fetch(url: str, sha256: str, *, instead: str = WITHOUT_A_NETWORK) -> Path:
     """The file at `url`, downloaded once; a file with another hash is never kept.
 
     Args:
         url: https, or file for tests and mirrors.
         sha256: 64 hexadecimal digits.
+        instead: what to do without a network, but putting the file in its place.
 
     Returns:
         The verified file below `prompt_home()`.
 
     Raises:
-        ValueError: on another scheme, a malformed hash, a file that is too large, or the wrong content.
-        OSError: when the network fails.
+        ValueError: on another scheme, a malformed hash, a file that cannot be fetched or is too large, or the wrong
+            content.
     """
     if not url.startswith(("https://", "file://")):
         raise ValueError(f"fetch({url!r}): only https is fetched.")
@@ -137,28 +137,21 @@ def fetch(url: str, sha256: str) -> Path:
     target = prompt_home() / f"{sha256[:16]}-{url.rsplit('/', 1)[-1]}"
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
         return target
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-        content = answer.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise ValueError(f"{url}: more than {LARGEST >> 20} MiB; no prompt set is that large.")
+    content = download(url, largest=LARGEST, target=target, instead=instead)
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(
             f"{url}: SHA-256 is {found}, expected {sha256}. The file has changed or was tampered with; it is not used."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
-        partial.write(content)
-    os.replace(partial.name, target)
-    return target
+    return keep(content, target, variable="RLT2I_PROMPTS")
 
 
 def parse_prompts(path: Path) -> list[TaskPrompt]:
     """Distinct prompts of a .txt or .tsv file, in order."""
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".tsv":
-        rows = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    text = read_text(path)
+    if has_suffix(path, ".tsv"):
+        rows = csv.DictReader(split_lines(text), delimiter="\t", quoting=csv.QUOTE_NONE)
         found = [TaskPrompt(text=row["Prompt"].strip(), category=row["Category"].strip()) for row in rows]
     else:
-        found = [TaskPrompt(text=line.strip()) for line in text.split("\n") if line.strip()]
+        found = [TaskPrompt(text=line.text) for line in numbered_lines(text, path)]
     return list({prompt.text: prompt for prompt in found}.values())

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
-from attrs import validators
 
+from rlt2i.functional.typography import is_blank
 from rlt2i.tasks.base import Task, TaskPrompt
-from rlt2i.tasks.streams import balanced, shuffled
+from rlt2i.tasks.streams import balanced, distinct, prompt_key, shuffled
+from rlt2i.config.textfiles import has_suffix, kept_until_changed, parse_json, read_lines, user_path
 
 HELD_OUT_EVERY: Final = 10
 """Without a file of its own, evaluation gets every tenth prompt of the training file."""
@@ -19,20 +18,20 @@ HELD_OUT_EVERY: Final = 10
 
 @attrs.frozen(kw_only=True)
 class PromptFileTask(Task):
-    """Prompts from files. Training shuffles them and shows each once per pass.
+    """Prompts from files. Training shuffles them and shows each once per pass, or as often as the file repeats it.
 
     A `.txt` file holds one prompt per line. A row of a `.jsonl` file is an object with `prompt`; `core` (a list of
-    phrases) and `category` are used where they are there, and the whole row is the metadata that a reward sees.
+    phrases) and `category` are used where they are there, and the whole row is the metadata that a reward sees. Files
+    are UTF-8. Prompts that differ in case, white space or invisible characters alone count as one prompt when training
+    and held-out prompts are told apart.
 
     Attributes:
         train: file of training prompts.
         evaluation: file of held-out prompts; empty holds out every tenth prompt of `train`, never trained on.
-        image_size: side of the images in pixels.
     """
 
     train: str = attrs.field()
     evaluation: str = ""
-    image_size: int = attrs.field(default=512, validator=validators.ge(1))
 
     @train.validator
     def _check_train(self, _: object, value: str) -> None:
@@ -55,58 +54,59 @@ class PromptFileTask(Task):
 
     def _split(self) -> tuple[tuple[TaskPrompt, ...], tuple[TaskPrompt, ...]]:
         """(training, held-out) prompts; the files are read once, and again after they changed."""
-        prompts = _read_current(Path(self.train).expanduser())
+        prompts = _read_current(user_path(self.train))
         if self.evaluation:
-            held_out = _read_current(Path(self.evaluation).expanduser())
-            both = {p.text for p in prompts} & {p.text for p in held_out}
+            held_out = distinct(_read_current(user_path(self.evaluation)))
+            keys = set(map(prompt_key, held_out))
+            both = [p.text for p in prompts if prompt_key(p) in keys]
             if both:
                 raise ValueError(
-                    f"PromptFileTask: {len(both)} prompts are in {self.train} and in {self.evaluation}, such as "
+                    f"PromptFileTask: {len(set(both))} prompts are in {self.train} and in {self.evaluation}, such as "
                     f"{min(both)!r}. Held-out prompts must not be trained on: remove them from one of the files."
                 )
             return prompts, held_out
-        held_out = prompts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        held_out = distinct(prompts)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
         if not held_out:
             raise ValueError(
-                f"PromptFileTask: {self.train} has {len(prompts)} prompts, too few to hold out every tenth. Give a "
-                "file of other prompts as `evaluation`."
+                f"PromptFileTask: {self.train} has {len(distinct(prompts))} prompts, too few to hold out every tenth. "
+                "Give a file of other prompts as `evaluation`."
             )
-        return tuple(p for i, p in enumerate(prompts) if (i + 1) % HELD_OUT_EVERY), held_out
+        keys = set(map(prompt_key, held_out))
+        return tuple(p for p in prompts if prompt_key(p) not in keys), held_out
 
 
 def read_prompts(path: Path) -> tuple[TaskPrompt, ...]:
     """The prompts of a .txt or .jsonl file; blank lines do not count.
 
+    A prompt may be repeated with the same data: it is then trained on as often as the file says it.
+
     Raises:
         FileNotFoundError: naming the file.
-        ValueError: for a file without prompts, a prompt that is there twice, or a row that cannot be read; with the
-            number of the line.
+        ValueError: for a file without prompts, one that is not UTF-8, a prompt that is there twice with different
+            data, or a row that cannot be read; with the number of the line.
     """
     _check_suffix(str(path))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such prompt file; relative paths start at {Path.cwd()}.")
-    prompts: dict[str, tuple[int, TaskPrompt]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        prompt = TaskPrompt(text=line.strip()) if path.suffix == ".txt" else _from_row(line, where)
-        if prompt.text in prompts:
-            first, _ = prompts[prompt.text]
-            raise ValueError(f"{where}: {prompt.text!r} is already on line {first}. Keep one of them.")
-        prompts[prompt.text] = (number, prompt)
+    prompts: list[TaskPrompt] = []
+    first: dict[str, tuple[int, TaskPrompt]] = {}
+    for line in read_lines(path):
+        prompt = TaskPrompt(text=line.text) if has_suffix(path, ".txt") else _from_row(line.text, line.where)
+        number, before = first.setdefault(prompt.text, (line.number, prompt))
+        if before != prompt:
+            raise ValueError(
+                f"{line.where}: {prompt.text!r} is already on line {number}, with other data. Keep one of them."
+            )
+        prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path}: holds no prompt. Write one per line.")
-    return tuple(prompt for _, prompt in prompts.values())
+    return tuple(prompts)
 
 
 def _from_row(line: str, where: str) -> TaskPrompt:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise ValueError(f'{where}: expected an object with a text under "prompt", got {line.strip()[:80]}.')
+    row: Any = parse_json(line, where)
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or is_blank(row["prompt"]):
+        raise ValueError(f'{where}: expected an object with a text under "prompt", got {line[:80]}.')
     core = row.get("core", [])
     if not isinstance(core, list) or not all(isinstance(phrase, str) for phrase in core):
         raise ValueError(f'{where}: "core" must be a list of phrases, got {core!r}.')
@@ -115,14 +115,8 @@ def _from_row(line: str, where: str) -> TaskPrompt:
 
 
 def _check_suffix(path: str) -> None:
-    if Path(path).suffix not in {".txt", ".jsonl"}:
+    if not has_suffix(path, ".txt", ".jsonl"):
         raise ValueError(f"prompt file {path!r}: expected .txt (one prompt per line) or .jsonl (one object per line).")
 
 
-def _read_current(path: Path) -> tuple[TaskPrompt, ...]:
-    return _read_once(path, path.stat().st_mtime_ns) if path.is_file() else read_prompts(path)
-
-
-@functools.lru_cache(maxsize=8)
-def _read_once(path: Path, modified: int) -> tuple[TaskPrompt, ...]:
-    return read_prompts(path)
+_read_current = kept_until_changed(read_prompts)

@@ -23,11 +23,9 @@ class PublishedPrompts(Task):
 
     Attributes:
         set: "drawbench" (200 prompts; its authors state no licence) or "partiprompts" (1,632; Apache-2.0).
-        image_size: side of the images in pixels.
     """
 
     set: str = attrs.field(validator=validators.in_(EVALUATION_SETS))
-    image_size: int = attrs.field(default=512, validator=validators.ge(1))
 
     @property
     def provides(self) -> frozenset[str]:

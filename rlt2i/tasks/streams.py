@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
+from rlt2i.functional.typography import normalised
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt
+
+
+def prompt_key(prompt: TaskPrompt) -> str:
+    """Equal for prompts that a reader takes for the same, however they were typed."""
+    return _normalised(prompt.text)
+
+
+_normalised = functools.lru_cache(maxsize=1 << 18)(normalised)
+"""Of every prompt of a large file: the split is asked for at every batch."""
+
+
+def distinct(prompts: Sequence[TaskPrompt]) -> tuple[TaskPrompt, ...]:
+    """The first of every prompt that is there several times."""
+    return tuple({prompt_key(p): p for p in reversed(prompts)}[key] for key in dict.fromkeys(map(prompt_key, prompts)))
 
 
 def shuffled(prompts: Sequence[TaskPrompt], *, seed: int, start: int, count: int) -> list[TaskPrompt]:

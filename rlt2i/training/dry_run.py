@@ -36,6 +36,7 @@ def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
     train = recipe.train
     recipe.algorithm().check_group_size(train.group_size)
     check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
+    recipe.task.check_image_size(train.image_size)
     batch = batch_plan(recipe, world_size=world_size)
     parts = [f"{recipe.name}  {recipe.hash[:8]}  evidence: {recipe.evidence}", recipe.about, "", batch.table()]
     size = _size(recipe, batch)

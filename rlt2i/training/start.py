@@ -44,6 +44,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
     train = recipe.train
     recipe.algorithm().check_group_size(train.group_size)
     check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
+    recipe.task.check_image_size(train.image_size)
     batch = batch_plan(recipe, world_size=processes.world_size)
     say: Callable[[str], None] = functools.partial(print, flush=True) if processes.is_main else lambda _: None
     recipe = _resolved(recipe, run_dir if resume is not None else None, processes, say)

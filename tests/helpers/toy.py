@@ -118,8 +118,6 @@ class QuadrantBrightness(Reward):
 class ToyTask(Task):
     """Prompts that all ask for the same."""
 
-    image_size: int = SIDE
-
     @property
     def provides(self) -> frozenset[str]:
         return frozenset()

@@ -34,4 +34,4 @@ def write_pairs(folder: Path, *, count: int = 6, seed: int = 0) -> Path:
 def toy_pairs() -> PairFileTask:
     """A task of six pairs that is evaluated on the prompts of the toy task."""
     path = write_pairs(Path(tempfile.mkdtemp()))
-    return PairFileTask(pairs=str(path), evaluation=ToyTask(), image_size=SIDE)
+    return PairFileTask(pairs=str(path), evaluation=ToyTask())

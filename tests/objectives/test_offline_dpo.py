@@ -140,7 +140,7 @@ def toy_recipe(path: Path, **changes: object) -> Recipe:
         sampler=STEPS,
         credit=PREFERRED,
         objective=DiffusionDPO(),
-        task=PairFileTask(pairs=str(path), evaluation=ToyTask(), image_size=SIDE),
+        task=PairFileTask(pairs=str(path), evaluation=ToyTask()),
     )
 
 

@@ -60,7 +60,7 @@ def test_the_vocabulary_is_what_its_docstring_says():
 
 def test_the_task_fits_its_reward_and_a_recipe():
     check_metadata(OCRTask(), OCRReward())
-    task = build(Task, {"type": "OCRTask", "image_size": 256}, parts=PARTS)
+    task = build(Task, {"type": "OCRTask"}, parts=PARTS)
     assert build(Task, to_mapping(task, parts=PARTS), parts=PARTS) == task
 
 
@@ -83,6 +83,26 @@ def test_prompts_from_files(tmp_path):
 def test_a_prompt_without_a_text_is_refused_when_it_is_read(line):
     with pytest.raises(ValueError, match=r"mine\.txt, line 2"):
         read_prompts(['fine "X"', line], name="mine.txt")
+
+
+def test_files_of_every_editor_are_read_alike(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "TRAIN.TXT").write_bytes(
+        '\ufeffa sign "ONE"\r\na\u2028cup \u201cTWO\u201d\r\n\ufeffa box \\"3\\"'.encode()
+    )
+    (tmp_path / "test.txt").write_text('A  sign\u200b "ONE"\n', encoding="utf-8")
+    task = OCRFileTask(train="~/TRAIN.TXT", test="~/test.txt")
+    drawn = task.train_prompts(seed=0, start=0, count=50)
+    assert {p.metadata["text"] for p in drawn} == {"TWO", "3"}  # ONE is held out, whatever stands around it
+    assert not any("\ufeff" in p.text for p in drawn)
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    (tmp_path / "a.txt").write_text('a sign "ONE"\n')
+    task = OCRFileTask(train="x.txt", test=str(tmp_path / "a.txt"))
+    assert task.eval_prompts(1)[0].metadata["text"] == "ONE"
+    (tmp_path / "a.txt").write_text('a sign "OTHER"\n')
+    assert task.eval_prompts(1)[0].metadata["text"] == "OTHER"
 
 
 def test_a_file_that_is_not_there_is_said_so():

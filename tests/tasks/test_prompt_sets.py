@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 from pathlib import Path
 
 import pytest
 
 from rlt2i.tasks import pickscore, prompt_sets
+from rlt2i.tasks.ocr.published import fetch_published
 from rlt2i.tasks.pickscore import PickScoreTask
 from rlt2i.tasks.prompt_sets import PROMPT_SETS, PromptSet, fetch, parse_prompts
 
@@ -15,6 +17,7 @@ from rlt2i.tasks.prompt_sets import PROMPT_SETS, PromptSet, fetch, parse_prompts
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("RLT2I_PROMPTS", str(tmp_path / "home"))
+    monkeypatch.setenv("RLT2I_CACHE", str(tmp_path / "home"))
     return tmp_path / "home"
 
 
@@ -89,6 +92,37 @@ def test_pickscore_never_trains_on_a_held_out_prompt(tmp_path: Path, monkeypatch
     assert sorted(p.text for p in task.train_prompts(seed=0, start=0, count=3)) == ["a", "b", "c"]
     assert [p.text for p in task.eval_prompts(2)] == ["d", "e"]
     pickscore._split.cache_clear()
+
+
+def test_without_a_network_there_is_a_way_out(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
+    gone = PromptSet(url=(tmp_path / "gone.txt").as_uri(), sha256="0" * 64, count=4, licence="MIT")
+    monkeypatch.setattr(pickscore, "PROMPT_SETS", dict.fromkeys(("pickscore_sfw_train", "pickscore_sfw_test"), gone))
+    pickscore._split.cache_clear()
+    with pytest.raises(
+        ValueError, match=r"cannot fetch .*Without a network, put the file at .*0-gone\.txt, or use"
+    ) as it:
+        PickScoreTask().eval_prompts(1)
+    assert str(home) in str(it.value)
+
+
+@pytest.mark.parametrize(
+    "failure", [TimeoutError("timed out"), http.client.IncompleteRead(b"co"), OSError(101, "down")]
+)
+def test_every_failure_of_a_download_is_said_in_one_line(failure: Exception, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object, **__: object) -> object:
+        raise failure
+
+    monkeypatch.setattr("urllib.request.urlopen", broken)
+    for ask in (lambda: fetch("https://example.org/a.txt", "0" * 64), lambda: fetch_published("flow-grpo/ocr/test")):
+        with pytest.raises(ValueError, match=r"cannot fetch https://.*put the file at"):
+            ask()
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, home: Path):
+    url, digest = publish(tmp_path / "a.txt", "cow\n")
+    home.write_text("a file where the folder should be")
+    with pytest.raises(ValueError, match=r"cannot keep a fetched file there .*RLT2I_PROMPTS"):
+        fetch(url, digest)
 
 
 @pytest.mark.hub

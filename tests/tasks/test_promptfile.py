@@ -65,7 +65,15 @@ def test_evaluation_takes_categories_in_turn_and_repeats_whole_sets(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "lines", "message"),
     [
-        ("a.txt", ["cow", "dog", "cow"], r"line 3: 'cow' is already on line 1"),
+        (
+            "a.jsonl",
+            ['{"prompt": "cow"}', '{"prompt": "cow", "n": 1}'],
+            "line 2: 'cow' is already on line 1, with other",
+        ),
+        ("a.jsonl", ['{"prompt": "\\u200b "}'], r'line 1: expected an object with a text under "prompt"'),
+        ("a.jsonl", ['{"prompt": "cow", "core": ["\\ud83d"]}'], r"line 1: '\\ud83d' holds half of a character"),
+        ("a.jsonl", ['{"\\udc00": 1, "prompt": "cow"}'], r"line 1: .* holds half of a character"),
+        ("a.jsonl", ["[" * 100_000], "line 1: not JSON that can be used"),
         ("a.txt", ["", "  "], "holds no prompt"),
         ("a.jsonl", ['{"prompt": "cow"}', "{oops"], r"line 2: not JSON"),
         ("a.jsonl", ['{"text": "cow"}'], r'line 1: expected an object with a text under "prompt"'),
@@ -99,3 +107,41 @@ def test_a_changed_file_is_read_again(tmp_path: Path):
     assert [p.text for p in task.eval_prompts(1)] == ["prompt 9"]
     write(path, *(f"other {i}" for i in range(12)))
     assert [p.text for p in task.eval_prompts(1)] == ["other 9"]
+
+
+def test_a_repeated_prompt_is_trained_on_as_often_and_held_out_as_a_whole(tmp_path: Path):
+    """GenEval's published metadata repeat prompts: how often is the mix of categories."""
+    rows = [json.dumps({"prompt": f"prompt {i}", "tag": "colors"}) for i in range(10)]
+    task = PromptFileTask(train=write(tmp_path / "a.jsonl", *rows, *rows, rows[0]))
+    assert [p.text for p in task.eval_prompts(1)] == ["prompt 9"]
+    counts = [p.text for p in task.train_prompts(seed=0, start=0, count=19)]
+    assert (counts.count("prompt 0"), counts.count("prompt 1"), counts.count("prompt 9")) == (3, 2, 0)
+    evaluated = PromptFileTask(train=task.train, evaluation=write(tmp_path / "b.txt", "x", "y", "x"))
+    assert [p.text for p in evaluated.eval_prompts(2)] == ["x", "y"]
+
+
+def test_only_line_feeds_end_a_line(tmp_path: Path):
+    lines = ["a\u2028b", "c\u2029d", "e\x85f", "g\x0bh", "i\x0cj", "k\x1cl", "m\rn"]
+    for end in ("\n", "\r\n"):
+        (tmp_path / "a.txt").write_bytes(end.join(lines).encode())
+        assert [p.text for p in read_prompts(tmp_path / "a.txt")] == lines
+        rows = [json.dumps({"prompt": line}, ensure_ascii=False) for line in lines]
+        (tmp_path / "a.jsonl").write_bytes(end.join(rows).encode())
+        assert [p.text for p in read_prompts(tmp_path / "a.jsonl")] == lines
+
+
+def test_no_prompt_leaks_into_the_held_out_ones_in_another_spelling(tmp_path: Path):
+    train = write(tmp_path / "a.txt", "a caf\u00e9", "a dog", "a cow\u2019s bell")
+    for other in ("\ufeffa caf\u00e9", "a cafe\u0301", "A\u00a0caf\u00e9", "a  caf\u00e9\u200b", "a cow's bell"):
+        task = PromptFileTask(train=train, evaluation=write(tmp_path / "b.txt", "x", other))
+        with pytest.raises(ValueError, match="1 prompts are in"):
+            task.train_prompts(seed=0, start=0, count=1)
+
+
+def test_home_folders_and_capital_suffixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "A.TXT", "x")
+    write(tmp_path / "B.JsonL", '{"prompt": "y"}')
+    task = PromptFileTask(train="~/A.TXT", evaluation="~/B.JsonL")
+    assert [p.text for p in task.train_prompts(seed=0, start=0, count=1)] == ["x"]
+    assert [p.text for p in task.eval_prompts(1)] == ["y"]

@@ -122,6 +122,7 @@ def draw_suite(
     """
     for reward in suite.rewards.values():
         check_metadata(suite.task, reward)
+    suite.task.check_image_size(suite.image_size or recipe.train.image_size)
     chosen = suite.chosen_prompts(prompts)
     found = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
     path, name = found or (None, "base")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import attrs
 import numpy as np
-from attrs import validators
 
 from rlt2i.rewards.geneval_rules import TAGS
 from rlt2i.seeds import derive_seed
@@ -34,12 +33,10 @@ class GenEvalTask(Task):
     often.
 
     Attributes:
-        image_size: side of the images in pixels.
         mix: category -> its share of the training prompts. All 80 single objects are held out, so their share
             is 0.
     """
 
-    image_size: int = attrs.field(default=512, validator=validators.ge(1))
     mix: Mapping[str, float] = attrs.field(factory=FLOW_GRPO_MIX.copy)
 
     @mix.validator

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 
+from rlt2i.functional.quotes import quoted_texts
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt
 from rlt2i.tasks.ocr.vocabulary import ADJECTIVES, FIXED, NOUNS, SCENES, VERBS
+from rlt2i.config.textfiles import numbered_lines
 
 HELD_OUT_SHARE = 0.1
 """Of all texts; which ones is a function of the text alone."""
@@ -50,23 +52,20 @@ def as_task_prompt(prompt: str, text: str, category: str) -> TaskPrompt:
 
 
 def read_prompts(lines: Iterable[str], *, name: str) -> list[TaskPrompt]:
-    """One prompt per line, each with its text in double quotes; the first quoted text counts.
+    """One prompt per line, each with its text in double quotes of any kind; the first quoted text counts.
 
     Raises:
         ValueError: naming the line without one, now rather than in the middle of a run.
     """
     prompts = []
-    for number, line in enumerate(lines, 1):
-        prompt = line.strip()
-        if not prompt:
-            continue
-        parts = prompt.split('"')
-        if len(parts) < 3 or not parts[1].strip():
+    for line in numbered_lines("\n".join(lines), name):
+        quotes = quoted_texts(line.text)
+        if not quotes:
             raise ValueError(
-                f"{name}, line {number}: no text in double quotes: {prompt[:80]!r}. "
+                f"{line.where}: no text in double quotes: {line.text[:80]!r}. "
                 'Write for example: a sign that says "OPEN".'
             )
-        prompts.append(as_task_prompt(prompt, parts[1], "all"))
+        prompts.append(as_task_prompt(line.text, quotes[0].text, "all"))
     if not prompts:
         raise ValueError(f"{name}: no prompts in it.")
     return prompts

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
-import urllib.request
 from pathlib import Path
 
 import attrs
 
+from rlt2i.tasks.download import download, keep
+
 _COMMIT = "ac4c86e8cae021841f1fde853d340e0db67690dd"
 _FLOW_GRPO = f"https://raw.githubusercontent.com/yifan123/flow_grpo/{_COMMIT}/dataset/ocr"
-TIMEOUT_S = 60.0
 
 
 @attrs.frozen(kw_only=True)
@@ -78,18 +77,12 @@ def fetch_published(name: str) -> Path:
     if path.is_file() and digest_of(path.read_bytes(), kind) == entry.digest:
         return path
     try:
-        with urllib.request.urlopen(entry.url, timeout=TIMEOUT_S) as response:
-            content = response.read(entry.size_limit + 1)
-    except OSError as error:
-        raise ValueError(
-            f"{name}: cannot fetch {entry.url} ({error}). Without a network, put the file at {path}, or use "
-            "OCRTask, which draws its own prompts."
-        ) from error
+        content = download(
+            entry.url, largest=entry.size_limit, target=path, instead="use OCRTask, which draws its own prompts"
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     found = digest_of(content, kind)
-    if len(content) > entry.size_limit or found != entry.digest:
+    if found != entry.digest:
         raise ValueError(f"{name}: {entry.url} is not the published file: {found}, expected {entry.digest}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
-        partial.write(content)
-    os.replace(partial.name, path)
-    return path
+    return keep(content, path, variable="RLT2I_CACHE")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import attrs
-from attrs import validators
 
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.ocr.prompts import CATEGORIES, draw_prompt, read_prompts
 from rlt2i.tasks.ocr.published import PUBLISHED, fetch_published
+from rlt2i.tasks.streams import prompt_key
+from rlt2i.config.textfiles import kept_until_changed, read_text, split_lines, user_path
 
 MAX_EVAL = 4096
 _EVAL_SEED = 417
@@ -23,12 +23,7 @@ class OCRTask(Task):
 
     Categories are one_word, two_words, three_words and number, in turn. No text of the evaluation is ever
     trained on.
-
-    Attributes:
-        image_size: pixels a side.
     """
-
-    image_size: int = attrs.field(default=512, validator=validators.ge(32))
 
     @property
     def provides(self) -> frozenset[str]:
@@ -67,20 +62,18 @@ class OCRFileTask(Task):
 
     Attributes:
         train, test: a path, or the name of a published set.
-        image_size: pixels a side.
     """
 
     train: str = "flow-grpo/ocr/train"
     test: str = "flow-grpo/ocr/test"
-    image_size: int = attrs.field(default=512, validator=validators.ge(32))
 
     @property
     def provides(self) -> frozenset[str]:
         return frozenset({"text"})
 
     def train_prompts(self, *, seed: int, start: int, count: int) -> list[TaskPrompt]:
-        held_out = {prompt.text for prompt in _read(self.test)}
-        pool = [prompt for prompt in _read(self.train) if prompt.text not in held_out]
+        held_out = {prompt_key(prompt) for prompt in _read(self.test)}
+        pool = [prompt for prompt in _read(self.train) if prompt_key(prompt) not in held_out]
         if not pool:
             raise ValueError(
                 f"OCRFileTask: every prompt of {self.train} is in {self.test}; nothing is left to train on."
@@ -95,9 +88,13 @@ class OCRFileTask(Task):
         return [prompts[row] for row in sorted(order[:count])]
 
 
-@cache
 def _read(source: str) -> tuple[TaskPrompt, ...]:
-    path = fetch_published(source) if source in PUBLISHED else Path(source)
+    path = fetch_published(source) if source in PUBLISHED else user_path(source)
     if not path.is_file():
         raise ValueError(f"{source}: no such file, and no published set; those are {', '.join(PUBLISHED)}.")
-    return tuple(read_prompts(path.read_text(encoding="utf-8").splitlines(), name=source))
+    return _read_current(path, source)
+
+
+@kept_until_changed
+def _read_current(path: Path, source: str) -> tuple[TaskPrompt, ...]:
+    return tuple(read_prompts(split_lines(read_text(path)), name=source))

@@ -12,13 +12,7 @@ from rlt2i.tasks.shapes.vocabulary import CANVAS, CATEGORIES
 
 @attrs.frozen(kw_only=True)
 class ShapesTask(Task):
-    """A mini-GenEval: six categories in turn, a random training combination of each.
-
-    Attributes:
-        image_size: 32, the canvas of the world.
-    """
-
-    image_size: int = attrs.field(default=CANVAS, validator=attrs.validators.in_((CANVAS,)))
+    """A mini-GenEval: six categories in turn, a random training combination of each."""
 
     @property
     def provides(self) -> frozenset[str]:
@@ -41,6 +35,13 @@ class ShapesTask(Task):
                 f"categories. Use {max(1, per_category) * len(CATEGORIES)} or {(per_category + 1) * len(CATEGORIES)}."
             )
         return [_task_prompt(p) for p in eval_prompts(per_category)]
+
+    def check_image_size(self, image_size: int) -> None:
+        if image_size != CANVAS:
+            raise ValueError(
+                f"train.image_size={image_size}: the shapes world has a canvas of {CANVAS} pixels a side, which its "
+                f"verifier reads. Set train.image_size={CANVAS}."
+            )
 
 
 def _task_prompt(prompt: ShapesPrompt) -> TaskPrompt:
