@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.config import to_mapping
+from rlt2i.config.textfiles import read_objects
 from rlt2i.engine import decode, rollout
 from rlt2i.functional.preference import best_worst_pairs
 from rlt2i.interfaces import Policy, RewardBatch
@@ -22,7 +23,6 @@ from rlt2i.runs.files import replace_text
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt, as_prompts, check_metadata
-from rlt2i.config.textfiles import read_objects
 
 PAIRS = "pairs.jsonl"
 SETTINGS = "settings.json"
