@@ -15,8 +15,9 @@ PACKAGE = ROOT / "rlt2i"
 
 LAYERS = (
     "captures",
-    "functional",
+    "inputs",
     "config",
+    "functional",
     "axes",
     "seeds",
     "types",

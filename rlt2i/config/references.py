@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from rlt2i.config.textfiles import TextFileError, read_text, refuse_surrogates
+from rlt2i.inputs.textfiles import TextFileError, read_text, refuse_surrogates
 
 
 class ConfigError(ValueError):

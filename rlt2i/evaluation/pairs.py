@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rlt2i.config import to_mapping
-from rlt2i.config.textfiles import read_objects
 from rlt2i.engine import decode, rollout
 from rlt2i.functional.preference import best_worst_pairs
+from rlt2i.inputs.textfiles import read_objects
 from rlt2i.interfaces import Policy, RewardBatch
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.rewards.agreement import FailureCounts

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rlt2i.functional.phrases import Characters, content_phrases, find_phrase
-from rlt2i.functional.typography import is_blank, is_invisible
+from rlt2i.inputs.phrases import Characters, content_phrases, find_phrase
+from rlt2i.inputs.typography import is_blank, is_invisible
 from rlt2i.types import TokenSpan
 
 

@@ -11,8 +11,8 @@ from attrs import validators
 from torch import Tensor
 
 from rlt2i.captures import PREFERENCE
-from rlt2i.config.imagefiles import ImageFileError, read_picture
 from rlt2i.functional.transitions import clean_prediction
+from rlt2i.inputs.imagefiles import ImageFileError, read_picture
 from rlt2i.interfaces import Policy, RolloutRequest, Sampler
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS

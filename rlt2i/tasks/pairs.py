@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import attrs
 
-from rlt2i.config.imagefiles import ImageFileError, read_picture
-from rlt2i.config.textfiles import TextLine, has_suffix, kept_until_changed, read_objects, user_path
-from rlt2i.functional.typography import is_blank
+from rlt2i.inputs.imagefiles import ImageFileError, read_picture
+from rlt2i.inputs.textfiles import TextLine, has_suffix, kept_until_changed, read_objects, user_path
+from rlt2i.inputs.typography import is_blank
 from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.streams import balanced, prompt_key, shuffled
 

@@ -12,7 +12,7 @@ from typing import Final
 
 import attrs
 
-from rlt2i.config.textfiles import has_suffix, numbered_lines, read_text, split_lines
+from rlt2i.inputs.textfiles import has_suffix, numbered_lines, read_text, split_lines
 from rlt2i.tasks.base import TaskPrompt
 from rlt2i.tasks.download import download, keep
 

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import attrs
 
-from rlt2i.config.textfiles import has_suffix, kept_until_changed, parse_json, read_lines, user_path
-from rlt2i.functional.typography import is_blank
+from rlt2i.inputs.textfiles import has_suffix, kept_until_changed, parse_json, read_lines, user_path
+from rlt2i.inputs.typography import is_blank
 from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.streams import balanced, distinct, prompt_key, shuffled
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlt2i.functional.typography import normalised
+from rlt2i.inputs.typography import normalised
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt
 

@@ -30,6 +30,7 @@ from rlt2i.recipes import Recipe, load_recipe
 from rlt2i.runs.checkpoint import latest_checkpoint, load_checkpoint
 from rlt2i.runs.metrics import read_metrics
 from rlt2i.samplers.recorded import Recorded
+from rlt2i.tasks.base import TaskPrompt
 from rlt2i.tasks.pairs import PairFileTask, read_pairs
 from rlt2i.tasks.shapes.prompts import ShapesPrompt
 from rlt2i.tasks.shapes.render import render, sample_scenes
@@ -211,7 +212,7 @@ def made(folder: Path, *, prompts: int, **options: object) -> int:
 
 def test_pairs_are_the_best_and_the_worst_of_each_prompt(tmp_path: Path):
     assert made(tmp_path, prompts=5, images=4) == 5
-    pairs = read_pairs(tmp_path / "pairs.jsonl", SIDE)
+    pairs = read_pairs(tmp_path / "pairs.jsonl").pairs
     assert [p.text for p in pairs] == [p.text for p in ToyTask().train_prompts(seed=0, start=0, count=5)]
     assert all(p.metadata["winner_score"] > p.metadata["loser_score"] for p in pairs)
     assert all(p.core == ("corner",) for p in pairs)
@@ -231,6 +232,18 @@ def test_making_pairs_goes_on_where_it_was_cut_off(tmp_path: Path):
         made(tmp_path / "cut", prompts=6, seed=1)
     with pytest.raises(ValueError, match="Use images >= 2"):
         made(tmp_path / "one", prompts=6, images=1)
+
+
+def test_the_command_rereads_prompts_with_separators_of_lines(tmp_path: Path):
+    @attrs.frozen(kw_only=True)
+    class Separated(ToyTask):
+        def train_prompts(self, *, seed: int, start: int, count: int) -> list[TaskPrompt]:
+            return [TaskPrompt(text=f"a\u2028b\x85c\x0b{i}") for i in range(start, start + count)]
+
+    recipe = attrs.evolve(clipped(rollout_batch_size=8), task=Separated())
+    for prompts in (2, 4):
+        make_pairs(recipe, recipe.policy.load(), tmp_path, prompts=prompts, say=lambda _: None)
+    assert [p.text[:-1] for p in read_pairs(tmp_path / "pairs.jsonl").pairs] == ["a\u2028b\x85c\x0b"] * 4
 
 
 def test_the_command_makes_pairs_that_a_recipe_trains_on(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlt2i.functional.phrases import find_phrase
+from rlt2i.inputs.phrases import find_phrase
 from rlt2i.policies.token_spans import (
     character_ranges,
     covering_tokens,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 
-from rlt2i.config.textfiles import numbered_lines
-from rlt2i.functional.quotes import quoted_texts
+from rlt2i.inputs.quotes import quoted_texts
+from rlt2i.inputs.textfiles import numbered_lines
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt
 from rlt2i.tasks.ocr.vocabulary import ADJECTIVES, FIXED, NOUNS, SCENES, VERBS

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import attrs
 
-from rlt2i.config.textfiles import kept_until_changed, read_text, split_lines, user_path
+from rlt2i.inputs.textfiles import kept_until_changed, read_text, split_lines, user_path
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.ocr.prompts import CATEGORIES, draw_prompt, read_prompts

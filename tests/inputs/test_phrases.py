@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from rlt2i.functional.phrases import content_phrases, find_phrase
+from rlt2i.inputs.phrases import content_phrases, find_phrase
 
 
 @pytest.mark.parametrize(

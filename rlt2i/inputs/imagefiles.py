@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlt2i.config.textfiles import user_path
+from rlt2i.inputs.textfiles import user_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from rlt2i.functional.typography import is_blank, is_invisible, lone_surrogate, normal_form, normalised
+from rlt2i.inputs.typography import is_blank, is_invisible, lone_surrogate, normal_form, normalised
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from .typography import is_blank
+from rlt2i.inputs.typography import is_blank
 
 _CLOSING = {
     "\u201c": "\u201d", "\u201e": "\u201c\u201d", "\u201f": "\u201d", "\u00ab": "\u00bb", "\u00bb": "\u00ab\u00bb",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlt2i.config.references import ConfigError, parse_yaml, read_yaml
-from rlt2i.config.textfiles import TextFileError, parse_json, read_lines, read_objects, read_text, split_lines
+from rlt2i.inputs.textfiles import TextFileError, parse_json, read_lines, read_objects, read_text, split_lines
 
 TEXT = "name: caf\u00e9 \u2013 \u201cOPEN\u201d\nabout: na\u00efve\n"
 

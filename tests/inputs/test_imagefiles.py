@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlt2i.config.imagefiles import ImageFileError, read_picture
+from rlt2i.inputs.imagefiles import ImageFileError, read_picture
 
 COLOURS = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 

@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import attrs
 
-from rlt2i.functional.typography import is_blank, lone_surrogate
+from rlt2i.inputs.typography import is_blank, lone_surrogate
 
 Result = TypeVar("Result")
 Rest = ParamSpec("Rest")
@@ -189,7 +189,7 @@ def kept_until_changed(
             return read(path, *args, **kwargs)  # which says what is wrong
         status = path.stat()
         state = (status.st_mtime_ns, status.st_size, status.st_dev, status.st_ino)
-        return kept(path, state, *args, **kwargs)
+        return kept(path, state, *args, **kwargs)  # type: ignore[arg-type]
 
     return current
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlt2i.functional.quotes import quoted_texts
+from rlt2i.inputs.quotes import quoted_texts
 
 NONE: tuple[str, ...] = ()
 

@@ -11,8 +11,8 @@ import re
 import unicodedata
 from itertools import pairwise
 
-from .quotes import quoted_texts
-from .typography import normal_form, normalised
+from rlt2i.inputs.quotes import quoted_texts
+from rlt2i.inputs.typography import normal_form, normalised
 
 Characters = tuple[int, int]
 """A range (start, end) of characters of a text."""

@@ -1,0 +1,1 @@
+"""What people hand in: text files, pictures, and prompts in every script and spelling."""
