@@ -145,6 +145,10 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--metric", default="eval/strict", help="default eval/strict")
     compare.add_argument("--out", type=Path, default=Path("comparison"), help="folder to write (default comparison)")
 
+    bench = add("bench", _bench, "compare credits by a plan: paired seeds, controls, intervals, verdicts")
+    bench.add_argument("plan", help="name of a shipped plan, or a YAML file; or: lab")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="options; try: rlt2i bench PLAN --help")
+
     pretrain = add("pretrain", _pretrain, "train the embedded pipeline from nothing")
     pretrain.add_argument("task", choices=["shapes"])
     pretrain.add_argument(
@@ -416,6 +420,12 @@ def _compare(options: argparse.Namespace) -> None:
     comparison = compare_runs(arms, options.out, baseline=options.baseline, metric=options.metric)
     print(comparison.sentence)
     print(f"{comparison.csv}\n{comparison.svg}\n{comparison.text}")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from rlt2i.bench.command import main as bench
+
+    return bench(options.plan, options.rest)
 
 
 def _pretrain(options: argparse.Namespace) -> None:

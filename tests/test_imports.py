@@ -39,6 +39,7 @@ LAYERS = (
     "learner",
     "policies",
     "training",
+    "bench",
     "cli",
     "__main__",
     "__init__",

@@ -76,8 +76,11 @@ class Trainer:
     def train(self, stop: GracefulStop) -> None:
         """Run until the last iteration, or until asked to stop; always leaves a checkpoint of the last finished one."""
         train = self.recipe.train
-        if self._evaluation_is_due() and self._evaluation_is_missing():
-            self._judge(first=self.iteration == 0)
+        if self._evaluation_is_due():
+            if self._evaluation_is_missing():
+                self._judge(first=self.iteration == 0)
+            elif self.iteration == 0 and self.base is None:
+                self._adopt_base()
         while self.iteration < train.iterations and not self.processes.any(stop.requested):
             metrics = self._one_iteration()
             self.iteration += 1
@@ -229,6 +232,14 @@ class Trainer:
             write_evaluation(self._evaluation_file(), result)
         self._remember(metrics, phase="eval")
         return metrics
+
+    def _adopt_base(self) -> None:
+        """Take over how the starting weights were judged elsewhere: runs of a benchmark share their start."""
+        self.base = read_evaluation(
+            self._evaluation_file(), self.recipe.task.eval_prompts(self.recipe.train.eval_prompts)
+        )
+        health = {name: float(value) for name, value in health_metrics(self.base.images).items()}
+        self._remember(self.base.metrics() | health, phase="eval")
 
     def _watch_for_hacking(self, metrics: dict[str, Any]) -> None:
         """Compare with the base and the first iteration, as they were logged."""

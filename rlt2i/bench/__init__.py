@@ -1,0 +1,1 @@
+"""Which credit helps, where, and how sure are we: plans, paired runs, statistics, and what may be claimed."""

@@ -1,0 +1,284 @@
+"""From the tables of a benchmark to comparisons, verdicts and a sentence that claims only what the numbers carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import attrs
+import torch
+
+from rlt2i.bench.folder import read_table
+from rlt2i.bench.plan import Plan
+from rlt2i.bench.statistics import Judged, detectable, judge, seeds_needed
+from rlt2i.evaluation.statistics import Interval, clustered_mean
+
+Trial = tuple[str, int]
+Curve = Mapping[int, float]
+
+MEASURES = {
+    "final": "score after the last iteration",
+    "area": "mean score over training (area under the curve)",
+    "equal compute": "score at equal seconds of training",
+}
+"""What is compared, in the unit of the plan's metric."""
+
+SECONDARY = (
+    "reward",
+    "heldout",
+    "drift/inside",
+    "drift/outside",
+    "selectivity",
+    "edges/outside",
+    "diversity/cosine_distance",
+    "diversity/vendi",
+)
+"""Held-out measures after the last iteration that are compared without a margin, where they were recorded."""
+
+
+@attrs.frozen(kw_only=True)
+class Comparison:
+    """One arm with another, in one measure.
+
+    Attributes:
+        measure: of `MEASURES`, or the name of a held-out measure.
+        arm, other: which two.
+        judged: over seeds.
+        prompts: the mean difference with an interval from a bootstrap over prompts, these seeds given; None where it
+            was not computed.
+    """
+
+    measure: str
+    arm: str
+    other: str
+    judged: Judged
+    prompts: Interval | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Results:
+    """What the tables of a benchmark hold.
+
+    Attributes:
+        plan: that was run.
+        curves: metric -> (arm, seed) -> iteration -> value, on the iterations that all trials evaluated.
+        seconds: (arm, seed) -> mean seconds of an iteration, evaluation left out.
+        samples: iteration -> images trained on.
+        scores: (arm, seed) -> prompt -> (images, mean), of the plan's metric after the last iteration.
+        training: (arm, seed) -> name -> value at the last iteration.
+    """
+
+    plan: Plan
+    curves: Mapping[str, Mapping[Trial, Curve]]
+    seconds: Mapping[Trial, float]
+    samples: Mapping[int, int]
+    scores: Mapping[Trial, Mapping[int, tuple[int, float]]]
+    training: Mapping[Trial, Mapping[str, float]]
+
+    @property
+    def main(self) -> Mapping[Trial, Curve]:
+        """The curves of the plan's metric."""
+        return self.curves[self.plan.metric]
+
+    @property
+    def last(self) -> int:
+        return max(self.samples)
+
+    def seeds(self, arm: str) -> list[int]:
+        return [seed for name, seed in self.main if name == arm]
+
+
+def read_results(path: Path, plan: Plan) -> Results:
+    """The tables in a folder.
+
+    Raises:
+        ValueError: when they do not hold the plan's metric.
+    """
+    curves: dict[str, dict[Trial, dict[int, float]]] = {}
+    samples: dict[int, int] = {}
+    for row in read_table(path / "evaluations.csv"):
+        trial, iteration = (row["arm"], int(row["seed"])), int(row["iteration"])
+        samples[iteration] = int(row["samples"])
+        curves.setdefault(row["metric"], {}).setdefault(trial, {})[iteration] = float(row["value"])
+    if plan.metric not in curves:
+        raise ValueError(f"{path}: no metric {plan.metric!r} was recorded. There are: {', '.join(curves)}.")
+    last, scores = max(samples), {}  # type: tuple[int, dict[Trial, dict[int, tuple[int, float]]]]
+    for row in read_table(path / "scores.csv"):
+        if row["metric"] == plan.metric and int(row["iteration"]) == last:
+            prompts = scores.setdefault((row["arm"], int(row["seed"])), {})
+            prompts[int(row["prompt"])] = (int(row["images"]), float(row["value"]))
+    seconds: dict[Trial, list[float]] = {}
+    for row in read_table(path / "timing.csv"):
+        if row["phase"] != "eval":
+            seconds.setdefault((row["arm"], int(row["seed"])), []).append(float(row["seconds"]) / last)
+    training: dict[Trial, dict[str, float]] = {}
+    for row in read_table(path / "training.csv"):
+        if int(row["iteration"]) == last:
+            training.setdefault((row["arm"], int(row["seed"])), {})[row["metric"]] = float(row["value"])
+    return Results(
+        plan=plan,
+        curves=curves,
+        seconds={trial: sum(values) for trial, values in seconds.items()},
+        samples=samples,
+        scores=scores,
+        training=training,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ comparisons
+
+
+def area(curve: Curve) -> float:
+    """Mean height of a curve by the trapezoid rule."""
+    steps = sorted(curve)
+    if len(steps) < 2:
+        return curve[steps[0]]
+    return sum((curve[a] + curve[b]) / 2 * (b - a) for a, b in pairwise(steps)) / (steps[-1] - steps[0])
+
+
+def at(curve: Curve, iteration: float) -> float:
+    """A curve between its points, by straight lines; its ends hold beyond them."""
+    steps = sorted(curve)
+    for a, b in pairwise(steps):
+        if a <= iteration <= b:
+            return curve[a] + (curve[b] - curve[a]) * (iteration - a) / (b - a)
+    return curve[steps[0]] if iteration < steps[0] else curve[steps[-1]]
+
+
+def differences(results: Results, measure: str, arm: str, other: str) -> dict[int, float]:
+    """Seed -> arm minus other, over the seeds that both ran."""
+    curves = results.curves.get(measure, results.main)
+    shared = [seed for name, seed in curves if name == arm and (other, seed) in curves]
+    if measure == "equal compute":
+        pace = {name: _mean([results.seconds[name, seed] for seed in shared]) for name in (arm, other)}
+        budget = min(pace.values()) * results.last  # what the cheaper of the two has spent at the end
+        value = lambda name, seed: at(curves[name, seed], budget / pace[name])
+    elif measure == "area":
+        value = lambda name, seed: area(curves[name, seed])
+    else:
+        value = lambda name, seed: curves[name, seed][results.last]
+    return {seed: value(arm, seed) - value(other, seed) for seed in sorted(shared)}
+
+
+def compare(results: Results) -> list[Comparison]:
+    """All comparisons of the plan in every measure; Holm's correction is over the comparisons of one measure."""
+    plan, found = results.plan, []
+    secondary = [name for name in results.curves if name != plan.metric and name.startswith(SECONDARY)]
+    for measure in (*MEASURES, *secondary):
+        values = {pair: differences(results, measure, *pair) for pair in plan.comparisons}
+        values = {pair: by_seed for pair, by_seed in values.items() if by_seed}
+        margin = plan.margin if measure in MEASURES else None
+        judged = judge({"/".join(p): list(v.values()) for p, v in values.items()}, margin=margin, alpha=plan.alpha)
+        for arm, other in values:
+            prompts = over_prompts(results, arm, other) if measure == "final" else None
+            found.append(
+                Comparison(measure=measure, arm=arm, other=other, judged=judged[f"{arm}/{other}"], prompts=prompts)
+            )
+    return found
+
+
+def over_prompts(results: Results, arm: str, other: str) -> Interval | None:
+    """The mean difference after the last iteration, with a bootstrap over prompts; seeds are as they are.
+
+    A prompt's difference is the mean over seeds, since all of them are judged on the same prompts and noise.
+    """
+    shared = [seed for name, seed in results.scores if name == arm and (other, seed) in results.scores]
+    if not shared:
+        return None
+    values, clusters = [], []
+    for prompt, (images, _) in results.scores[arm, shared[0]].items():
+        pairs = [(results.scores[arm, s].get(prompt), results.scores[other, s].get(prompt)) for s in shared]
+        both = [a[1] - b[1] for a, b in pairs if a is not None and b is not None]
+        if both:
+            values += [_mean(both)] * images
+            clusters += [prompt] * images
+    return clustered_mean(torch.tensor(values), clusters, seed=0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def sentence(results: Results, comparisons: Sequence[Comparison]) -> str:
+    """What may be said, a line per comparison of the final score, then the limits."""
+    plan = results.plan
+    lines = [
+        f"{plan.metric} on held-out prompts after iteration {results.last}; differences are paired by seed, p values "
+        f"are Holm-adjusted over {len(plan.comparisons)} comparisons, equivalent means within {plan.margin:g}."
+    ]
+    lines += [_line(plan, c) for c in comparisons if c.measure == "final"]
+    oracle = next((c for c in comparisons if (c.measure, c.arm, c.other) == ("final", "oracle", plan.reference)), None)
+    if oracle is not None and oracle.judged.verdict != "better":
+        lines.append(
+            f"The oracle is not shown to be better than {plan.label(plan.reference)}: as run, this benchmark cannot "
+            "rank spatial credit."
+        )
+    if missing := [arm for arm in plan.arms if not results.seeds(arm)]:
+        lines.append(f"Not run yet: {', '.join(missing)}.")
+    return "\n".join(lines)
+
+
+def _line(plan: Plan, comparison: Comparison) -> str:
+    d, verdict = comparison.judged.difference, comparison.judged.verdict
+    names = f"{plan.label(comparison.arm)} against {plan.label(comparison.other)}"
+    if d.seeds < 2:
+        return f"{names}: {d.mean:+.3f} on one seed, so nothing can be claimed."
+    size = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {d.seeds} seeds"
+    words = {
+        "better": f"better (p = {comparison.judged.p:.2g})",
+        "worse": f"worse (p = {comparison.judged.p:.2g})",
+        "equivalent": f"equivalent (p = {comparison.judged.p_equivalent:.2g})",
+        "not distinguishable": f"not distinguishable (p = {comparison.judged.p:.2g})",
+    }
+    return f"{names}: {size}: {words[verdict]}."
+
+
+COLUMNS = (
+    "measure", "arm", "other", "seeds", "mean", "standard_error", "low", "high", "p", "p_equivalent", "verdict",
+    "prompt_low", "prompt_high",
+)  # fmt: skip
+
+
+def comparison_rows(comparisons: Sequence[Comparison]) -> list[tuple[object, ...]]:
+    """Rows of differences.csv."""
+    rows = []
+    for c in comparisons:
+        d = c.judged.difference
+        prompts = (c.prompts.low, c.prompts.high) if c.prompts else (math.nan, math.nan)
+        numbers = (d.mean, d.standard_error, d.low, d.high, c.judged.p, c.judged.p_equivalent)
+        rows.append((c.measure, c.arm, c.other, d.seeds, *numbers, c.judged.verdict, *prompts))
+    return rows
+
+
+def power_table(results: Results, *, chance: float = 0.8) -> str:
+    """How many seeds a difference of the final score needs, from the spread between seeds that was seen.
+
+    `alpha` is divided by the number of comparisons, the first and hardest step of Holm's correction.
+    """
+    plan = results.plan
+    alpha = plan.alpha / len(plan.comparisons)
+    sizes = [plan.margin / 2, plan.margin, 2 * plan.margin, 4 * plan.margin]
+    lines = [
+        f"seeds needed to find a true difference of {plan.metric} with chance {chance:.0%}, p < {alpha:.2g} each",
+        f"{'comparison':<28} {'seeds':>5} {'spread':>7} {'finds':>7}  " + " ".join(f"{s:>8.3g}" for s in sizes),
+    ]
+    for arm, other in plan.comparisons:
+        values = list(differences(results, "final", arm, other).values())
+        if len(values) < 2:
+            lines.append(f"{arm + ' - ' + other:<28} {len(values):>5} fewer than two seeds have no spread")
+            continue
+        spread = float(torch.tensor(values, dtype=torch.float64).std())
+        if spread == 0:
+            lines.append(f"{arm + ' - ' + other:<28} {len(values):>5} {0:>7.4f} every seed gave the same difference")
+            continue
+        needed = [seeds_needed(size, spread=spread, alpha=alpha, chance=chance) for size in sizes]
+        finds = detectable(len(values), spread=spread, alpha=alpha, chance=chance)
+        cells = " ".join(f"{n if n is not None else 'many':>8}" for n in needed)
+        lines.append(f"{arm + ' - ' + other:<28} {len(values):>5} {spread:>7.4f} {finds:>7.3f}  {cells}")
+    lines.append("finds: the smallest difference that the seeds run so far find with that chance.")
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""A benchmark from plan to page: shared starts, paired trials, kill -9, and verdicts on arms that are the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import attrs
+import pytest
+
+from rlt2i.bench.analysis import read_results
+from rlt2i.bench.folder import TABLES, BenchFolder, read_table
+from rlt2i.bench.plan import Arm, Plan, load_plan, shipped_plans
+from rlt2i.config import ConfigError, dump_yaml, to_mapping
+
+TOY = "tests.helpers.toy_recipe:clipped"
+SAME_TO_THE_BYTE = ("scores.csv", "evaluations.csv", "training.csv", "differences.csv", "sentence.txt")
+
+
+def toy_plan(**fields: object) -> Plan:
+    """Two arms that are the same but for their name, on the toy policy."""
+    plan = Plan(
+        name="toy",
+        question="Do two arms that are the same come out the same?",
+        arms={"uniform": Arm(recipe=TOY), "copy": Arm(recipe=TOY, label="the same again")},
+        reference="uniform",
+        seeds=2,
+        margin=0.01,
+        set={"credit.allocations": [], "train.iterations": 3},
+    )
+    return attrs.evolve(plan, **fields)
+
+
+def write(plan: Plan, path: Path) -> Path:
+    path.write_text(dump_yaml(to_mapping(plan, typed=False)))
+    return path
+
+
+def bench(plan: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "rlt2i", "bench", str(plan), "--out", str(out), *options]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy benchmark that ran without interruption."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = bench(write(toy_plan(), folder / "toy.yaml"), folder / "out", "--jobs", "2")
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    return folder / "out"
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_resumed_it_is_the_same_to_the_byte(undisturbed: Path, tmp_path: Path):
+    plan, out = write(toy_plan(), tmp_path / "toy.yaml"), tmp_path / "out"
+    first = bench(plan, out)
+    trial = BenchFolder(path=out).trial("copy", 0)
+    deadline = time.monotonic() + 120
+    while not list(trial.glob("run/checkpoint-*1")):  # the second trial has finished an iteration, not its last
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert BenchFolder(path=out).finished("uniform", 0)
+    assert not BenchFolder(path=out).finished("copy", 1)
+    second = bench(plan, out)
+    text, _ = second.communicate()
+    assert second.returncode == 0, text
+    assert "1 of 4 trials are finished" in text or "2 of 4 trials are finished" in text
+    for name in SAME_TO_THE_BYTE:
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_arms_that_are_the_same_are_called_equivalent(undisturbed: Path):
+    rows = {row["measure"]: row for row in read_table(undisturbed / "differences.csv")}
+    assert rows["final"]["mean"] == "0"
+    assert rows["final"]["verdict"] == "equivalent"
+    assert (
+        "the same again against uniform: +0.000 [+0.000, +0.000], 2 seeds: equivalent"
+        in (undisturbed / "sentence.txt").read_text()
+    )
+    page = (undisturbed / "index.html").read_text()
+    assert "<svg" in page
+    assert "Do two arms that are the same" in page
+
+
+@pytest.mark.slow
+def test_what_is_left_of_a_trial(undisturbed: Path):
+    folder = BenchFolder(path=undisturbed)
+    kept = {path.name for path in folder.trial("copy", 1).iterdir()}
+    assert kept == {"done.json", "log.txt", *(f"{table}.csv" for table in TABLES)}
+    results = read_results(undisturbed, toy_plan())
+    assert sorted(results.samples.items()) == [(0, 0), (2, 32), (3, 48)]  # 4 prompts x 4 rollouts an iteration
+    # The common start was judged once: iteration 0 is the same of all trials, and later ones are not.
+    curves = results.main
+    assert len({curve[0] for curve in curves.values()}) == 1
+    assert curves["copy", 0][3] != curves["copy", 1][3]
+    # Six held-out prompts with three different texts.
+    assert {prompt: images for prompt, (images, _) in results.scores["copy", 1].items()} == {0: 2, 1: 2, 2: 2}
+
+
+@pytest.mark.slow
+def test_more_seeds_keep_those_that_are_finished(undisturbed: Path, tmp_path: Path):
+    done = BenchFolder(path=undisturbed).trial("copy", 1) / "done.json"
+    before = done.stat().st_mtime_ns
+    changed = toy_plan(arms={"uniform": Arm(recipe=TOY), "copy": Arm(recipe=TOY, set={"train.learning_rate": 0.01})})
+    process = bench(write(changed, tmp_path / "other.yaml"), undisturbed)
+    text, _ = process.communicate()
+    assert process.returncode == 2
+    assert "the arm 'copy' was begun with another recipe" in text
+    assert done.stat().st_mtime_ns == before
+
+
+def test_arms_must_share_samples_and_start():
+    arms = {"uniform": Arm(recipe=TOY), "longer": Arm(recipe=TOY, set={"train.iterations": 5})}
+    with pytest.raises(ConfigError, match=r"arms\.longer: train\.iterations is 5, and 4 in the reference uniform"):
+        toy_plan(arms=arms, set={}).recipes()
+    with pytest.raises(ConfigError, match=r"arms\.longer: .*learning_rat"):
+        toy_plan(arms={**arms, "longer": Arm(recipe=TOY, set={"train.learning_rat": 1})}).recipe("longer")
+
+
+def test_seed_major_order():
+    assert toy_plan(first_seed=5).trials == [("uniform", 5), ("copy", 5), ("uniform", 6), ("copy", 6)]
+
+
+def test_plans_refuse_early(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no such plan; did you mean 'shapes-clipped'"):
+        load_plan("shapes-clippd")
+    with pytest.raises(ValueError, match="no such arm; did you mean 'uniform'"):
+        toy_plan(reference="unifrom")
+    path = write(toy_plan(), tmp_path / "p.yaml")
+    path.write_text(path.read_text().replace("margin: 0.01", "margin: 0.0"))
+    with pytest.raises(ConfigError, match="margin"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize("name", shipped_plans())
+def test_shipped_plans_have_arms_that_can_be_paired(name: str):
+    recipes = load_plan(name).recipes()
+    assert len({recipe.hash for recipe in recipes.values()}) == len(recipes)
