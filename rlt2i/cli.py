@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlt2i.config.version import __version__
-
 if TYPE_CHECKING:
     from rlt2i.recipes import Recipe
 
@@ -69,7 +67,7 @@ def _user_message(error: Exception) -> str | None:
 def parser() -> argparse.ArgumentParser:
     """The grammar of the command line."""
     root = argparse.ArgumentParser(prog="rlt2i", description="RL post-training of text-to-image flow models.")
-    root.add_argument("--version", action="version", version=f"rlt2i {__version__}")
+    root.add_argument("--version", action=_Version, nargs=0, help="say which rlt2i this is")
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int | None], about: str) -> argparse.ArgumentParser:
@@ -166,6 +164,16 @@ def parser() -> argparse.ArgumentParser:
     )
     reward.add_argument("rest", nargs=argparse.REMAINDER, help="options; try: rlt2i reward test NAME --help")
     return root
+
+
+class _Version(argparse.Action):
+    """Asks for the version when it is wanted, so that `--help` stays free of the package's imports."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from rlt2i.config.version import __version__
+
+        print(f"rlt2i {__version__}")
+        parser.exit()
 
 
 def _add_set(sub: argparse.ArgumentParser) -> None:

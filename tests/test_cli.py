@@ -102,7 +102,7 @@ def test_list_shows_every_recipe_with_its_evidence(capsys: pytest.CaptureFixture
             ("train", "toy.yaml", "--set", "credit.mix=2"),
             "credit.allocations[0].mix: got 2.0 (float), expected float in [0, 1]",
         ),
-        (("train", "toy.yaml", "--set", "train.updats=2"), "there is no such field; did you mean 'updates'?"),
+        (("train", "toy.yaml", "--set", "train.iteratons=2"), "there is no such field; did you mean 'iterations'?"),
         (("train", "toy.yaml", "--set", "train.group_size=1"), "a group of one has no spread"),
         (("report", "nowhere"), "nowhere"),
         (("compare", "star"), "compare: 'star' should read ARM=RUN[,RUN...]"),

@@ -75,7 +75,7 @@ def test_a_run_stops_with_the_reason_and_learns_nothing_from_the_batch(tmp_path,
     with pytest.raises(RunStopped) as stopped:
         train(recipe, tmp_path / "run")
     said = str(stopped.value)
-    assert said.startswith("update 2: 100% of the rewards are invalid, more than max_invalid_share=25%. Why: ")
+    assert said.startswith("iteration 2: 100% of the rewards are invalid, more than max_invalid_share=25%. Why: ")
     assert said.endswith("resume with --resume latest.")
     assert re.search(FAULTS[fault][1], said), said
     (line,) = read_metrics(tmp_path / "run")  # the first update
@@ -87,7 +87,7 @@ def test_a_run_stops_with_the_reason_and_learns_nothing_from_the_batch(tmp_path,
 
 def test_a_reward_that_is_broken_from_the_start_stops_the_first_batch(tmp_path):
     recipe = attrs.evolve(toy_recipe.clipped(eval_prompts=0), reward=Faulty(fault="exception", after=0))
-    with pytest.raises(RunStopped, match=r"update 1: 100%.*CUDA out of memory"):
+    with pytest.raises(RunStopped, match=r"iteration 1: 100%.*CUDA out of memory"):
         train(recipe, tmp_path / "run")
     assert not read_metrics(tmp_path / "run")
 
@@ -110,7 +110,7 @@ class NoEvaluation(QuadrantBrightness):
 
 def test_an_evaluation_that_fails_stops_the_run_and_is_made_up_for(tmp_path, monkeypatch):
     recipe = attrs.evolve(toy_recipe.clipped(iterations=2), reward=NoEvaluation())
-    with pytest.raises(RunStopped, match=r"evaluation after update 0: 100%.*6 x the judge is asleep.*these weights"):
+    with pytest.raises(RunStopped, match=r"evaluation after iteration 0: 100%.*6 x the judge is asleep.*these weights"):
         train(recipe, tmp_path / "run")
     monkeypatch.setenv("SPARE", "1")
     train(recipe, tmp_path / "run", resume="latest")
@@ -119,7 +119,7 @@ def test_an_evaluation_that_fails_stops_the_run_and_is_made_up_for(tmp_path, mon
     monkeypatch.delenv("SPARE")
     late = tmp_path / "late"
     monkeypatch.setattr(NoEvaluation, "score", asleep_from(update=2))
-    with pytest.raises(RunStopped, match="evaluation after update 2"):
+    with pytest.raises(RunStopped, match="evaluation after iteration 2"):
         train(recipe, late)
     assert [r["step"] for r in read_metrics(late)] == [1, 2]
     monkeypatch.undo()

@@ -20,7 +20,7 @@ def test_a_signal_sets_the_flag_and_says_so(number, capfd):
         assert (stop.requested, stop.reason) == (False, "")
         os.kill(os.getpid(), number)
         assert (stop.requested, stop.reason) == (True, number.name)
-    assert f"{number.name}: stopping after this update" in capfd.readouterr().err
+    assert f"{number.name}: stopping after this iteration" in capfd.readouterr().err
 
 
 def test_second_interrupt_raises_second_termination_does_not():
@@ -93,4 +93,4 @@ def test_a_loop_finishes_its_update_and_exits_0():
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert (output, process.returncode) == ("saved\n", 0)
-    assert "SIGTERM: stopping after this update" in errors
+    assert "SIGTERM: stopping after this iteration" in errors

@@ -170,7 +170,7 @@ def test_held_out_rewards_are_scored_and_change_nothing(tmp_path):
 
 def test_the_alarm_rings_in_a_run_whose_held_out_reward_falls(tmp_path, capsys):
     opposite = Affine(reward=toy_recipe.QuadrantBrightness(), scale=-1.0)
-    settings = {"updates": 3, "eval_every": 0, "ema_decay": None, "learning_rate": 0.1, "eval_prompts": 24}
+    settings = {"iterations": 3, "eval_every": 0, "ema_decay": None, "learning_rate": 0.1, "eval_prompts": 24}
     train(attrs.evolve(toy_recipe.clipped(**settings), heldout={"opposite": opposite}), tmp_path / "run")
     assert read_metrics(tmp_path / "run")[-1]["alarms"] == 1
     assert "alarm: the trained reward rose while held-out rewards fell: opposite by" in capsys.readouterr().out
