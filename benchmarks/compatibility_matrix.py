@@ -30,10 +30,10 @@ from tests.helpers.toy import QuadrantBrightness, ToySpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 STEPS = 6
-ATTENTION = TextAttention(blocks="0", entropy_power=0.0)
+ATTENTION = TextAttention(blocks="0", doubt=0.0)
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "TextAttention": {"blocks": "0", "entropy_power": 0.0},
+    "TextAttention": {"blocks": "0", "doubt": 0.0},
     "GDPO": {"weights": {"inside": 1.0, "outside": -0.5}},
     "Influence": {"blocks": 2},
     "RelativeL1Chunks": {"num_chunks": 2},

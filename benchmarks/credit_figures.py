@@ -54,7 +54,7 @@ PROMPTS = (400, 323, 161)
 GROUP = 8
 SHOWN_STEP = 2
 
-ATTENTION = TextAttention(direction="text_to_image", blocks="2", blur=0.5, entropy_power=0.0)
+ATTENTION = TextAttention(direction="text_to_image", blocks="2", blur=0.5, doubt=0.0)
 SPACE: Mapping[str, Allocation] = {
     "TextAttention": ATTENTION,
     "Shuffled(TextAttention)": Shuffled(allocation=ATTENTION),

@@ -52,7 +52,7 @@ SETTINGS: dict[str, tuple[Sampler, Objective]] = {
 
 def credits(direction: str, blocks: str, mix: float) -> dict[str, CreditAssigner]:
     """The credits that are compared; the knobs that would blunt a map are off."""
-    attention = TextAttention(direction=direction, blocks=blocks, mix=mix, entropy_power=0.0, blur=0.5)  # type: ignore[arg-type]
+    attention = TextAttention(direction=direction, blocks=blocks, mix=mix, doubt=0.0, blur=0.5)  # type: ignore[arg-type]
     maps: dict[str, tuple[Allocation, ...]] = {
         "uniform": (),
         "shuffled": (Shuffled(allocation=attention),),

@@ -18,7 +18,7 @@ from rlt2i import (
     TrainConfig,
 )
 
-MAP = TextAttention(direction="text_to_image", blocks="2", mix=0.5, blur=0.5, entropy_power=0.0)
+MAP = TextAttention(direction="text_to_image", blocks="2", mix=0.5, blur=0.5, doubt=0.0)
 
 
 def star(allocation=MAP, name: str = "star-in-python") -> Recipe:

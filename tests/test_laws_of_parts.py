@@ -294,8 +294,8 @@ def test_where_no_place_differs_the_map_is_uniform(name: str):
 @pytest.mark.parametrize("name", PARTS["Mask"])
 def test_masks_keep_a_step_that_can_be_trained(name: str):
     mask, context = of("Mask", name)
-    for progress in (0, 1, 7, 1000):
-        kept = mask.mask(attrs.evolve(fresh(context), iteration=progress))
+    for iteration in (0, 1, 7, 1000):
+        kept = mask.mask(attrs.evolve(fresh(context), iteration=iteration))
         assert kept.dtype is torch.bool
         kept = kept.expand(context.trajectory.num_rollouts, context.trajectory.num_steps, -1, -1)
         assert kept.flatten(1).any(dim=1).all()

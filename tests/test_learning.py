@@ -25,7 +25,7 @@ from rlt2i.samplers.sde import SDE
 from tests.helpers.build import UNIFORM, collect, gradients, toy_algorithm, toy_engine, toy_learner
 from tests.helpers.toy import QuadrantBrightness, ToySpec
 
-ATTENTION = TextAttention(blocks="0", entropy_power=0.0)  # the toy maps are flat: keep them as they are
+ATTENTION = TextAttention(blocks="0", doubt=0.0)  # the toy maps are flat: keep them as they are
 
 
 def product(*allocations: Allocation) -> Product:

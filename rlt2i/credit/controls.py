@@ -1,7 +1,8 @@
 """Controls: without them, a gain from a map says nothing about the map.
 
-`uniform` is no allocation at all. A shuffled map keeps the statistics of the map but not its meaning; an inverted map
-points away from it; the oracle knows where the judged objects ended up.
+`uniform` is no allocation at all. The placebos take one thing away from a map each: `Shuffled` both its places and its
+smoothness, `TorusShift` its places alone, `OtherRollout` what it says of this rollout and not of its prompt. An
+inverted map points away from it; the oracle knows where the judged objects ended up.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Shuffled(Allocation):
     """Another allocation's maps, with its locations permuted, one permutation per rollout.
 
     The multiset of weights, and with it entropy, maximum and effective support, stays exactly the same at every step.
+    Neighbours are torn apart, so a shuffled map also differs in smoothness: see `TorusShift`. The permutation is a
+    function of the rollout's identity, so the number of processes does not matter.
     """
 
     allocation: Allocation
@@ -37,14 +40,72 @@ class Shuffled(Allocation):
         return self.allocation.needs
 
     def weight(self, context: CreditContext) -> Tensor:
-        weight = _resolving_places(self, self.allocation.weight(context))
-        if len(weight) == 1:  # a map that all rollouts share is permuted for each of them
-            weight = weight.expand(len(context.keys), -1, -1, -1)
+        weight = _of_every_rollout(_resolving_places(self, self.allocation.weight(context)), context)
         _, steps, height, width = weight.shape
         draws = [generator("shuffled", key) for key in context.keys.tolist()]
         order = torch.stack([torch.randperm(height * width, generator=draw) for draw in draws])
         flat = weight.flatten(2)
         return flat.gather(2, order[:, None].to(flat.device).expand(-1, steps, -1)).view_as(weight)
+
+
+@attrs.frozen(kw_only=True)
+class TorusShift(Allocation):
+    """Another allocation's maps, moved as a whole: what leaves at one edge comes back at the opposite one.
+
+    Weights and their smoothness stay as they are (but for the seam), and only the place is wrong: the placebo for a
+    gain that a `Shuffled` map loses because it is rugged. Each rollout is moved by its own distance, the same at every
+    step and a function of its identity: by a quarter to three quarters of every side that has at least two cells.
+    """
+
+    allocation: Allocation
+
+    @property
+    def causality(self) -> Causality:  # type: ignore[override]
+        return self.allocation.causality
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.allocation.needs
+
+    def weight(self, context: CreditContext) -> Tensor:
+        weight = _of_every_rollout(_resolving_places(self, self.allocation.weight(context)), context)
+        moved = []
+        for rows, key in zip(weight, context.keys.tolist(), strict=True):
+            draw = generator("torus-shift", key)
+            moved.append(rows.roll([_distance(side, draw) for side in weight.shape[2:]], dims=(1, 2)))
+        return torch.stack(moved)
+
+
+@attrs.frozen(kw_only=True)
+class OtherRollout(Allocation):
+    """The map of another rollout of the same prompt, of the same step: the next one in the order of their identities.
+
+    Statistics, smoothness and what the prompt says about places stay; what the map knows of this very rollout goes.
+    With a shared initial noise the images of a prompt resemble each other, and so do their maps: then a small
+    difference is what can be expected.
+    """
+
+    allocation: Allocation
+
+    @property
+    def causality(self) -> Causality:  # type: ignore[override]
+        return self.allocation.causality
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.allocation.needs | {"groups"}
+
+    def weight(self, context: CreditContext) -> Tensor:
+        weight = _resolving_places(self, self.allocation.weight(context))
+        if len(weight) == 1:
+            raise ValueError(
+                f"OtherRollout(allocation={type(self.allocation).__name__}): all rollouts have one and the same map, "
+                "so that of another is their own. Use TorusShift or Shuffled."
+            )
+        order = context.keys.view(-1, context.group_size).argsort(dim=1)
+        following = torch.empty_like(order).scatter_(1, order, order.roll(-1, dims=1))
+        first = torch.arange(0, len(weight), context.group_size, device=order.device)[:, None]
+        return weight[(first + following).flatten().to(weight.device)]
 
 
 @attrs.frozen(kw_only=True)
@@ -94,7 +155,20 @@ class Oracle(Allocation):
         return (1 - self.mix) + self.mix * mean_one(region + self.floor, dims=(2, 3))
 
 
-def _resolving_places(control: Shuffled | Inverted, weight: Tensor) -> Tensor:
+def _of_every_rollout(weight: Tensor, context: CreditContext) -> Tensor:
+    """[B, ...]: a map that all rollouts share is moved for each of them."""
+    return weight.expand(len(context.keys), -1, -1, -1)
+
+
+def _distance(side: int, draw: torch.Generator) -> int:
+    """Between a quarter and three quarters of a side, and never 0 where there are two cells."""
+    if side < 2:
+        return 0
+    nearest, farthest = max(1, side // 4), max(1, side - max(1, side // 4))
+    return int(torch.randint(nearest, farthest + 1, (1,), generator=draw))
+
+
+def _resolving_places(control: Shuffled | TorusShift | OtherRollout | Inverted, weight: Tensor) -> Tensor:
     """The weight itself.
 
     Raises:

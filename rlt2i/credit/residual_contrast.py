@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlt2i.credit.algebra import Allocation
 from rlt2i.credit.spatial import relative_weight, to_grid
-from rlt2i.functional.groups import masked_mean
+from rlt2i.functional.groups import masked_mean, tied
 from rlt2i.functional.maps import residual_contrast
 from rlt2i.interfaces import CreditContext
 from rlt2i.types import Causality
@@ -58,5 +58,4 @@ def _other_end(context: CreditContext) -> tuple[Tensor, Tensor]:
     best = torch.where(valid, rewards, -torch.inf).argmax(dim=1, keepdim=True) + first
     worst = torch.where(valid, rewards, torch.inf).argmin(dim=1, keepdim=True) + first
     partner = torch.where(rewards > masked_mean(rewards, valid, 1), worst, best)
-    highest, lowest = (context.rewards.final[end] for end in (best, worst))
-    return partner.flatten(), (valid & (highest > lowest)).flatten()
+    return partner.flatten(), (valid & ~tied(rewards, valid)).flatten()

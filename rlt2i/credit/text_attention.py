@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import attrs
 from attrs import validators
@@ -35,10 +36,13 @@ class TextAttention(Allocation):
         sharpness: exponent of the map.
         blur: standard deviation of a Gaussian blur, in image tokens; 0 switches it off.
         floor, ceiling: bounds of the weight, before it is normalised again.
-        entropy_power: kappa; a flat, unsure map falls back to uniform. 0 switches it off.
+        doubt: how soon a flat, unsure map falls back to uniform: mix is multiplied by the share of places that the map
+            does not use (1 - effective support) to this power. 0 switches it off.
         aggregate: how the maps of several core phrases combine.
         normalise: "mean_one" keeps the step size comparable; the others are ablations.
     """
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"entropy_power": "doubt"}
 
     causality: Causality = attrs.field(default="state", init=False)
 
@@ -49,7 +53,7 @@ class TextAttention(Allocation):
     blur: float = attrs.field(default=1.0, validator=validators.ge(0))
     floor: float = attrs.field(default=0.25, validator=_unit)
     ceiling: float = attrs.field(default=4.0, validator=validators.ge(1))
-    entropy_power: float = attrs.field(default=1.0, validator=validators.ge(0))
+    doubt: float = attrs.field(default=0.5, validator=validators.ge(0))
     aggregate: Literal["mean", "max", "softmax"] = "mean"
     normalise: Literal["mean_one", "minmax", "sum_one", "rank"] = "mean_one"
 
@@ -80,7 +84,7 @@ class TextAttention(Allocation):
             blur=self.blur,
             floor=self.floor,
             ceiling=self.ceiling,
-            entropy_power=self.entropy_power,
+            doubt=self.doubt,
             aggregate=self.aggregate,
             normalise=self.normalise,
         )

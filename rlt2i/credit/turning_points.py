@@ -46,7 +46,8 @@ class TurningPoints(Advantage):
             balanced = balance_turning_points(context.gather(points), context.gather(change))
             points = balanced[context.rank * len(points) : (context.rank + 1) * len(points)]
         reward = turning_point_reward(ode, after, final, points, eta=self.eta).reward
-        advantage = group_relative_advantage(reward, context.group_size, eps=self.eps, valid=valid)
+        size = values.abs().amax(dim=1, keepdim=True)
+        advantage = group_relative_advantage(reward, context.group_size, eps=self.eps, valid=valid, size=size)
         return at_steps(
             advantage.clamp(-self.clip, self.clip).float(), steps, context.trajectory.num_steps, elsewhere=0.0
         )

@@ -2,7 +2,8 @@
 
 `group_size` is G when the rollouts of one prompt are adjacent, or [B] integer group ids. `valid` ([B] bool)
 excludes failed rewards: they leave every statistic and get advantage 0. A group whose valid rewards are all
-equal gets exactly 0: dividing its rounding noise by eps would invent a preference.
+equal, up to the rounding of numbers of their size, gets exactly 0: dividing rounding noise by its own spread
+would invent a preference.
 """
 
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .groups import group_mask, masked_mean, masked_std, tied
-from .numerics import full_precision
+from .numerics import full_precision, rounding
 
 StdScope = Literal["group", "global"]
 
@@ -25,6 +26,7 @@ def group_relative_advantage(
     std: StdScope = "group",
     correction: int = 0,
     valid: Tensor | None = None,
+    size: Tensor | None = None,
 ) -> Tensor:
     """Centre and scale each reward by its own prompt group (GRPO, arXiv 2402.03300; Flow-GRPO, 2505.05470).
 
@@ -42,6 +44,8 @@ def group_relative_advantage(
         std: whose std to divide by.
         correction: 0 for the population std, 1 for the unbiased one.
         valid: [B] bool; see the module's text.
+        size: broadcastable to `rewards`; the absolute value of the numbers whose differences the rewards are, if they
+            are differences. It decides what is rounding.
 
     Returns:
         The shape of `rewards`, in its dtype (float32 for other than float32/64); every group has mean 0.
@@ -54,7 +58,8 @@ def group_relative_advantage(
     centred = split - masked_mean(split, mask, 1)
     spread = masked_std(split, mask, 1 if std == "group" else (0, 1), correction=correction)
     advantage = centred / (spread.clamp(min=min_std) + eps)
-    return groups.merge(torch.where(mask & ~tied(split, mask), advantage, 0), len(rewards))
+    scale = None if size is None else groups.split(size.expand_as(rewards))
+    return groups.merge(torch.where(mask & ~tied(split, mask, scale), advantage, 0), len(rewards))
 
 
 def step_gain(
@@ -87,7 +92,9 @@ def step_gain(
             f"values of shape {tuple(values.shape)} have no gain: a gain needs rewards at two points. "
             "Pass [B, S + 1]: the reward before every scored step and of the final image."
         )
-    return group_relative_advantage(full_precision(values).diff(dim=1), group_size, eps=eps, std=std, valid=valid)
+    values = full_precision(values)
+    size = torch.maximum(values[:, 1:].abs(), values[:, :-1].abs())
+    return group_relative_advantage(values.diff(dim=1), group_size, eps=eps, std=std, valid=valid, size=size)
 
 
 def sum_of_normalised(
@@ -159,7 +166,7 @@ def gdpo(
 
 
 def win_rate(scores: Tensor, group_size: int | Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Share of its group that a rollout beats, ties counting one half (Pref-GRPO, arXiv 2508.20751).
+    """Share of its group that a rollout beats, ties (up to rounding) counting one half (Pref-GRPO, arXiv 2508.20751).
 
     Args:
         scores: [B].
@@ -172,7 +179,9 @@ def win_rate(scores: Tensor, group_size: int | Tensor, *, valid: Tensor | None =
     scores = full_precision(scores)
     groups, mask = group_mask(group_size, scores, valid)
     split = groups.split(scores)
-    beats = torch.heaviside(split[:, :, None] - split[:, None, :], split.new_tensor(0.5))
+    lead = split[:, :, None] - split[:, None, :]
+    size = torch.maximum(split.abs()[:, :, None], split.abs()[:, None, :])
+    beats = torch.heaviside(torch.where(lead.abs() <= rounding(size), 0, lead), split.new_tensor(0.5))
     return groups.merge(_mean_over_opponents(beats, mask), len(scores))
 
 
@@ -222,7 +231,7 @@ def best_of_group(rewards: Tensor, group_size: int | Tensor, *, valid: Tensor | 
     groups, mask = group_mask(group_size, rewards, valid)
     split = groups.split(rewards)
     best = torch.where(mask, split, -torch.inf).amax(dim=1, keepdim=True)
-    return groups.merge((mask & (split == best)).to(rewards.dtype), len(rewards))
+    return groups.merge((mask & (best - split <= rounding(best.abs()))).to(rewards.dtype), len(rewards))
 
 
 def reward_weights(rewards: Tensor, *, valid: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .maps import blur2d, inverted_map, map_entropy, mean_one, rank_map
+from .maps import blur2d, effective_support, inverted_map, mean_one, rank_map
 from .numerics import full_precision
 
 __all__ = ["attention_allocation", "inverted_map", "mean_one"]
@@ -26,7 +26,7 @@ def attention_allocation(
     blur: float = 1.0,
     floor: float = 0.25,
     ceiling: float = 4.0,
-    entropy_power: float = 1.0,
+    doubt: float = 0.5,
     aggregate: Aggregate = "mean",
     normalise: Normalise = "mean_one",
 ) -> Tensor:
@@ -35,7 +35,7 @@ def attention_allocation(
         a^_k  = a_k / mean_p a_k                             big and small objects count alike
         s     = aggregate_k a^_k
         m     = normalise( blur(s) ^ sharpness )
-        mix_t = mix (1 - H(m / sum m) / log P)^entropy_power  an unsure map falls back to uniform
+        mix_t = mix (1 - (sum m)^2 / (P sum m^2))^doubt       an unsure map falls back to uniform
         M     = clip( (1 - mix_t) + mix_t m, floor, ceiling ), then mean one over space
 
     Concepts without any attention mass do not count. The result is exactly one everywhere where no concept
@@ -49,7 +49,8 @@ def attention_allocation(
         floor: smallest weight, in [0, 1] (a hard mask loses the direction of the gradient once information
             spreads).
         ceiling: largest weight, >= 1.
-        entropy_power: kappa >= 0; 0 keeps mix constant.
+        doubt: >= 0; 0 keeps mix constant. The base is the share of places that the map does not use (Kish), which is
+            the same for the same picture on a grid of any size.
         aggregate: over concepts; "softmax" weighs each concept by the softmax of its own map at that place.
         normalise: "mean_one" and "rank" give mean one over space; "minmax" (ViPO) gives m in [0, 1] and
             "sum_one" m with sum 1, both without the final normalisation, so they lower the effective learning
@@ -58,7 +59,7 @@ def attention_allocation(
     Returns:
         [B, T, h, w].
     """
-    _check_knobs(maps, mix, sharpness, floor, ceiling, entropy_power)
+    _check_knobs(maps, mix, sharpness, floor, ceiling, doubt)
     maps = full_precision(maps)
     mass = maps.mean(dim=(-2, -1), keepdim=True)
     counts = mass > 0
@@ -69,8 +70,8 @@ def attention_allocation(
     smooth = blur2d(torch.where(uniform, 1, salience), blur)
     sharp = (smooth / smooth.amax(dim=(-2, -1), keepdim=True)) ** sharpness
     shape = _normalise(sharp, normalise)
-    doubt = map_entropy(sharp)[..., None, None]
-    mix_t = mix * (1 - doubt) ** entropy_power
+    unused = (1 - effective_support(sharp)).clamp(0, 1)[..., None, None]
+    mix_t = mix * unused**doubt
     weight = (1 - mix_t + mix_t * shape).clamp(floor, ceiling)
     if normalise in ("mean_one", "rank"):
         weight = weight / weight.mean(dim=(-2, -1), keepdim=True)
@@ -103,9 +104,7 @@ def _normalise(sharp: Tensor, how: Normalise) -> Tensor:
     raise ValueError(f"normalise={how!r}: unknown normalisation. Use 'mean_one', 'minmax', 'sum_one' or 'rank'.")
 
 
-def _check_knobs(
-    maps: Tensor, mix: float, sharpness: float, floor: float, ceiling: float, entropy_power: float
-) -> None:
+def _check_knobs(maps: Tensor, mix: float, sharpness: float, floor: float, ceiling: float, doubt: float) -> None:
     if maps.ndim != 5 or maps.shape[2] == 0:
         raise ValueError(f"maps have shape {tuple(maps.shape)}; pass [B, T, K, h, w] with at least one concept.")
     if not bool((maps >= 0).all()):
@@ -116,5 +115,5 @@ def _check_knobs(
         raise ValueError(f"sharpness={sharpness}: use a positive exponent; 1 leaves the map as it is.")
     if not 0 <= floor <= 1 <= ceiling:
         raise ValueError(f"floor={floor}, ceiling={ceiling}: uniform weight 1 must lie in [floor, ceiling].")
-    if entropy_power < 0:
-        raise ValueError(f"entropy_power={entropy_power}: use 0 for a constant mix, or a positive power.")
+    if doubt < 0:
+        raise ValueError(f"doubt={doubt}: use 0 for a constant mix, or a positive power.")

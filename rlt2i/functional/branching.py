@@ -127,7 +127,6 @@ def edge_advantage(
     group_size: int,
     *,
     eps: float = 1e-4,
-    min_std: float = 1e-6,
     valid: Tensor | None = None,
 ) -> Tensor:
     """Compare the edges of a group that are taken at the same step (BranchGRPO, arXiv 2509.06040).
@@ -139,8 +138,7 @@ def edge_advantage(
 
     Args:
         rewards, edges, group_size, valid: see `edge_values`.
-        eps: added to the std.
-        min_std: edges whose values spread less are tied: their advantage is 0, and not their rounding noise.
+        eps: added to the std. Edges whose values differ by the rounding of the rewards only get 0.
 
     Returns:
         [B, T] the advantage of each rollout's edge; 0 for invalid rollouts and where there is no edge. It has mean 0
@@ -154,7 +152,7 @@ def edge_advantage(
     distinct = groups.split(distinct_edges(edges, group_size, valid=valid))
     spread = masked_std(values, distinct, 1, correction=0)
     advantage = (values - masked_mean(values, distinct, 1)) / (spread + eps)
-    counted = mask[..., None] & (groups.split(edges) >= 0) & ~tied(values, distinct) & (spread >= min_std)
+    counted = mask[..., None] & (groups.split(edges) >= 0) & ~tied(values, distinct, split[..., None])
     return groups.merge(torch.where(counted, advantage, 0), len(rewards))
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .numerics import rounding
+
 
 class Groups(NamedTuple):
     """A padded layout of B samples in P groups of at most G.
@@ -84,6 +86,9 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | tuple[int, ...]) -> Ten
 def masked_std(values: Tensor, mask: Tensor, dim: int | tuple[int, ...], *, correction: int) -> Tensor:
     """Standard deviation of `values` where `mask` holds, keeping the reduced axes; 0 where too few are left.
 
+    Deviations are squared in units of the largest one, so that rewards of any size (1e30, 1e-30) keep their spread. The
+    unit is a power of two: it changes no digit.
+
     Args:
         values: any shape; may hold nan where `mask` is False.
         mask: bool, broadcastable to `values`.
@@ -92,8 +97,10 @@ def masked_std(values: Tensor, mask: Tensor, dim: int | tuple[int, ...], *, corr
     """
     mask = mask.expand_as(values)
     deviation = torch.where(mask, values - masked_mean(values, mask, dim), 0)
+    exponent = torch.frexp(deviation.abs().amax(dim=dim, keepdim=True)).exponent.clamp(-100, 100)
     count = mask.sum(dim=dim, keepdim=True)
-    return torch.sqrt((deviation**2).sum(dim=dim, keepdim=True) / (count - correction).clamp(min=1))
+    squares = torch.ldexp(deviation, -exponent) ** 2
+    return torch.ldexp(torch.sqrt(squares.sum(dim=dim, keepdim=True) / (count - correction).clamp(min=1)), exponent)
 
 
 def group_mask(group_size: int | Tensor, rewards: Tensor, valid: Tensor | None) -> tuple[Groups, Tensor]:
@@ -120,16 +127,19 @@ def group_mask(group_size: int | Tensor, rewards: Tensor, valid: Tensor | None) 
     return groups, mask.view(mask.shape + (1,) * (rewards.ndim - 1))
 
 
-def tied(split: Tensor, mask: Tensor) -> Tensor:
-    """Whether all rewards of a group that count are exactly equal (also true where none counts).
+def tied(split: Tensor, mask: Tensor, size: Tensor | None = None) -> Tensor:
+    """Whether all rewards of a group that count are equal up to rounding (also true where none counts).
 
     Args:
         split: [P, G, ...] rewards by group.
         mask: bool, broadcastable to `split`.
+        size: broadcastable to `split`, how large the numbers were that these were computed from, where that is more
+            than their own size: a difference of two rewards near 20 carries the rounding of 20.
 
     Returns:
         [P, 1, ...] bool.
     """
     highest = torch.where(mask, split, -torch.inf).amax(dim=1, keepdim=True)
     lowest = torch.where(mask, split, torch.inf).amin(dim=1, keepdim=True)
-    return highest <= lowest
+    largest = torch.where(mask, (split if size is None else size).abs(), 0).amax(dim=1, keepdim=True)
+    return highest - lowest <= rounding(largest)

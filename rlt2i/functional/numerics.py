@@ -21,6 +21,18 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def rounding(size: Tensor) -> Tensor:
+    """How far apart two numbers of a size may be and still be one number, computed twice: four units in the last place.
+
+    Args:
+        size: any shape; the absolute value of the numbers.
+
+    Returns:
+        The same shape.
+    """
+    return 4 * torch.finfo(size.dtype).eps * size
+
+
 def per_sample(value: Scalar, like: Tensor, *, name: str = "value") -> Tensor:
     """Broadcast a number or a [B] tensor against the trailing axes of a batch.
 

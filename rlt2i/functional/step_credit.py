@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .advantages import group_relative_advantage
 from .groups import group_layout, masked_std
-from .numerics import full_precision
+from .numerics import full_precision, rounding
 
 Reference = Literal["remaining", "global", "final"]
 
@@ -115,7 +115,8 @@ def turning_points(
         [B, T] bool.
     """
     _, gain, trend, agreement = _trends(ode_reward, step_rewards, final_reward)
-    consistent = gain.sign() * (full_precision(final_reward)[:, None] - step_rewards).sign() > 0
+    to_come = _difference(full_precision(final_reward)[:, None], full_precision(step_rewards))
+    consistent = gain.sign() * to_come.sign() > 0
     turns = (agreement[:, :-1] < 0) & (agreement[:, 1:] > 0)
     if any_reversal:
         turns = gain[:, :-1] * gain[:, 1:] < 0
@@ -266,6 +267,12 @@ def _trends(ode_reward: Tensor, step_rewards: Tensor, final_reward: Tensor) -> t
         raise ValueError(f"rewards of shapes {shapes} do not belong together. Pass [B], [B, T] and [B].")
     ode, steps, final = full_precision(ode_reward), full_precision(step_rewards), full_precision(final_reward)
     before = torch.cat([ode[:, None], steps[:, :-1]], dim=1)
-    gain = steps - before
-    trend = (final - ode)[:, None]
+    gain = _difference(steps, before)
+    trend = _difference(final, ode)[:, None]
     return before, gain, trend, gain.sign() * trend.sign()
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """a - b, and exactly 0 where it is only the rounding of numbers of their size: its sign decides."""
+    difference = a - b
+    return torch.where(difference.abs() <= rounding(torch.maximum(a.abs(), b.abs())), 0, difference)

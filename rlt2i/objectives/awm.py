@@ -15,7 +15,7 @@ from rlt2i.interfaces import Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import NoisyPairs, noisy_pairs
 from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, share, trainable_steps
-from rlt2i.objectives.reverse import at_ratio_grid, surrogate_metrics
+from rlt2i.objectives.reverse import Pooled, at_ratio_grid, surrogate_metrics
 from rlt2i.types import Experience, Loss
 
 
@@ -32,7 +32,8 @@ class AWM(Objective):
         power: of "ghuber".
         ratio: granularity; "sample" is the paper. The Huber forms are not linear in m: finer than a sample they bound
             the influence of each place instead of that of each image.
-        clip_range: eps of a ratio per sample, widened by sqrt(P) for a ratio over P cells; 1 hardly ever clips.
+        clip_range: eps of a ratio per sample, widened by sqrt(P) for a ratio over P cells, and by sqrt(mean w^2) where
+            a map lies inside the ratio; 1 hardly ever clips.
         advantage_clip, advantage_scale: A' = clamp(A, +-clip) / clip * scale.
         kl_weight: weight of the distance to the reference policy.
         ema_kl_weight: weight of the distance to a slow average of the policy, min(.3, .001 s), refreshed once per
@@ -78,16 +79,16 @@ class AWM(Objective):
             noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=keys, context=context)
             states = noisy.states
             velocity = noisy.velocity(policy)
-            likelihood, weight = self._log_likelihood(noisy, velocity, grid)
+            likelihood, weight, noise = self._log_likelihood(noisy, velocity, grid)
             if context.on_policy:
                 old_likelihood = likelihood.detach()
             else:
-                old_likelihood, _ = self._log_likelihood(noisy, noisy.velocity_under("old", policy, context), grid)
+                old_likelihood = self._log_likelihood(noisy, noisy.velocity_under("old", policy, context), grid).values
 
             log_ratio = likelihood - old_likelihood
             advantage = awm_advantage(states.advantage, clip=self.advantage_clip, scale=self.advantage_scale)
             mask = on_grid(states.mask.float(), grid) > 0
-            surrogate = clipped_surrogate(log_ratio, on_grid(advantage, grid), clip_range, weight=weight)
+            surrogate = clipped_surrogate(log_ratio, on_grid(advantage, grid), clip_range * noise, weight=weight)
             per_pair = masked_mean(surrogate.loss, mask)
             metrics = surrogate_metrics(surrogate, log_ratio, mask)
             metrics["log_likelihood"] = likelihood.detach().mean(dim=(1, 2))
@@ -104,10 +105,11 @@ class AWM(Objective):
                 steps=states.steps,
             )
 
-    def _log_likelihood(self, noisy: NoisyPairs, velocity: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """[N, *grid] l of the error pooled to the grid, and the weight that is left for the loss."""
-        error, weight = at_ratio_grid(noisy.error(velocity), noisy.states, grid)
-        return awm_log_likelihood(error, noisy.sigma, weighting=self.weighting, power=self.power), weight
+    def _log_likelihood(self, noisy: NoisyPairs, velocity: Tensor, grid: tuple[int, int]) -> Pooled:
+        """l of the error pooled to the grid."""
+        error = at_ratio_grid(noisy.error(velocity), noisy.states, grid)
+        likelihood = awm_log_likelihood(error.values, noisy.sigma, weighting=self.weighting, power=self.power)
+        return error._replace(values=likelihood)
 
     def _distance(self, noisy: NoisyPairs, velocity: Tensor, other: Tensor) -> Tensor:
         return awm_kl_map(velocity, other, noisy.sigma, weighting=self.kl).mean(dim=(1, 2))

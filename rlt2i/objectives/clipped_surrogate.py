@@ -26,7 +26,8 @@ class ClippedSurrogate(Objective):
 
     Attributes:
         clip_range: eps of a ratio per *sample*; a ratio over P cells gets eps sqrt(P), because the noise of a mean
-            log-ratio grows with the square root of the number of coordinates that are no longer averaged.
+            log-ratio grows with the square root of the number of coordinates that are no longer averaged. A map inside
+            a coarser ratio makes it noisier by sqrt(mean w^2), and widens the range of that pair as much.
         ratio: granularity of the ratio.
         kl_weight: beta of the penalty towards the reference policy.
         kl: its form; "flow_grpo" is |dt| times the true KL per dimension, as the published betas assume.
@@ -55,9 +56,9 @@ class ClippedSurrogate(Objective):
             log_prob = trajectory.kernel.log_prob_map(states.next_latents, now.transition)
             old_log_prob = log_prob.detach() if context.on_policy else states.old_log_probs
 
-            log_ratio, weight = at_ratio_grid(log_prob - old_log_prob, states, grid)
+            log_ratio, weight, noise = at_ratio_grid(log_prob - old_log_prob, states, grid)
             mask = on_grid(states.mask.float(), grid) > 0
-            surrogate = clipped_surrogate(log_ratio, on_grid(states.advantage, grid), clip_range, weight=weight)
+            surrogate = clipped_surrogate(log_ratio, on_grid(states.advantage, grid), clip_range * noise, weight=weight)
             per_pair = masked_mean(surrogate.loss, mask)
             metrics = surrogate_metrics(surrogate, log_ratio, mask)
 

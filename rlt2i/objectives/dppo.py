@@ -52,7 +52,7 @@ class FlowDPPO(Objective):
             log_ratio_map = density(states.next_latents, now.transition) - density(states.next_latents, old).detach()
             divergence = pool_log_ratio(kl_map(now.transition.mean.detach(), old.mean, old.std), grid)
 
-            log_ratio, weight = at_ratio_grid(log_ratio_map, states, grid)
+            log_ratio, weight, _ = at_ratio_grid(log_ratio_map, states, grid)
             mask = on_grid(states.mask.float(), grid) > 0
             surrogate = flow_dppo_surrogate(
                 log_ratio, on_grid(states.advantage, grid), divergence, self.threshold, weight=weight

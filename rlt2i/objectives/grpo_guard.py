@@ -28,7 +28,8 @@ class GRPOGuard(Objective):
     log-ratio is that of the true Gaussian density, whatever the kernel's own convention (CPS drops the normaliser).
 
     Attributes:
-        clip_range: eps of a ratio per sample, 2e-6 to 4e-6 for SD3.5; widened by sqrt(P) for a ratio over P cells.
+        clip_range: eps of a ratio per sample, 2e-6 to 4e-6 for SD3.5; widened by sqrt(P) for a ratio over P cells, and
+            by sqrt(mean w^2) where a map lies inside the ratio.
         ratio: granularity of the ratio.
         inverse_dt: divide the loss of a step by its length, as the paper does; Flow-Factory does not.
         kl_weight: beta of the penalty towards the reference policy; the paper has none.
@@ -56,9 +57,10 @@ class GRPOGuard(Objective):
             now = denoising_step(policy, trajectory, states)
             old = old_transition(policy, trajectory, states, now, context)
 
-            log_ratio, weight = at_ratio_grid(_guarded(states.next_latents, now.transition, old), states, grid)
+            guarded = _guarded(states.next_latents, now.transition, old)
+            log_ratio, weight, noise = at_ratio_grid(guarded, states, grid)
             mask = on_grid(states.mask.float(), grid) > 0
-            surrogate = clipped_surrogate(log_ratio, on_grid(states.advantage, grid), clip_range, weight=weight)
+            surrogate = clipped_surrogate(log_ratio, on_grid(states.advantage, grid), clip_range * noise, weight=weight)
             per_pair = masked_mean(surrogate.loss, mask)
             if self.inverse_dt:
                 per_pair = per_pair / (states.sigma - states.sigma_next)

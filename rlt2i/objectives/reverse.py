@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import attrs
 import torch
@@ -57,16 +57,28 @@ def old_transition(
         return denoising_step(policy, trajectory, states).transition
 
 
-def at_ratio_grid(values: Tensor, states: StepBatch, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+class Pooled(NamedTuple):
+    """A map at the grid of the ratio.
+
+    Attributes:
+        values: [N, *grid].
+        weight: [1|N, 1|h, 1|w], what is left of the credit's weight for the loss.
+        noise: [1|N, 1|h, 1|w], how much noisier a cell is than its plain mean: the root of the mean squared weight that
+            went inside. Clip ranges are stated for a plain mean, and grow by it.
+    """
+
+    values: Tensor
+    weight: Tensor
+    noise: Tensor
+
+
+def at_ratio_grid(values: Tensor, states: StepBatch, grid: tuple[int, int]) -> Pooled:
     """Pool a map to the grid of the ratio; weight and mask go inside the pool where they are finer than the grid.
 
     Args:
         values: [N, H, W] log-ratios or errors.
-        pairs: with weight and mask, [N, 1|h, 1|w].
+        states: with weight and mask, [N, 1|h, 1|w].
         grid: (h, w) of the ratio.
-
-    Returns:
-        [N, *grid] pooled values, and the weight [1|N, 1|h, 1|w] that is left for the loss.
     """
     size = (values.shape[1], values.shape[2])
     weight, inside = on_grid(states.weight, grid), None
@@ -76,7 +88,9 @@ def at_ratio_grid(values: Tensor, states: StepBatch, grid: tuple[int, int]) -> t
         kept = on_grid(states.mask.float(), size)
         kept = kept / on_grid(pool_log_ratio(kept, grid), size).clamp_min(1e-12)
         inside = kept if inside is None else inside * kept
-    return pool_log_ratio(values if inside is None else inside * values, grid), weight
+    if inside is None:
+        return Pooled(pool_log_ratio(values, grid), weight, values.new_ones(1, 1, 1))
+    return Pooled(pool_log_ratio(inside * values, grid), weight, pool_log_ratio(inside**2, grid).sqrt())
 
 
 def reference_kl(

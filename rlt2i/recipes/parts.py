@@ -74,6 +74,8 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "TextAttention": "rlt2i.credit.text_attention:TextAttention",
             "Oracle": "rlt2i.credit.controls:Oracle",
             "Shuffled": "rlt2i.credit.controls:Shuffled",
+            "TorusShift": "rlt2i.credit.controls:TorusShift",
+            "OtherRollout": "rlt2i.credit.controls:OtherRollout",
             "Inverted": "rlt2i.credit.controls:Inverted",
             "FeatureSaliency": "rlt2i.credit.feature_saliency:FeatureSaliency",
             "Influence": "rlt2i.credit.influence:Influence",

@@ -75,8 +75,8 @@ def test_chunks_weigh_the_same_whatever_their_length():
 def test_sliding_window_by_hand():
     part = SlidingWindow(width=2, period=2)
     seen = []
-    for progress in range(7):
-        context = make_context([0.0, 1.0], group_size=2, num_steps=6, stochastic=(1, 2, 4), iteration=progress)
+    for iteration in range(7):
+        context = make_context([0.0, 1.0], group_size=2, num_steps=6, stochastic=(1, 2, 4), iteration=iteration)
         seen.append(part.mask(context).flatten().nonzero().flatten().tolist())
     assert seen == [[1, 2], [1, 2], [2, 4], [2, 4], [4], [4], [1, 2]]
 

@@ -149,20 +149,20 @@ def test_weights_permute_with_rollouts(part: Allocation):
 @pytest.mark.parametrize("part", MASKS, ids=name)
 @given(iteration=st.integers(0, 1000), seed=st.integers(0, 1000), first=st.integers(0, 2), last=st.integers(4, 6))
 @few
-def test_masks_are_never_empty_and_stay_on_stochastic_steps(part, progress, seed, first, last):
+def test_masks_are_never_empty_and_stay_on_stochastic_steps(part, iteration, seed, first, last):
     stochastic = tuple(range(first, last))
-    context = make_context([0.0] * 4, group_size=2, num_steps=6, stochastic=stochastic, iteration=progress, seed=seed)
+    context = make_context([0.0] * 4, group_size=2, num_steps=6, stochastic=stochastic, iteration=iteration, seed=seed)
     mask = part.mask(context)
     assert mask.dtype is torch.bool
     assert mask.any(dim=1).all()
     assert not mask[:, ~context.trajectory.stochastic].any()
     # A deterministic rollout is trained anywhere.
-    anywhere = make_context([0.0] * 4, group_size=2, num_steps=6, stochastic=(), iteration=progress, seed=seed)
+    anywhere = make_context([0.0] * 4, group_size=2, num_steps=6, stochastic=(), iteration=iteration, seed=seed)
     assert part.mask(anywhere).any(dim=1).all()
 
 
 @pytest.mark.parametrize("part", MASKS, ids=name)
-def test_masks_are_functions_of_progress_and_generator(part: Mask):
+def test_masks_are_functions_of_iteration_and_generator(part: Mask):
     draw = lambda: part.mask(make_context([0.0] * 4, group_size=2, num_steps=6, iteration=7, seed=3))
     assert torch.equal(draw(), draw())
 

@@ -86,7 +86,7 @@ def test_off_a_trunk_it_is_group_relative_per_prompt_and_step():
 
 
 def test_it_composes_with_weights_over_time_and_space_and_with_masks():
-    attention = TextAttention(blocks="0", entropy_power=0.0)
+    attention = TextAttention(blocks="0", doubt=0.0)
     credit = Product(advantage=TreeAdvantage(), allocations=(NoiseAware(), attention), masks=(RandomSubset(),))
     experience = experience_of(ClippedSurrogate(), TREE, credit)
     alone = experience_of(ClippedSurrogate(), TREE).credit

@@ -29,7 +29,7 @@ from rlt2i.functional import (
     shuffled_map,
 )
 
-PLAIN = {"blur": 0.0, "floor": 0.0, "ceiling": 1e6, "entropy_power": 0.0}
+PLAIN = {"blur": 0.0, "floor": 0.0, "ceiling": 1e6, "doubt": 0.0}
 knobs = st.fixed_dictionaries(
     {
         "mix": st.floats(0, 1),
@@ -37,7 +37,7 @@ knobs = st.fixed_dictionaries(
         "blur": st.floats(0, 3),
         "floor": st.floats(0, 1),
         "ceiling": st.floats(1, 8),
-        "entropy_power": st.floats(0, 3),
+        "doubt": st.floats(0, 3),
         "aggregate": st.sampled_from(["mean", "max", "softmax"]),
         "normalise": st.sampled_from(["mean_one", "minmax", "sum_one", "rank"]),
     }
@@ -64,11 +64,25 @@ def test_attention_allocation_by_hand():
     torch.testing.assert_close(weight[0, 0], torch.tensor([[1.0, 1.5], [0.75, 0.75]], dtype=torch.float64))
 
 
-def test_entropy_decides_how_far_a_map_is_trusted():
-    # Half of the places: H = log 2 of log 4, so mix = 1/2 and the weights are (1 + 2) / 2 and 1/2.
+def test_the_unused_share_decides_how_far_a_map_is_trusted():
+    # Half of the places are used, (5 + 5)^2 / (4 x 50), so mix = 1/2 and the weights are (1 + 2) / 2 and 1/2.
     maps = as_maps([[[5.0, 5.0], [0.0, 0.0]]])
-    weight = attention_allocation(maps, mix=1.0, **{**PLAIN, "entropy_power": 1.0})
+    weight = attention_allocation(maps, mix=1.0, **{**PLAIN, "doubt": 1.0})
     torch.testing.assert_close(weight[0, 0], torch.tensor([[1.5, 1.5], [0.5, 0.5]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("doubt", [0.0, 0.5, 2.0])
+def test_doubt_does_not_know_the_size_of_the_grid(doubt: float):
+    # The same picture on finer and finer grids: ten times as bright on a tenth of the area.
+    support = []
+    for side in (10, 20, 40):
+        maps = torch.ones(1, 1, 1, side, side, dtype=torch.float64)
+        maps[..., : side // 5, : side // 2] = 10.0
+        weight = attention_allocation(maps, **{**PLAIN, "doubt": doubt}, mix=0.5)
+        support.append(effective_support(weight).item())
+    assert support[0] == pytest.approx(support[1]) == pytest.approx(support[2])
+    if doubt == 0:  # weights 3.13 inside and .763 outside
+        assert support[0] == pytest.approx(1 / (0.1 * (0.5 + 5 / 1.9) ** 2 + 0.9 * (0.5 + 0.5 / 1.9) ** 2))
 
 
 @settings(max_examples=40, deadline=None)
@@ -92,7 +106,7 @@ def test_laws_of_the_allocation(options: dict):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_a_constant_map_gives_exactly_ones_in_every_precision(dtype):
     maps = torch.tensor([0.1, 0.3], dtype=dtype)[None, None, :, None, None].expand(1, 1, 2, 7, 3)
-    weight = attention_allocation(maps, mix=1.0, entropy_power=0.0)
+    weight = attention_allocation(maps, mix=1.0, doubt=0.0)
     assert (weight == 1).all()
     assert weight.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -226,7 +240,7 @@ def test_relative_change_by_hand():
         (lambda: attention_allocation(torch.rand(1, 1, 1, 2, 2), mix=1.5), "mix=1.5"),
         (lambda: attention_allocation(torch.rand(1, 1, 1, 2, 2), floor=2.0), "floor=2.0"),
         (lambda: attention_allocation(torch.rand(1, 1, 1, 2, 2), sharpness=0.0), "sharpness=0.0"),
-        (lambda: attention_allocation(torch.rand(1, 1, 1, 2, 2), entropy_power=-1.0), "entropy_power=-1.0"),
+        (lambda: attention_allocation(torch.rand(1, 1, 1, 2, 2), doubt=-1.0), "doubt=-1.0"),
         (lambda: attention_allocation(torch.rand(1, 1, 1, 2, 2), aggregate="min"), "aggregate='min'"),
         (lambda: attention_allocation(torch.rand(1, 1, 1, 2, 2), normalise="l2"), "normalise='l2'"),
         (lambda: blur2d(torch.rand(2, 2), -1.0), "blur=-1.0"),

@@ -28,7 +28,7 @@ def make_context(
     stochastic: Sequence[int] = (0, 1, 2),
     latents: Tensor | None = None,
     completed: Callable[[int, Tensor], Tensor] | None = None,
-    progress: int = 0,
+    iteration: int = 0,
     seed: int = 0,
 ) -> CreditContext:
     """A context whose finished images have the given rewards.
@@ -85,7 +85,7 @@ def make_context(
         ),
         token_grid=(SIDE // 2, SIDE // 2),
         images=(torch.rand(count, 3, 16, 16, generator=draw) * 255).to(torch.uint8),
-        iteration=progress,
+        iteration=iteration,
         keys=torch.arange(count) + 1000 * seed,
         generator=torch.Generator().manual_seed(seed),
         score=score,

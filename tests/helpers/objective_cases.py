@@ -48,7 +48,7 @@ FORWARD: dict[str, Objective] = {
 }
 BACKPROP: dict[str, Objective] = {"refl": ReFL(grad_scale=1.0), "draft": DRaFT(steps=2)}
 ALL: dict[str, Objective] = REVERSE | FORWARD | BACKPROP
-STAR = Product(advantage=GroupRelative(), allocations=(TextAttention(blocks="0", entropy_power=0.0),))
+STAR = Product(advantage=GroupRelative(), allocations=(TextAttention(blocks="0", doubt=0.0),))
 NO_MAP = Product(advantage=GroupRelative(), allocations=(TextAttention(blocks="0", mix=0.0),))
 
 

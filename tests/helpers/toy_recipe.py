@@ -23,7 +23,7 @@ from rlt2i.samplers.sde import SDE
 from tests.helpers.toy import QuadrantBrightness, ToySpec, ToyTask
 
 STAR = Product(
-    advantage=GroupRelative(), allocations=(TextAttention(blocks="0", entropy_power=0.0),)
+    advantage=GroupRelative(), allocations=(TextAttention(blocks="0", doubt=0.0),)
 )  # fmt: skip
 
 

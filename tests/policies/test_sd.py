@@ -348,7 +348,7 @@ def test_watching_changes_nothing_and_maps_are_those_of_plain_attention(folders)
 
 
 def test_star_runs_on_a_unet(folders):
-    credit = Product(advantage=GroupRelative(), allocations=(TextAttention(blocks="all", entropy_power=0.0),))
+    credit = Product(advantage=GroupRelative(), allocations=(TextAttention(blocks="all", doubt=0.0),))
     sampler = SDE(num_steps=4, kernel=DDIM(eta=1.0))
     algorithm, engine = tiny_algorithm(folders["sd15"], ClippedSurrogate(ratio="token"), sampler, credit)
     experience = collected(engine)

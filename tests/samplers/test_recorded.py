@@ -83,7 +83,7 @@ def test_chunks_do_not_change_what_is_read():
 
 
 def test_maps_come_from_the_policy_that_learns():
-    credit = Product(advantage=RecordedPreference(), allocations=(TextAttention(blocks="0", entropy_power=0.0),))
+    credit = Product(advantage=RecordedPreference(), allocations=(TextAttention(blocks="0", doubt=0.0),))
     algorithm = toy_algorithm(DiffusionDPO(), sampler=Recorded(num_steps=4), credit=credit)
     found = collect(toy_engine(algorithm), prompts=3, group_size=2).experience.credit
     assert found.weight.shape == (6, 4, 4, 4)

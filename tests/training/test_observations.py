@@ -49,7 +49,7 @@ def test_uniform_credit_has_no_shape():
 
 @pytest.mark.parametrize(
     ("allocations", "axes"),
-    [((), set()), ((NoiseAware(),), {"time"}), ((TextAttention(blocks="0", entropy_power=0.0),), {"map", "time"})],
+    [((), set()), ((NoiseAware(),), {"time"}), ((TextAttention(blocks="0", doubt=0.0),), {"map", "time"})],
 )
 def test_every_allocation_reports_its_concentration(allocations, axes):
     credit = Product(advantage=GroupRelative(), allocations=allocations)
