@@ -18,14 +18,12 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 import attrs
 
 from rlt2i.recipes import PARTS, RecipeEntry, list_recipes, load_recipe
-from rlt2i.report.axes import nice_ticks, tick_labels
-from rlt2i.report.palette import SERIES
+from rlt2i.report import charts
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "algorithms"
@@ -288,48 +286,33 @@ def indexed(text: str, pages: Sequence[Page], entries: dict[str, RecipeEntry]) -
 def figure(curves: Sequence[Curve]) -> str:
     """Paired gain of every curve with its interval, largest first, as a standing-alone SVG."""
     ordered = sorted(curves, key=lambda curve: (-curve.gain, curve.recipe, curve.seed))
-    left, right, top, row = 250, 40, 52, 20
-    width, height = 760, top + row * len(ordered) + 44
-    low = min(0.0, *(curve.low for curve in ordered)) - 0.01
-    high = max(curve.high for curve in ordered) + 0.01
-    bottom = height - 34
-
-    def x(value: float) -> float:
-        return round(left + (width - left - right) * (value - low) / (high - low), 1)
-
-    def text(at: float, y: float, words: str, anchor: str = "start", colour: str = "#1d1d1f", size: int = 12) -> str:
-        return (
-            f'<text x="{at}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
+    top, row = 52, 20
+    height = top + row * len(ordered) + 44
+    with charts.figure(760, height) as canvas:
+        charts.text(canvas, 8, 20, "Held-out gain over the base, one run each, 95 % interval over prompts", fontsize=14)
+        charts.text(canvas, 8, 38, "Numbers of iterations differ between recipes: see the pages.", color=charts.QUIET)
+        plot = charts.axes(canvas, 260, top - 6, 40, 34)
+        for place, curve in enumerate(ordered):
+            told = curve.gain > 2 * curve.standard_error
+            colour = charts.SERIES[0] if told else "#8a8a92"
+            name = curve.recipe.removesuffix("-shapes") + (f" (seed {curve.seed})" if curve.seed else "")
+            plot.hlines(place, curve.low, curve.high, color=colour, linewidth=2)
+            fill = colour if told else "white"
+            tip = f"tip:{name}: {_gain(curve.gain)} [{_gain(curve.low)}, {_gain(curve.high)}]"
+            plot.plot(curve.gain, place, "o", color=colour, markerfacecolor=fill, markersize=8, gid=tip)
+            label = (f"{name}, {curve.iterations} iterations", (0, place))
+            plot.annotate(
+                *label, xycoords=plot.get_yaxis_transform(), xytext=(-10, 0), textcoords="offset points", ha="right",
+                va="center",
+            )  # fmt: skip
+        plot.set_yticks([])
+        plot.set_ylim(len(ordered) - 0.3, -0.7)
+        plot.axvline(0, color=charts.QUIET, linewidth=1)
+        plot.grid(axis="x")
+        label = (
+            f"Held-out gain of {len(ordered)} runs; the largest is {ordered[0].recipe} with {_gain(ordered[0].gain)}."
         )
-
-    body = [text(8, 20, "Held-out gain over the base, one training run each, 95 % interval over prompts", size=14)]
-    body.append(text(8, 38, "Numbers of iterations differ between recipes: see the pages.", colour="#5f5f66"))
-    ticks = nice_ticks(low, high, 6)
-    for tick, label in zip(ticks, tick_labels(ticks), strict=True):
-        stroke = "#5f5f66" if tick == 0 else "#e3e3e8"
-        body.append(f'<line x1="{x(tick)}" x2="{x(tick)}" y1="{top - 6}" y2="{bottom}" stroke="{stroke}"/>')
-        body.append(text(x(tick), bottom + 17, label, "middle", "#5f5f66"))
-    for place, curve in enumerate(ordered):
-        y = top + row * place + 8
-        told = curve.gain > 2 * curve.standard_error
-        colour = SERIES[0] if told else "#8a8a92"
-        name = curve.recipe.removesuffix("-shapes") + (f" (seed {curve.seed})" if curve.seed else "")
-        body.append(text(left - 10, y + 4, f"{name}, {curve.iterations} iterations", "end"))
-        tip = f"{_gain(curve.gain)} [{_gain(curve.low)}, {_gain(curve.high)}]"
-        body.append(
-            f'<line x1="{x(curve.low)}" x2="{x(curve.high)}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'
-        )
-        fill = colour if told else "#ffffff"
-        body.append(
-            f'<circle cx="{x(curve.gain)}" cy="{y}" r="4" fill="{fill}" stroke="{colour}" stroke-width="1.5">'
-            f"<title>{escape(f'{name}: {tip}')}</title></circle>"
-        )
-    label = f"Held-out gain of {len(ordered)} runs; the largest is {ordered[0].recipe} with {_gain(ordered[0].gain)}."
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{escape(label)}" font-family="system-ui, sans-serif">\n'
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>\n' + "\n".join(body) + "\n</svg>\n"
-    )
+        return charts.svg(canvas, label, standalone=True) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------- together

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 import attrs
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from rlt2i.algorithm import Algorithm
@@ -36,9 +35,9 @@ from rlt2i.functional.schedules import sd3_sigmas
 from rlt2i.interfaces import CreditAssigner, CreditContext
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.policies.sd3 import SD3
-from rlt2i.report.maps import overlay, scale_top
-from rlt2i.report.palette import SERIES, colour_map
-from rlt2i.report.pixels import drawable, enlarge, font, to_array
+from rlt2i.report.charts import QUIET, SERIES, axes, figure, svg, text
+from rlt2i.report.maps import draw_scale, overlay, scale_top
+from rlt2i.report.pictures import enlarge, paste, rendered
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.sde import SDE
 from rlt2i.tasks.base import as_prompts
@@ -173,34 +172,22 @@ def space(context: CreditContext, side: int = 96) -> Image.Image:
     gap, margin, text_height = 8, 14, 34
     names = ["image", *(name.replace("(TextAttention)", "") for name in weights)]
     width = 2 * margin + len(names) * side + (len(names) - 1) * gap
-    height = margin + 26 + len(chosen) * (side + text_height) + 40
-    canvas = Image.new("RGB", (width, height), "#ffffff")
-    draw = ImageDraw.Draw(canvas)
-    for column, name in enumerate(names):
-        draw.text((margin + column * (side + gap), margin), name, font=font(11), fill="#1d1d1f")
-    for row, (prompt, member) in enumerate(chosen):
-        y = margin + 26 + row * (side + text_height)
-        rollout = prompt * GROUP + member
-        picture = enlarge(Image.fromarray(to_array(context.images[rollout])), side)
-        canvas.paste(picture, (margin, y))
-        for column, weight in enumerate(weights.values(), start=1):
-            step = SHOWN_STEP if weight.shape[1] > 1 else 0
-            canvas.paste(overlay(picture, weight[rollout, step], top=top), (margin + column * (side + gap), y))
-        words = f'"{context.prompts.texts[prompt]}", reward {float(context.rewards.final[rollout]):.2f}'
-        draw.text((margin, y + side + 5), drawable(words), font=font(12), fill="#1d1d1f")
-    _scale(canvas, margin, height - 34, top)
-    return canvas
-
-
-def _scale(canvas: Image.Image, x: int, y: int, top: float) -> None:
-    draw = ImageDraw.Draw(canvas)
-    ramp = colour_map(torch.linspace(0, 1, 200).repeat(10, 1).numpy())
-    canvas.paste(Image.fromarray(ramp), (x, y))
-    one = x + round(200 / top)
-    draw.line([(one, y - 3), (one, y + 12)], fill="#1d1d1f", width=2)
-    draw.text((x, y + 13), "0", font=font(11), fill="#6a6a70")
-    draw.text((one, y + 13), "1 = uniform", font=font(11), fill="#1d1d1f", anchor="ma")
-    draw.text((x + 206, y - 2), f"weight {top:.1f} and more", font=font(11), fill="#6a6a70")
+    with figure(width, margin + 26 + len(chosen) * (side + text_height) + 48) as canvas:
+        for column, name in enumerate(names):
+            text(canvas, margin + column * (side + gap), margin + 11, name, fontsize=11)
+        for row, (prompt, member) in enumerate(chosen):
+            y = margin + 26 + row * (side + text_height)
+            rollout = prompt * GROUP + member
+            picture = enlarge(context.images[rollout], side)
+            paste(canvas, picture, margin, y)
+            for column, weight in enumerate(weights.values(), start=1):
+                step = SHOWN_STEP if weight.shape[1] > 1 else 0
+                paste(canvas, overlay(picture, weight[rollout, step], top=top), margin + column * (side + gap), y)
+            words = f'"{context.prompts.texts[prompt]}", reward {float(context.rewards.final[rollout]):.2f}'
+            text(canvas, margin, y + side + 16, words)
+        largest = max(float(weight.max()) for weight in weights.values())
+        draw_scale(canvas, margin, canvas.get_figheight() * 72 - 40, top, largest=largest)
+        return rendered(canvas)
 
 
 # --------------------------------------------------------------------------------------------------------------- time
@@ -234,39 +221,30 @@ def batch_of(context: CreditContext, number: int) -> CreditContext:
 
 
 def _bars(strips: Sequence[tuple[str, Sequence[float | None]]], sigmas: Sequence[float]) -> str:
-    left, cell, tall, row, top = 330, 44, 34, 52, 62
+    left, cell, tall, row, top = 330, 44, 34, 52, 56
     width, height = left + cell * len(sigmas) + 20, top + row * len(strips) + 8
     highest = max(value for _, strip in strips for value in strip if value is not None)
-
-    def text(x: float, y: float, words: str, anchor: str = "start", colour: str = "#1d1d1f", size: int = 12) -> str:
-        return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
-
-    body = [text(8, 20, "Credit over the ten steps of SD3's schedule; mean one over the nine that have noise", size=14)]
-    body.append(text(left - 12, 44, "noise level", "end", "#5f5f66"))
-    for step, sigma in enumerate(sigmas):
-        body.append(text(left + cell * step + cell / 2, 44, f"{sigma:.2f}", "middle", "#5f5f66"))
-    for place, (name, strip) in enumerate(strips):
-        floor = top + row * place + tall
-        body.append(text(left - 12, floor - 8, name, "end"))
-        body.append(f'<line x1="{left}" x2="{left + cell * len(strip)}" y1="{floor}" y2="{floor}" stroke="#c8c8ce"/>')
-        for step, value in enumerate(strip):
-            x = left + cell * step + 5
-            if value is None:
-                body.append(
-                    f'<rect x="{x}" y="{floor - 9}" width="{cell - 10}" height="9" fill="none" stroke="#c8c8ce" '
-                    'stroke-dasharray="3 3"/>'
-                )
-                continue
-            size = round(max(1.0, (tall - 12) * value / highest), 1)
-            body.append(
-                f'<rect x="{x}" y="{round(floor - size, 1)}" width="{cell - 10}" height="{size}" fill="{SERIES[0]}"/>'
-            )
-            body.append(text(x + (cell - 10) / 2, round(floor - size - 3, 1), f"{value:.2f}", "middle", size=10))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'role="img" aria-label="Weights and masks over denoising steps." font-family="system-ui, sans-serif">\n'
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>\n' + "\n".join(body) + "\n</svg>\n"
-    )
+    with figure(width, height) as canvas:
+        title = "Credit over the ten steps of SD3's schedule; mean one over the nine that have noise"
+        text(canvas, 8, 20, title, fontsize=14)
+        text(canvas, left - 12, 44, "noise level", ha="right", color=QUIET)
+        for step, sigma in enumerate(sigmas):
+            text(canvas, left + cell * (step + 0.5), 44, f"{sigma:.2f}", ha="center", color=QUIET)
+        for place, (name, strip) in enumerate(strips):
+            y = top + row * place
+            text(canvas, left - 12, y + tall - 2, name, ha="right")
+            plot = axes(canvas, left, y, 20, height - y - tall)
+            plot.axis("off")
+            plot.set_xlim(-0.5, len(sigmas) - 0.5)
+            plot.set_ylim(0, highest * 1.5)
+            for step, value in enumerate(strip):
+                if value is None:  # a step that takes no part
+                    plot.bar(step, 0.45, width=0.75, fill=False, edgecolor="#c8c8ce", linestyle="--")
+                    continue
+                plot.bar(step, value, width=0.75, color=SERIES[0])
+                plot.annotate(f"{value:.2f}", (step, value), xytext=(0, 3), textcoords="offset points", ha="center",
+                              fontsize=10)  # fmt: skip
+        return svg(canvas, "Weights and masks over denoising steps.", standalone=True) + "\n"
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from rlt2i.report.curves import Series, line_chart
+from rlt2i.report.charts import Series, line_chart
 from rlt2i.report.maps import draw_maps
 from rlt2i.runs.metrics import read_metrics
 

@@ -4,77 +4,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from PIL import Image
 
-from rlt2i.report.axes import short
-from rlt2i.report.curves import Series, line_chart
-from rlt2i.report.gallery import embed
-from rlt2i.report.html import Markup, h, join, marked, section
-from rlt2i.report.maps import effective_support, scale_top, small_pair, spread
-from rlt2i.report.pixels import to_array
+from rlt2i.functional.maps import effective_support
+from rlt2i.report.charts import Series
+from rlt2i.report.gallery import embedded
+from rlt2i.report.maps import scale_end, scale_top, small_pair, spread
+from rlt2i.report.numbers import short
 from rlt2i.report.rundir import PASS, MapSample, has_pass_mark
+from rlt2i.report.sections import two_sizes
+from rlt2i.report.text import marked
 
-_TITLE = "Where the credit went"
 _PER_GROUP = 3
-_COLUMNS = 10
+_COLUMNS, _FEW = 10, 4
 _SIDE = 112
 
-_HOW_TO_READ = (
-    "Columns are denoising steps, from noise on the left to the finished image on the right; σ is the "
-    "noise level at which the step starts. The upper row is the clean prediction: what the image would be "
-    "if the model stopped there. The lower row is the weight that each place gets of the image's "
-    "advantage, laid over a grey copy of the image.",
-    "The advantage itself is one number for the whole image, positive or negative; the map says where it "
-    "counts. A bright cell of weight 2 is updated twice as strongly as under uniform credit, a dark one "
-    "hardly at all. Weights have mean one, so a map moves credit about and does not change the amount. In "
-    "a failed image the bright places are those that are blamed. A map shows what the update used; it does "
-    "not explain why the image came out as it did.",
-)
 
-
-def atlas(samples: Mapping[int, Sequence[MapSample]], problem: str, run_name: str) -> Markup:
-    """The section.
+def atlas(samples: Mapping[int, Sequence[MapSample]], problem: str) -> Mapping[str, Any]:
+    """The section's pictures and numbers.
 
     Args:
-        samples: update -> samples, at least the first and the last update that were saved; empty if none was.
+        samples: iteration -> samples, at least the first and the last that were saved; empty if none was.
         problem: why there are none, or what else could not be read.
-        run_name: for the command that makes some.
     """
     if not samples:
-        return section("maps", _TITLE, _none(problem, run_name))
+        return {"problem": problem, "groups": []}
     steps = sorted(samples)
     first, last = samples[steps[0]], samples[steps[-1]]
     shown = {id(s.weights): s for group in (first, last) for s in group}
     top = scale_top(torch.cat([s.weights.flatten() for s in shown.values()]))
-    largest = max(float(s.weights.max()) for s in shown.values())
     judged = has_pass_mark([s.score for s in (*first, *last)])
-    groups = choose(first if len(steps) > 1 else (), last)
-    body: list[Markup] = [h("p", text) for text in _HOW_TO_READ]
-    body += [h("p", problem, cls="warning")] if problem else []
-    body.append(_ramp(top, largest))
-    for title, note, members in groups:
-        body.append(h("h3", title, h("small", note)))
-        for i in members:
-            updates = [(steps[-1], last[i])]
-            if len(steps) > 1 and i < len(first) and first[i].prompt == last[i].prompt:
-                updates.insert(0, (steps[0], first[i]))
-            body.append(_sample(updates, top, judged=judged))
-    body.append(_support(samples))
-    return section("maps", _TITLE, *body)
 
+    def sample(i: int) -> Mapping[str, Any]:
+        updates = [(steps[-1], last[i])]
+        if len(steps) > 1 and i < len(first) and first[i].prompt == last[i].prompt:
+            updates.insert(0, (steps[0], first[i]))
+        return {
+            "prompt": marked(last[i].prompt, last[i].core),
+            "note": _core_note(last[i]),
+            "strips": [_strip(step, member, top, judged=judged) for step, member in updates],
+        }
 
-def _none(problem: str, run_name: str) -> Markup:
-    return h(
-        "p",
-        f"{problem} ",
-        h("code", "rlt2i train"),
-        " saves maps at its evaluations when its credit has some; ",
-        h("code", f'rlt2i maps {run_name} --prompt "..."'),
-        " draws them for one prompt.",
-        cls="missing",
-    )
+    return {
+        "problem": problem,
+        "end": scale_end(top, max(float(s.weights.max()) for s in shown.values())),
+        "uniform": f"{100 / top:.1f}",
+        "groups": [
+            {"title": title, "note": note, "samples": [sample(i) for i in members]}
+            for title, note, members in choose(first if len(steps) > 1 else (), last)
+        ],
+        "support": _support(samples),
+    }
 
 
 def choose(first: Sequence[MapSample], last: Sequence[MapSample]) -> list[tuple[str, str, list[int]]]:
@@ -102,13 +84,6 @@ def choose(first: Sequence[MapSample], last: Sequence[MapSample]) -> list[tuple[
     return [(title, note, members[:_PER_GROUP]) for title, note, members in groups if members]
 
 
-def _sample(updates: Sequence[tuple[int, MapSample]], top: float, *, judged: bool) -> Markup:
-    """One prompt: its strip at each update."""
-    prompt = marked(updates[-1][1].prompt, updates[-1][1].core)
-    strips = [_strip(step, sample, top, judged=judged) for step, sample in updates]
-    return h("div", h("h4", prompt, h("small", _core_note(updates[-1][1]))), *strips, cls="card")
-
-
 def _core_note(sample: MapSample) -> str:
     if not sample.core:
         return "no core phrase was recorded"
@@ -116,70 +91,46 @@ def _core_note(sample: MapSample) -> str:
     return "core phrases are marked" + (f"; also: {', '.join(hidden)}" if hidden else "")
 
 
-def _strip(update: int, sample: MapSample, top: float, *, judged: bool) -> Markup:
+def _strip(iteration: int, sample: MapSample, top: float, *, judged: bool) -> Mapping[str, Any]:
+    """One sample at one iteration: a column per denoising step; a phone shows few of them."""
     recorded = max(1 if sample.clean is None else len(sample.clean), len(sample.sigmas) - 1)
     steps = len(sample.weights) if len(sample.weights) > 1 else recorded
-    columns = spread(steps, _COLUMNS)
-    names: list[Markup] = [h("div", f"update {update}", Markup("<br>"), f"score {short(sample.score)}", cls="row-name")]
-    upper: list[Markup] = [h("div", "clean prediction", cls="row-name")]
-    lower: list[Markup] = [h("div", "weight", cls="row-name")]
-    means = [float(w.mean()) for w in sample.weights]
-    uneven = any(abs(mean - 1) > 0.02 for mean in means)
-    for step in columns:
-        level = f"σ {sample.sigmas[step]:.2f}" if step < len(sample.sigmas) else ""
-        row = min(step, len(sample.weights) - 1)
-        note = [Markup("<br>"), f"mean {means[row]:.2f}"] if uneven else []
-        names.append(h("div", f"step {step}", Markup("<br>"), level, *note, cls="column-name"))
+    shown = spread(steps, _COLUMNS)
+    few = {shown[i] for i in spread(len(shown), _FEW)}
+    uneven = any(abs(float(w.mean()) - 1) > 0.02 for w in sample.weights)
+
+    def column(step: int) -> Mapping[str, Any]:
+        weights = sample.weights[min(step, len(sample.weights) - 1)]
         has_clean = sample.clean is not None and step < len(sample.clean)
         image = sample.clean[step] if sample.clean is not None and has_clean else sample.final
-        picture, over = small_pair(image, sample.weights[row], top=top, side=_SIDE)
-        if sample.clean is not None:
-            upper.append(embed(picture, f"clean prediction at step {step}") if has_clean else h("div"))
-        lower.append(embed(over, f"weights at step {step}, largest {short(float(sample.weights[row].max()))}"))
-    names.append(h("div", "finished", Markup("<br>"), "image", cls="column-name"))
-    final = embed(
-        Image.fromarray(to_array(sample.final)), "finished image", side=_SIDE, extra=_frame(sample.score, judged=judged)
-    )
-    cells = [*names, *upper, final, *lower, h("div")] if sample.clean is not None else [*names, *lower, final]
-    layout = f"grid-template-columns: 5.2rem repeat({len(columns) + 1}, minmax(0, 1fr))"
-    few = f"; max-width: {90 + 116 * (len(columns) + 1)}px; min-width: 0" if len(columns) < 5 else ""
-    strip = h("div", h("div", *cells, cls="strip", style=layout + few), cls="scroll-x")
-    return (
-        join((strip, h("p", f"{len(columns)} of {steps} steps shown.", cls="quiet small")))
-        if steps > len(columns)
-        else strip
-    )
+        picture, over = small_pair(image, weights, top=top, side=_SIDE)
+        style = "" if step in few else "extra"
+        largest = short(float(weights.max()))
+        return {
+            "step": step,
+            "extra": step not in few,
+            "sigma": f"σ {sample.sigmas[step]:.2f}" if step < len(sample.sigmas) else "",
+            "mean": f"mean {float(weights.mean()):.2f}" if uneven else "",
+            "clean": embedded(picture, f"clean prediction at step {step}", style=style) if has_clean else None,
+            "weight": embedded(over, f"weights at step {step}, largest {largest}", style=style),
+        }
+
+    frame = "framed"
+    if judged and not math.isnan(sample.score):
+        frame = "framed pass" if sample.score >= PASS else "framed fail"
+    return {
+        "iteration": iteration,
+        "score": short(sample.score),
+        "columns": [column(step) for step in shown],
+        "few": len(few) + 1,
+        "width": f"{90 + 116 * (len(shown) + 1)}px",
+        "foreseen": sample.clean is not None,
+        "final": embedded(sample.final, "finished image", side=_SIDE, style=frame),
+        "note": f"{len(shown)} of {steps} steps shown." if steps > len(shown) else "",
+    }
 
 
-def _frame(score: float, *, judged: bool) -> str:
-    if math.isnan(score) or not judged:
-        return "framed"
-    return "framed pass" if score >= PASS else "framed fail"
-
-
-def _ramp(top: float, largest: float) -> Markup:
-    """The colour scale."""
-    uniform = 100 / top
-    end = f"{top:.1f}" + (f" and more (up to {largest:.1f})" if largest > top * 1.005 else "")
-    ticks = join(
-        (
-            h("span", "0", style="left: 0"),
-            h("span", "1 = uniform", style=f"left: {uniform:.1f}%"),
-            h("span", end, style="left: 100%"),
-        )
-    )
-    bar = h("div", h("i", style=f"left: {uniform:.1f}%"), cls="bar")
-    return h(
-        "div",
-        bar,
-        h("div", ticks, cls="ticks"),
-        cls="ramp",
-        role="img",
-        **{"aria-label": f"weight from 0 to {end}"},
-    )
-
-
-def _support(samples: Mapping[int, Sequence[MapSample]]) -> Markup:
+def _support(samples: Mapping[int, Sequence[MapSample]]) -> Mapping[str, str] | None:
     """How concentrated the maps are, per step."""
     steps = sorted(samples)
     series = []
@@ -188,19 +139,9 @@ def _support(samples: Mapping[int, Sequence[MapSample]]) -> Markup:
         if len({w.shape for w in group}) != 1 or group[0].shape[0] < 2:
             continue
         support = torch.nanmean(torch.stack([effective_support(w) for w in group]), dim=0).tolist()
-        series.append(Series(label=f"update {step}", x=range(len(support)), y=support, colour=i))
+        series.append(Series(label=f"iteration {step}", x=range(len(support)), y=support, colour=i))
     if not series:
-        return Markup("")
-    chart = line_chart(
-        series,
-        x_label="denoising step",
-        y_label="share of the image",
-        y_range=(0.0, 1.0),
-        height=240,
-        width=560,
+        return None
+    return two_sizes(
+        series, width=560, height=240, x_label="denoising step", y_label="share of the image", y_range=(0.0, 1.0)
     )
-    text = (
-        "How far a map spreads, averaged over all saved samples: (mean weight)² / mean weight². 1 is "
-        "uniform credit; 0.25 is as concentrated as equal weight on a quarter of the image."
-    )
-    return join((h("h3", "Spread of the maps"), h("p", text), h("div", Markup(chart), cls="card half")))

@@ -10,16 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import attrs
+from scipy.special import stdtrit
 
-from rlt2i.report.axes import signed
-from rlt2i.report.curves import Series, line_chart
+from rlt2i.report.charts import Series, line_chart
+from rlt2i.report.numbers import count, signed
 from rlt2i.report.rundir import Run, column, read_run
-
-_T_QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom."""
+from rlt2i.report.text import cell, visible
 
 
 @attrs.frozen(kw_only=True)
@@ -28,17 +24,17 @@ class Outcome:
 
     Attributes:
         arm, seed, run: which; `run` is the directory's name.
-        update: the update at which `final` was measured, common to all runs.
+        iteration: the one at which `final` was measured, common to all runs.
         base, final: the metric at the first and the last common evaluation.
         mean: the area under the curve between them, divided by its length.
-        objects: mean objects at `update`; nan when not logged.
-        completed: the update of the run's own last evaluation.
+        objects: mean objects at `iteration`; nan when not logged.
+        completed: the iteration of the run's own last evaluation.
     """
 
     arm: str
     seed: int
     run: str
-    update: int
+    iteration: int
     base: float
     final: float
     mean: float
@@ -75,7 +71,7 @@ class Difference:
     def interval(self) -> tuple[float, float]:
         """95 % by Student's t, which is wide for few seeds, as it should be."""
         n = len(self.values)
-        reach = self.standard_error * (_T_QUANTILES[min(n - 1, 30) - 1] if n > 1 else math.nan)
+        reach = self.standard_error * (float(stdtrit(n - 1, 0.975)) if n > 1 else math.nan)
         return self.mean - reach, self.mean + reach
 
     @property
@@ -120,7 +116,7 @@ class Comparison:
 def compare_runs(
     runs: Mapping[str, Sequence[Path]], out: Path, *, baseline: str = "uniform", metric: str = "eval/strict"
 ) -> Comparison:
-    """Compare arms at equal numbers of updates.
+    """Compare arms at equal numbers of iterations.
 
     Args:
         runs: arm -> run directories, one per seed. Seeds are read from the recipes, and paired between arms.
@@ -130,7 +126,7 @@ def compare_runs(
 
     Raises:
         ValueError: no such baseline, a run without this metric, two runs of an arm with one seed, or runs
-            that share fewer than two evaluated updates.
+            that share fewer than two evaluated iterations.
     """
     if baseline not in runs:
         raise ValueError(f"compare_runs(baseline={baseline!r}): not among the arms {sorted(runs)}. Name one of them.")
@@ -139,8 +135,8 @@ def compare_runs(
     common = sorted(set.intersection(*(set(points) for points in curves.values())))
     if len(common) < 2:
         raise ValueError(
-            f"compare_runs: the runs share {len(common)} updates at which {metric} was evaluated, at least "
-            "2 are needed. Evaluate all runs at the same updates."
+            f"compare_runs: the runs share {len(common)} iterations at which {metric} was evaluated, at least "
+            "2 are needed. Evaluate all runs at the same iterations."
         )
     outcomes = [
         _outcome(arm, seed, run, curves[arm, seed], common)
@@ -148,7 +144,7 @@ def compare_runs(
         for seed, run in sorted(seeds.items())
     ]
     differences = _differences(outcomes, baseline)
-    sentence = _sentence(outcomes, differences, baseline, metric, common[-1])
+    sentence = visible(_sentence(outcomes, differences, baseline, metric, common[-1]))
     out.mkdir(parents=True, exist_ok=True)
     made = Comparison(
         outcomes=outcomes,
@@ -160,7 +156,7 @@ def compare_runs(
     )
     made.csv.write_text(_csv(outcomes), encoding="utf-8")
     made.svg.write_text(_plot(curves, metric, common), encoding="utf-8")
-    made.text.write_text(_markdown(made, metric), encoding="utf-8")
+    made.text.write_text(visible(_markdown(made, metric)), encoding="utf-8")
     return made
 
 
@@ -195,7 +191,7 @@ def _outcome(arm: str, seed: int, run: Run, points: Mapping[int, float], common:
         arm=arm,
         seed=seed,
         run=run.path.name,
-        update=common[-1],
+        iteration=common[-1],
         base=points[common[0]],
         final=points[common[-1]],
         mean=area / (common[-1] - common[0]),
@@ -218,9 +214,9 @@ def _differences(outcomes: Sequence[Outcome], baseline: str) -> list[Difference]
 
 
 def _sentence(
-    outcomes: Sequence[Outcome], differences: Sequence[Difference], baseline: str, metric: str, update: int
+    outcomes: Sequence[Outcome], differences: Sequence[Difference], baseline: str, metric: str, iteration: int
 ) -> str:
-    lines = [f"{metric} at update {update}, the last that every run evaluated; differences are paired by seed."]
+    lines = [f"{metric} at iteration {iteration}, the last that every run evaluated; differences are paired by seed."]
     lines += [d.sentence(baseline) for d in differences]
     compared = {d.arm for d in differences}
     alone = [arm for arm in dict.fromkeys(o.arm for o in outcomes) if arm not in compared and arm != baseline]
@@ -236,9 +232,9 @@ def _sentence(
         lines.append(
             f"The oracle does not beat {baseline} here, so this benchmark, as run, cannot rank spatial credit."
         )
-    late = [o.run for o in outcomes if o.completed > update]
+    late = [o.run for o in outcomes if o.completed > iteration]
     if late:
-        lines.append(f"Not used: evaluations after update {update} of {', '.join(late)}.")
+        lines.append(f"Not used: evaluations after iteration {iteration} of {', '.join(late)}.")
     return "\n".join(lines)
 
 
@@ -249,7 +245,7 @@ def _csv(outcomes: Sequence[Outcome]) -> str:
     writer.writerow(names)
     for outcome in outcomes:
         values = [getattr(outcome, name) for name in names]
-        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
+        writer.writerow([f"{v:.6g}" if isinstance(v, float) else cell(v) for v in values])
     return buffer.getvalue()
 
 
@@ -269,8 +265,7 @@ def _plot(curves: Mapping[tuple[str, int], Mapping[int, float]], metric: str, co
     for i, arm in enumerate(arms):
         members = [points for (name, _), points in curves.items() if name == arm]
         means = [sum(points[x] for points in members) / len(members) for x in common]
-        seeds = f"{len(members)} seed" + ("s" if len(members) > 1 else "")
-        bold.append(Series(label=f"{arm} ({seeds})", x=common, y=means, colour=i))
+        bold.append(Series(label=f"{arm} ({count(len(members), 'seed')})", x=common, y=means, colour=i))
     return line_chart(
         [*thin, *bold],
         title="Mean over seeds (bold) and each seed (thin)",

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transform
 
-from rlt2i.report.palette import colour_map
-from rlt2i.report.pixels import check_images, drawable, enlarge, font, thumbnail, to_array
+from rlt2i.report.charts import QUIET, axes, figure, text
+from rlt2i.report.pictures import check_images, colour_map, enlarge, paste, rendered, thumbnail, tiled
 
-_INK, _QUIET, _PAPER = "#1d1d1f", "#6a6a70", "#ffffff"
 _SIDE, _GAP, _MARGIN, _NAME_WIDTH = 112, 6, 18, 92
-_LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 def scale_top(maps: Tensor) -> float:
@@ -28,46 +27,29 @@ def scale_top(maps: Tensor) -> float:
     The bound of 2 makes an almost uniform map look almost uniform; leaving out one per cent keeps a single
     attention sink from turning everything else dark.
     """
-    return max(2.0, float(torch.quantile(_sample(maps.detach().float().cpu().flatten()), 0.99)))
+    values = maps.detach().float().cpu().flatten()
+    values = values[:: -(-len(values) // 1_000_000)]  # torch.quantile refuses more than 16 million
+    return max(2.0, float(torch.quantile(values, 0.99)))
 
 
-def _sample(values: Tensor, limit: int = 1_000_000) -> Tensor:
-    """torch.quantile refuses more than 16 million values."""
-    return values[:: -(-len(values) // limit)]
-
-
-def overlay(image: Image.Image, weights: Tensor, *, top: float, alpha: float = 0.82) -> Image.Image:
+def overlay(image: Tensor, weights: Tensor, *, top: float, alpha: float = 0.82) -> Tensor:
     """Lay one map over one image.
 
     Args:
-        image: any size; its colours are dropped.
+        image: [3, H, W] uint8; its colours are dropped.
         weights: [h, w] >= 0; any grid, stretched over the image.
         top: the weight that gets the last colour.
         alpha: share of the map's colour; the rest is the grey image.
+
+    Returns:
+        [3, H, W] uint8.
     """
     if weights.ndim != 2:
         raise ValueError(f"overlay.weights: got shape {list(weights.shape)}, expected [h, w].")
-    grid = weights.detach().float().cpu().numpy()
-    colours = colour_map(grid / top)
-    height, width = image.height, image.width
-    rows = np.arange(height) * grid.shape[0] // height
-    columns = np.arange(width) * grid.shape[1] // width
-    colour = colours[rows][:, columns].astype(np.float64)
-    grey = (np.asarray(image.convert("RGB"), dtype=np.float64) @ _LUMINANCE)[..., None]
-    return Image.fromarray(np.rint(alpha * colour + (1 - alpha) * grey).astype(np.uint8))
-
-
-def effective_support(maps: Tensor) -> Tensor:
-    """The share of an image over which a map spreads: (mean w)^2 / mean w^2; 1/n is one cell of n.
-
-    Args:
-        maps: [..., h, w].
-
-    Returns:
-        [...] float32; nan where a map is all zero.
-    """
-    maps = maps.float()
-    return maps.mean(dim=(-2, -1)).square() / maps.square().mean(dim=(-2, -1))
+    colours = colour_map(weights.detach().float().cpu() / top)
+    colours = transform.resize(colours, list(image.shape[-2:]), InterpolationMode.NEAREST)
+    grey = transform.rgb_to_grayscale(image.cpu(), num_output_channels=3)
+    return (alpha * colours + (1 - alpha) * grey).round().to(torch.uint8)
 
 
 def draw_maps(
@@ -98,36 +80,27 @@ def draw_maps(
     top = scale_top(maps) if top is None else top
     shown = spread(steps, max_columns)
     predictions = len(images) > 1
-    cell = enlarge(Image.fromarray(to_array(images[0])), _SIDE).size
-    title_font, text_font = font(17), font(12)
-    head = _MARGIN + 32
-    rows = 2 if predictions else 1
-    grid_width = len(shown) * cell[0] + (len(shown) - 1) * _GAP
-    width = 2 * _MARGIN + _NAME_WIDTH + grid_width + (0 if predictions else cell[0] + 2 * _GAP)
-    canvas = Image.new("RGB", (max(width, 560), head + 36 + rows * (cell[1] + _GAP) + 52), _PAPER)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((_MARGIN, _MARGIN - 4), drawable(title), font=title_font, fill=_INK)
-    left = _MARGIN + _NAME_WIDTH
-    y = head + 36
-    if predictions:
-        draw.text((_MARGIN, y + cell[1] // 2 - 15), "clean\nprediction", font=text_font, fill=_QUIET, spacing=3)
-        draw.text((_MARGIN, y + cell[1] * 3 // 2 + _GAP - 7), "weight", font=text_font, fill=_QUIET)
-    else:
-        draw.text((_MARGIN, y + cell[1] // 2 - 7), "weight", font=text_font, fill=_QUIET)
-        draw.text((left, head + 18), "image", font=text_font, fill=_QUIET)
-        canvas.paste(enlarge(Image.fromarray(to_array(images[0])), _SIDE), (left, y))
-        left += cell[0] + 2 * _GAP
-    for column, step in enumerate(shown):
-        x = left + column * (cell[0] + _GAP)
-        picture = Image.fromarray(to_array(images[step if predictions else 0]))
-        large = enlarge(picture, _SIDE)
-        draw.text((x, head), drawable(f"step {step}"), font=text_font, fill=_INK)
-        draw.text((x, head + 18), drawable(f"σ {levels[step]:.2f}"), font=text_font, fill=_QUIET)
-        if predictions:
-            canvas.paste(large, (x, y))
-        canvas.paste(overlay(large, maps[min(step, len(maps) - 1)], top=top), (x, y + (rows - 1) * (cell[1] + _GAP)))
-    _draw_scale(canvas, _MARGIN + _NAME_WIDTH, canvas.height - 46, top, float(maps.max()))
-    return canvas
+    tiles = enlarge(images.cpu(), _SIDE)
+    upper = [tiles[step] for step in shown] if predictions else []
+    lower = [overlay(tiles[step if predictions else 0], maps[min(step, len(maps) - 1)], top=top) for step in shown]
+    strip = tiled([*upper, *lower], len(shown), _GAP)
+    tall, wide = tiles.shape[-2] + _GAP, tiles.shape[-1] + _GAP
+    left, head = _MARGIN + _NAME_WIDTH + (0 if predictions else wide + _GAP), _MARGIN + 62
+    with figure(max(left + strip.shape[-1] + _MARGIN, 560), head + strip.shape[-2] + 62) as canvas:
+        text(canvas, _MARGIN, _MARGIN + 14, title, fontsize=17)
+        names = ("clean\nprediction", "weight") if predictions else ("weight",)
+        for row, name in enumerate(names):
+            text(canvas, _MARGIN, head + (row + 0.5) * tall, name, color=QUIET, va="center")
+        if not predictions:
+            text(canvas, left - wide, head, "image", color=QUIET)
+            paste(canvas, tiles[0], left - wide, head + _GAP)
+        for column, step in enumerate(shown):
+            x = left + _GAP + column * wide
+            text(canvas, x, head - 18, f"step {step}")
+            text(canvas, x, head, f"σ {levels[step]:.2f}", color=QUIET)
+        paste(canvas, strip, left, head)
+        draw_scale(canvas, _MARGIN + _NAME_WIDTH + _GAP, head + strip.shape[-2] + 14, top, largest=float(maps.max()))
+        return rendered(canvas)
 
 
 def _num_steps(images: Tensor, maps: Tensor, num_levels: int) -> int:
@@ -151,26 +124,28 @@ def spread(count: int, limit: int) -> list[int]:
     return sorted({round(i * (count - 1) / (limit - 1)) for i in range(limit)}) if limit > 1 else [count - 1]
 
 
-def _draw_scale(canvas: Image.Image, x: int, y: int, top: float, largest: float) -> None:
+def scale_end(top: float, largest: float) -> str:
+    """What stands at the upper end of the colour scale."""
+    return f"{top:.1f}" if largest <= top * 1.005 else f"{top:.1f} and more (up to {largest:.1f})"
+
+
+def draw_scale(canvas: Figure, x: float, y: float, top: float, *, largest: float, width: int = 260) -> None:
     """The colour scale: 0, uniform, top."""
-    draw = ImageDraw.Draw(canvas)
-    width, height, face = 260, 12, font(12)
-    ramp: NDArray[np.uint8] = colour_map(np.linspace(0, 1, width)[None].repeat(height, axis=0))
-    canvas.paste(Image.fromarray(ramp), (x, y))
-    uniform = x + round(width / top)
-    draw.line([(uniform, y - 3), (uniform, y + height + 2)], fill=_INK, width=2)
-    draw.text((x, y + 16), "0", font=face, fill=_QUIET)
-    draw.text((uniform, y + 16), "1 = uniform", font=face, fill=_INK, anchor="ma")
-    end = f"{top:.1f}" if largest <= top * 1.005 else f"{top:.1f} and more (up to {largest:.1f})"
-    draw.text((x + width + 8, y - 2), drawable(end), font=face, fill=_QUIET)
+    canvas_width, canvas_height = canvas.get_size_inches() * 72
+    bar = axes(canvas, x, y, canvas_width - x - width, canvas_height - y - 12)
+    bar.imshow(torch.linspace(0, top, width)[None].numpy(), cmap="viridis", aspect="auto", extent=(0, top, 0, 1))
+    bar.axvline(1, color="black", linewidth=2)
+    bar.set_xticks([0, 1], ["0", "1 = uniform"])
+    bar.set_yticks([])
+    text(canvas, x + width + 8, y + 11, scale_end(top, largest), color=QUIET)
 
 
-def small_pair(image: Tensor, weights: Tensor, *, top: float, side: int = 128) -> tuple[Image.Image, Image.Image]:
+def small_pair(image: Tensor, weights: Tensor, *, top: float, side: int = 128) -> tuple[Tensor, Tensor]:
     """An image [3, H, W] and its overlay, small enough to put dozens of them into a page.
 
     The picture is enlarged only as far as the map's cells need it: a cell takes at least one pixel.
     """
-    picture = thumbnail(Image.fromarray(to_array(image)), side)
-    while min(picture.size) < max(weights.shape) and max(picture.size) * 2 <= 4 * side:
-        picture = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
+    picture = thumbnail(image.cpu(), side)
+    while min(picture.shape[-2:]) < max(weights.shape) and max(picture.shape[-2:]) * 2 <= 4 * side:
+        picture = picture.repeat_interleave(2, -2).repeat_interleave(2, -1)
     return picture, overlay(picture, weights, top=top)

@@ -6,32 +6,39 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.colors import to_hex
+
 from rlt2i.report import sections
 from rlt2i.report.atlas import atlas
+from rlt2i.report.charts import SERIES, SERIES_DARK
 from rlt2i.report.gallery import gallery
-from rlt2i.report.html import Markup, h, join, page
-from rlt2i.report.rundir import (
-    EvalImages,
-    MapSample,
-    Run,
-    UnreadableFileError,
-    open_images,
-    open_maps,
-    read_run,
-)
-from rlt2i.report.summary import headline, same_prompts
+from rlt2i.report.pictures import FAILURE, NEUTRAL, SUCCESS
+from rlt2i.report.rundir import EvalImages, MapSample, Run, UnreadableFileError, open_images, open_maps, read_run
+from rlt2i.report.summary import headline, parts, same_prompts
+from rlt2i.report.text import visible
 
 _CONTENTS = (
     ("curve", "Learning curve"),
+    ("categories", "By category"),
     ("images", "Before and after"),
     ("maps", "Allocation maps"),
-    ("categories", "By category"),
     ("training", "Training"),
     ("timing", "Time"),
+    ("use", "Use the result"),
     ("recipe", "Recipe"),
     ("versions", "Versions"),
     ("reproduce", "Reproduce"),
 )
+_COLOURS = {
+    "series": SERIES,
+    "dark": SERIES_DARK,
+    "success": SUCCESS,
+    "failure": FAILURE,
+    "neutral": NEUTRAL,
+    "ramp": [to_hex(matplotlib.colormaps["viridis"](i / 9)) for i in range(10)],
+}
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -57,30 +64,34 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 
 
 def render(run: Run) -> str:
-    """The report as text."""
+    """The report as text; the words are in templates/, the numbers and what is concluded from them come from here."""
     pair, image_problem = _image_pair(run)
     samples, map_problem = _map_samples(run)
     head = headline(run, pair if pair is not None and same_prompts(*pair) else None)
-    name = sections.shown_path(run)
-    links = join(h("a", title, href=f"#{anchor}") for anchor, title in _CONTENTS)
-    body: list[Markup] = [
-        sections.top(run, head),
-        h("nav", links, **{"aria-label": "Contents"}),
-        sections.curve(run, head),
-        gallery(pair, image_problem, name),
-        atlas(samples, map_problem, name),
-        sections.by_category(run, pair),
-        sections.training(run),
-        sections.timing(run),
-        sections.recipe(run),
-        h(
-            "footer",
-            "Written by ",
-            h("code", f"rlt2i report {name}"),
-            ". This page loads nothing from elsewhere.",
-        ),
-    ]
-    return page(f"{run.title}: rlt2i report", join(body))
+    environment = Environment(
+        loader=PackageLoader("rlt2i.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(
+        run=run,
+        name=sections.shown_path(run),
+        head=head,
+        parts=parts(run.recipe),
+        contents=_CONTENTS,
+        colours=_COLOURS,
+        curve=sections.curve(run, head),
+        categories=sections.by_category(run, pair),
+        gallery=gallery(pair, image_problem),
+        maps=atlas(samples, map_problem),
+        training=sections.training(run, head),
+        timing=sections.timing(run),
+        **sections.top(run, head),
+        **sections.ending(run),
+    )
 
 
 def _image_pair(run: Run) -> tuple[tuple[EvalImages, EvalImages] | None, str]:
@@ -95,7 +106,7 @@ def _image_pair(run: Run) -> tuple[tuple[EvalImages, EvalImages] | None, str]:
     if len(opened) >= 2:
         return (opened[0], opened[-1]), " ".join(problems)
     if opened:
-        found = f"Only the evaluation at update {opened[0].step} has saved its images; a comparison needs two."
+        found = f"Only the evaluation at iteration {opened[0].step} has saved its images; a comparison needs two."
         return None, " ".join([found, *problems])
     return None, " ".join(problems) or "This run has no images/eval-<step>.safetensors."
 

@@ -166,13 +166,14 @@ def has_pass_mark(scores: Sequence[float]) -> bool:
 
 @attrs.frozen(kw_only=True, eq=False)
 class EvalImages:
-    """The images of one evaluation, opened but not loaded."""
+    """The images of one evaluation, opened but not loaded; `reasons`: what the reward saw in each, "" where unknown."""
 
     path: Path
     step: int
     prompts: Sequence[str]
     scores: Sequence[float]
     categories: Sequence[str]
+    reasons: Sequence[str] = attrs.field(default=attrs.Factory(lambda self: [""] * len(self.prompts), takes_self=True))
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -1,33 +1,59 @@
-"""The sections of the report that are made of numbers and text."""
+"""The sections of the report that are made of numbers and text: what the templates say, in values."""
 
 from __future__ import annotations
 
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from rlt2i.report.axes import seconds, signed, two
-from rlt2i.report.curves import Series, line_chart
-from rlt2i.report.html import Markup, h, join, missing, section, table
+from rlt2i.report.charts import Series, line_chart
+from rlt2i.report.numbers import count, seconds, short, signed, two
 from rlt2i.report.rundir import EvalImages, Row, Run, column
-from rlt2i.report.summary import Headline, categories, metric_name, outcomes, parts
+from rlt2i.report.summary import Headline, categories, metric_name, outcomes
 
-_PLAIN = {
-    "reward": "Reward on training prompts",
-    "clip": "Share of ratios clipped",
-    "ratio": "Largest |ratio − 1|, first update of a batch",
+_TITLES = {
     "grad_norm": "Gradient norm",
-    "kl": "KL divergence to the base",
-    "map": "Allocation maps",
-    "objects": "Objects per image",
-    "loss": "Loss",
+    "loss/total": "Loss",
+    "clip/high": "Share of ratios clipped above",
+    "clip/low": "Share of ratios clipped below",
+    "kl/base": "Distance from the base",
+    "map/effective_support": "Spread of the maps",
+    "reward/spread": "Reward, spread within a group",
+    "diversity/vendi": "Diversity within a group (Vendi score)",
+    "diversity/cosine_distance": "Diversity within a group (cosine)",
+    "kl/reference": "Penalised distance from the reference",
+    "kl/old": "KL divergence from the old policy",
+    "kl/old_max": "KL divergence from the old policy, largest",
+    "kl/old_v": "Distance from the old policy's velocity",
+    "ratio/abs_minus_one_max": "Largest |ratio − 1|",
+    "ratio/abs_log": "Mean |log ratio|",
+    "map/entropy": "Entropy of the maps",
+    "map/max": "Largest weight of a map",
+    "time/entropy": "Entropy of the weights over steps",
+    "time/effective_support": "Spread of the weights over steps",
+    "time/max": "Largest weight of a step",
+    "informative": "Share of rollouts with an advantage",
+    "reward/tied_groups": "Share of tied groups",
+    "rewards/invalid": "Share of images without a score",
 }
+"""Plain names; the first ones that changed are shown first."""
+_FIRST = 6
+_ELSEWHERE = ("step", "reward/mean", "seconds/", "eval/", "health/")
+"""Metrics of a training row that other sections show."""
 
 
-def top(run: Run, head: Headline) -> Markup:
-    """Title, result, verdict, warnings, the most important numbers."""
-    chips = join(h("li", h("span", role), name) for role, name in parts(run.recipe))
+def two_sizes(series: Sequence[Series], *, width: int, height: int, **options: Any) -> Mapping[str, str]:
+    """A chart drawn for a desk and for a phone: shrinking the wide one would make its text unreadable."""
+    return {
+        "wide": line_chart(series, width=width, height=height, **options),
+        "narrow": line_chart(series, width=340, height=250, **options),
+    }
+
+
+def top(run: Run, head: Headline) -> Mapping[str, Any]:
+    """The result and the most important numbers."""
     last_step = max((row["step"] for row in (*run.train, *run.evals)), default=0)
     bounds = head.gain.bounds
     firm = bounds.replace(" ", "\u00a0")  # an interval does not break across lines
@@ -38,203 +64,188 @@ def top(run: Run, head: Headline) -> Markup:
             known = math.isfinite(head.gain.low)
             between = f"paired gain, 95 % interval {firm}" if known else "gain, no interval"
             tiles.append((signed(head.gain.value), between))
-    tiles.append((f"{int(last_step)}", "updates"))
-    spent = sum(_total(row) for row in run.train)
+    tiles.append((f"{int(last_step)}", count(last_step, "iteration").split()[1]))
+    spent = sum(sum(phases.values()) for phases in map(_phases, run.train))
     if spent:
         tiles.append((seconds(spent), "training time, without evaluations"))
-    body = [
-        h("p", "Report of an rlt2i run", cls="eyebrow"),
-        h("h1", run.title),
-        h("ul", chips, cls="parts") if chips else Markup(""),
-        h("p", head.sentence.replace(bounds, firm), cls="result", id="result"),
-        h("p", head.verdict, cls="quiet"),
-        *(h("p", text, cls="warning") for text in head.warnings),
-        h(
-            "div",
-            *(h("div", h("div", v, cls="value"), h("div", k, cls="label"), cls="tile") for v, k in tiles),
-            cls="tiles",
-        ),
-    ]
-    return h("header", *body)
+    return {"sentence": head.sentence.replace(bounds, firm), "tiles": tiles}
 
 
-def curve(run: Run, head: Headline) -> Markup:
-    """Held-out scores over the updates, and the training reward."""
-    if not run.evals and not run.train:
-        return section("curve", "Learning curve", missing("This run has no metrics.jsonl.", "rlt2i train RECIPE"))
-    body = []
+def curve(run: Run, head: Headline) -> Mapping[str, Any]:
+    """Held-out scores over the iterations, and the training reward."""
+    found: dict[str, Any] = {"held_out": None, "reward": None, "banded": False, "smoothed": False}
     if head.metric:
-        series = [_eval_series(run.evals, head.metric)]
+        series = [_eval_series(run.evals, f"eval/{head.metric}")]
         if head.metric == "strict" and any("eval/partial" in row for row in run.evals):
-            series.append(_eval_series(run.evals, "partial"))
-        shares = all(0 <= y <= 1 for s in series for y in s.y)
-        chart = line_chart(
+            series.append(_eval_series(run.evals, "eval/partial"))
+        found["banded"] = bool(series[0].low)
+        found["held_out"] = two_sizes(
             series,
             y_label=f"held-out {metric_name(head.metric)}" if len(series) == 1 else "held-out score",
-            reference=(head.before, f"at update {head.first}: {two(head.before)}"),
-            from_zero=shares,
+            reference=(head.before, f"at iteration {head.first}: {two(head.before)}"),
+            from_zero=all(0 <= y <= 1 for s in series for y in s.y),
             width=980,
             height=360,
         )
-        note = "Prompts that training never saw, the same noise at every evaluation."
-        if series[0].low:
-            note += (
-                " The band is the 95 % interval of each evaluation on its own; the paired interval of the gain "
-                "is narrower."
-            )
-        body += [_card(chart), h("p", note, cls="quiet small")]
-    else:
-        body.append(missing("No held-out evaluation was logged.", f"rlt2i eval {shown_path(run)}"))
     x, y = column(run.train, "reward/mean")
     if x:
-        chart = line_chart(
-            [Series(label="mean of a batch", x=x, y=y, faint=len(x) > 20), *_smoothed(x, y)],
-            y_label="reward on training prompts",
-            width=980,
-            height=260,
+        batches = Series(label="mean of a batch", x=x, y=y, faint=len(x) > 20)
+        found["smoothed"] = batches.faint
+        found["reward"] = two_sizes(
+            [batches, *_smoothed(x, y)], y_label="reward on training prompts", width=980, height=260
         )
-        text = "Thin: each batch. Bold: running mean." if len(x) > 20 else ""
-        body += [_card(chart), h("p", text, cls="quiet small")]
-    return section("curve", "Learning curve", *body)
+    return found
 
 
-def by_category(run: Run, pair: tuple[EvalImages, EvalImages] | None) -> Markup:
+def by_category(run: Run, pair: tuple[EvalImages, EvalImages] | None) -> Mapping[str, Any]:
     """Scores per category, first and last evaluation."""
-    names = categories(run.evals)
-    if not names:
-        text = "No metric eval/<category> was logged."
-        return section("categories", "By category", missing(text, f"rlt2i eval {shown_path(run)}"))
     rows = []
-    for name in names:
+    for name in categories(run.evals):
         _, values = column(run.evals, f"eval/{name}")
         before, after = values[0], values[-1]
-        row: list[str] = [name, two(before), two(after), signed(after - before), _dumbbell(before, after)]
+        row = {
+            "name": name,
+            "before": before,
+            "after": after,
+            "before_text": two(before),
+            "after_text": two(after),
+            "change": signed(after - before),
+            "is_share": 0 <= before <= 1 and 0 <= after <= 1,
+        }
         if pair is not None:
             members = [i for i, c in enumerate(pair[1].categories) if c == name and i < len(pair[0])]
             counts = outcomes(*pair, members)
-            row[1:1] = [str(len(members))] if members else ["–"]
-            row += [f"{counts.fixed}", f"{counts.broken}"] if counts.total else ["–", "–"]
+            row["images"] = str(len(members)) if members else "–"
+            row["fixed"], row["broken"] = (counts.fixed, counts.broken) if counts.total else ("–", "–")
         rows.append(row)
-    head = ["category", "before", "after", "change", "0 to 1: before ○, after ●"]
-    numeric = [1, 2, 3]
-    if pair is not None:
-        head[1:1] = ["images"]
-        head += ["fixed", "broken"]
-        numeric = [1, 2, 3, 4, 6, 7]
-    note = (
-        "First and last evaluation. A category holds few images, so small changes within one are noise: "
-        "with n images the standard error of a share is about 0.5 / √n."
-    )
-    return section("categories", "By category", h("p", note), table(head, rows, numeric=numeric))
+    return {"rows": rows, "counted": pair is not None}
 
 
-def _dumbbell(before: float, after: float) -> Markup:
-    if not (0 <= before <= 1 and 0 <= after <= 1):
-        return Markup("")
-    a, b = 8 + 184 * before, 8 + 184 * after
-    return Markup(
-        '<svg class="chart" viewBox="0 0 200 16" width="200" height="16" style="width:200px" role="img" '
-        f'aria-label="from {before:.2f} to {after:.2f}">'
-        '<line class="grid" x1="8" x2="192" y1="8" y2="8" stroke="#e3e3e8" stroke-width="2"/>'
-        f'<line class="s0" x1="{a:.1f}" x2="{b:.1f}" y1="8" y2="8" stroke="#0072B2" stroke-width="3"/>'
-        f'<circle class="s0" cx="{a:.1f}" cy="8" r="4.5" fill="var(--paper)" stroke="#0072B2" '
-        'stroke-width="2"/>'
-        f'<circle class="f0" cx="{b:.1f}" cy="8" r="5.5" fill="#0072B2"/></svg>'
-    )
-
-
-def training(run: Run) -> Markup:
-    """All that was logged at each update, as small multiples; metrics of one prefix and size share a chart."""
-    if not run.train:
-        return section("training", "Training", missing("No training update was logged.", "rlt2i train RECIPE"))
-    groups: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for row in run.train for key in row):
-        prefix = key.split("/")[0]
-        if key != "step" and prefix != "seconds":
-            groups.setdefault(prefix, []).append(key)
-    charts = []
-    for prefix, keys in groups.items():
-        for bundle in _same_scale(run.train, keys):
-            lines = [
-                Series(label=k.removeprefix(f"{prefix}/"), x=x, y=y) for k in bundle for x, y in [column(run.train, k)]
-            ]
-            name = _PLAIN.get(prefix, prefix.replace("_", " "))
-            if len(bundle) == 1 and "/" in bundle[0] and prefix not in ("ratio", "kl"):
-                name = f"{name}: {lines[0].label.replace('_', ' ')}"
-            charts.append(h("div", Markup(line_chart(lines, title=name, width=340, height=220)), cls="card"))
-    return section("training", "Training", h("div", *charts, cls="charts"))
-
-
-def _same_scale(rows: Sequence[Row], keys: Sequence[str]) -> list[list[str]]:
-    """Keys that can share an axis: their largest values lie within a factor of 4."""
-    bundles: list[tuple[float, list[str]]] = []
-    for key in keys:
-        size = max((abs(v) for v in column(rows, key)[1] if math.isfinite(v)), default=0.0)
-        for i, (other, members) in enumerate(bundles):
-            if len(members) < 4 and max(size, other) <= 4 * min(size, other):
-                bundles[i] = (max(size, other), [*members, key])
-                break
-        else:
-            bundles.append((size, [key]))
-    return [members for _, members in bundles]
-
-
-def timing(run: Run) -> Markup:
-    """Where the time went."""
-    keys = list(dict.fromkeys(k for row in run.train for k in row if k.startswith("seconds/") and k != "seconds/total"))
-    if not keys:
-        return section("timing", "Time", missing("No seconds/<phase> was logged.", "rlt2i train RECIPE"))
-    totals = {key.removeprefix("seconds/"): [v for v in column(run.train, key)[1] if math.isfinite(v)] for key in keys}
-    whole = sum(map(sum, totals.values())) or 1.0
-    bar = join(
-        h("span", cls=f"fill{i % 6}", style=f"flex: {sum(v) / whole:.4f}") for i, v in enumerate(totals.values())
-    )
-    rows = [
-        [
-            join((h("i", cls=f"fill{i % 6}"), name)),
-            seconds(sum(values)),
-            f"{100 * sum(values) / whole:.0f} %",
-            seconds(sum(values) / max(1, len(values))),
-            seconds(sorted(values)[len(values) // 2]) if values else "–",
-        ]
-        for i, (name, values) in enumerate(totals.items())
+def training(run: Run, head: Headline) -> Mapping[str, Any]:
+    """All that was logged, one metric a panel with its band; what never changed is text."""
+    keys = _metrics(run.train, _ELSEWHERE)
+    judged = (f"eval/{head.metric}", "eval/images", *(f"eval/{name}" for name in categories(run.evals)), "seconds/")
+    held_out = [key for key in _metrics(run.evals, ("step",)) if not key.startswith("seconds/") and key not in judged]
+    order = {key: place for place, key in enumerate(_TITLES)}
+    keys.sort(key=lambda key: order.get(key, len(order)))
+    changing = [key for key in keys if not _constant(run.train, key)]
+    moving = [key for key in held_out if not _constant(run.evals, key)]
+    more = [
+        ("More metrics of training", [_panel(run.train, key) for key in changing[_FIRST:]]),
+        ("Other metrics of the evaluations", [_panel(run.evals, key) for key in moving]),
     ]
-    each = seconds(whole / len(run.train))
-    text = f"{seconds(whole)} in {len(run.train)} updates, {each} each. Evaluations are not counted."
-    grid = table(["phase", "total", "share", "mean per update", "median"], rows, numeric=[1, 2, 3, 4])
-    return section("timing", "Time", h("p", text), h("div", bar, cls="stack"), h("div", grid, cls="key-table"))
+    still = [(run.train, key) for key in keys if key not in changing]
+    still += [(run.evals, key) for key in held_out if key not in moving]
+    return {
+        "panels": [_panel(run.train, key) for key in changing[:_FIRST]],
+        "more": [(title, panels) for title, panels in more if panels],
+        "constants": [(key, short(column(rows, key)[1][-1])) for rows, key in still],
+    }
 
 
-def recipe(run: Run) -> Markup:
-    """The resolved recipe, versions, and the commands that do it again."""
-    where = shown_path(run)
-    if run.recipe_text:
-        text = h("pre", h("code", run.recipe_text))
-    else:
-        text = missing("This run has no recipe.yaml.", "rlt2i train RECIPE")
-    blocks = [section("recipe", "Resolved recipe", text)]
-    if run.versions:
-        rows = [[h("code", k), v] for k, v in _flat(run.versions) if k != "command"]
-        blocks.append(section("versions", "Versions", table(["what", "which"], rows)))
-    else:
-        blocks.append(section("versions", "Versions", missing("This run has no versions.json.", "rlt2i train RECIPE")))
-    lines = [f"rlt2i train {where}/recipe.yaml", f"rlt2i report {where}"]
+def _metrics(rows: Sequence[Row], elsewhere: tuple[str, ...]) -> list[str]:
+    """Metrics with a panel of their own: neither the bounds of another one nor its values at single steps."""
+    keys = dict.fromkeys(key for row in rows for key in row if not key.startswith(elsewhere))
+    bounds = {f"{key}_{side}" for key in keys for side in ("low", "high")}
+    return [key for key in keys if key not in bounds and not ("@" in key and key.partition("@")[0] in keys)]
+
+
+def _variants(rows: Sequence[Row], key: str) -> list[str]:
+    return [other for other in dict.fromkeys(k for row in rows for k in row) if other.startswith(f"{key}@")]
+
+
+def _constant(rows: Sequence[Row], key: str) -> bool:
+    """Whether a metric and its values at single steps stay the same up to rounding."""
+    for name in (key, *_variants(rows, key)):
+        values = [v for v in column(rows, name)[1] if math.isfinite(v)]
+        if values and max(values) - min(values) > 1e-6 * max(map(abs, values)):
+            return False
+    return True
+
+
+def _panel(rows: Sequence[Row], key: str) -> str:
+    variants = _variants(rows, key)
+    lines = [_line(rows, name, faint=True) for name in variants] + [_eval_series(rows, key)]
+    title = _TITLES.get(key, key.removeprefix("eval/").replace("_", " ").replace("/", ": ").capitalize())
+    note = f"{key}; thin: single steps" if variants else key
+    return line_chart(lines, title=title, y_label=note, width=340, height=220)
+
+
+def timing(run: Run) -> Mapping[str, Any]:
+    """Where the time went."""
+    totals: dict[str, list[float]] = {}
+    for row in run.train:
+        for phase, spent in _phases(row).items():
+            totals.setdefault(phase, []).append(spent)
+    whole = sum(map(sum, totals.values())) or 1.0
+    rows = [
+        {
+            "phase": phase,
+            "share": f"{sum(values) / whole:.4f}",
+            "cells": [
+                seconds(sum(values)),
+                f"{100 * sum(values) / whole:.0f} %",
+                seconds(sum(values) / len(values)),
+                seconds(sorted(values)[len(values) // 2]),
+            ],
+        }
+        for phase, values in totals.items()
+    ]
+    judging = sum(v for v in column(run.evals, "seconds/eval")[1] if math.isfinite(v))
+    done = f"{seconds(whole)} in {count(len(run.train), 'iteration')}, {seconds(whole / max(1, len(run.train)))} each."
+    rest = f"{count(len(run.evals), 'evaluation')} took another {seconds(judging)}." if judging else ""
+    return {"rows": rows, "sentence": f"{done} {rest or 'Evaluations are not counted.'}"}
+
+
+def _phases(row: Row) -> dict[str, float]:
+    """Seconds of an iteration by phase; an evaluation that fell on it is no part of training."""
+    return {
+        key.removeprefix("seconds/"): value
+        for key, value in row.items()
+        if key.startswith("seconds/") and key not in ("seconds/total", "seconds/eval") and math.isfinite(value)
+    }
+
+
+def ending(run: Run) -> Mapping[str, Any]:
+    """How to use and to repeat the run."""
     command = run.versions.get("command")
     if isinstance(command, list):
         command = shlex.join(str(word) for word in command)
-    note = []
-    if isinstance(command, str) and command:
-        note.append(h("p", "This run was started with ", h("code", command), "."))
-    if run.checkpoints:
-        many = "checkpoint" if len(run.checkpoints) == 1 else "checkpoints"
-        last = run.checkpoints[-1]
-        note.append(h("p", f"{len(run.checkpoints)} {many} on disk, the last is ", h("code", last), "."))
-    if run.recipe_text:
-        again = [h("p", "The resolved recipe can be run again:"), h("pre", h("code", "\n".join(lines)))]
+    return {
+        "use": _use(run),
+        "versions": [(key, value) for key, value in _flat(run.versions) if key != "command"],
+        "command": command if isinstance(command, str) else "",
+        "checkpoints": count(len(run.checkpoints), "checkpoint"),
+    }
+
+
+def _use(run: Run) -> Mapping[str, str] | None:
+    """How to draw with the run, and how to load the newest export, whichever of the three forms it has."""
+    folder = run.path / "checkpoints" if (run.path / "checkpoints").is_dir() else run.path
+    exports = [folder / name / "export" for name in run.checkpoints if any((folder / name / "export").glob("*"))]
+    if not exports:
+        return None
+    shown = Path(shlex.split(shown_path(run))[0]) / exports[-1].relative_to(run.path)
+    export = shown.as_posix()
+    policy = run.recipe.get("policy")
+    base = policy.get("path", "BASE MODEL") if isinstance(policy, dict) else "BASE MODEL"
+    if (exports[-1] / "model_index.json").is_file():
+        load = f'pipeline = DiffusionPipeline.from_pretrained("{export}")'
+    elif list(exports[-1].glob("*.safetensors")):
+        load = f'pipeline = DiffusionPipeline.from_pretrained("{base}")\npipeline.load_lora_weights("{export}")'
     else:
-        again = [h("p", "Without recipe.yaml this run cannot be repeated exactly.", cls="missing")]
-    blocks.append(section("reproduce", "How to reproduce", *note, *again))
-    return join(blocks)
+        network = next(p.name for p in sorted(exports[-1].iterdir()) if p.is_dir())
+        load = (
+            f'{network} = AutoModel.from_pretrained("{export}", subfolder="{network}")\n'
+            f'pipeline = DiffusionPipeline.from_pretrained("{base}", {network}={network})'
+        )
+    names = "AutoModel, DiffusionPipeline" if "AutoModel" in load else "DiffusionPipeline"
+    card = exports[-1] / "README.md"
+    return {
+        "sample": f'rlt2i sample {shown_path(run)} --prompt "..."',
+        "code": f"from diffusers import {names}\n\n{load}",
+        "card": f"{export}/{card.name}" if card.is_file() else "",
+    }
 
 
 def shown_path(run: Run) -> str:
@@ -242,11 +253,18 @@ def shown_path(run: Run) -> str:
     return shlex.quote(run.path.name if run.path.is_absolute() else run.path.as_posix())
 
 
-def _eval_series(rows: Sequence[Row], metric: str) -> Series:
-    x, y = column(rows, f"eval/{metric}")
-    low, high = column(rows, f"eval/{metric}_low")[1], column(rows, f"eval/{metric}_high")[1]
+def _line(rows: Sequence[Row], key: str, *, faint: bool = False) -> Series:
+    x, y = column(rows, key)
+    return Series(label=key, x=x, y=y, faint=faint, colour=0)
+
+
+def _eval_series(rows: Sequence[Row], key: str) -> Series:
+    """A metric with its band, where both bounds were logged with it."""
+    x, y = column(rows, key)
+    low, high = column(rows, f"{key}_low")[1], column(rows, f"{key}_high")[1]
     complete = len(low) == len(high) == len(y)
-    return Series(label=metric_name(metric), x=x, y=y, low=low if complete else (), high=high if complete else ())
+    label = metric_name(key.removeprefix("eval/"))
+    return Series(label=label, x=x, y=y, low=low if complete else (), high=high if complete else ())
 
 
 def _smoothed(x: Sequence[float], y: Sequence[float]) -> list[Series]:
@@ -261,11 +279,6 @@ def _smoothed(x: Sequence[float], y: Sequence[float]) -> list[Series]:
     return [Series(label="running mean", x=x, y=means, colour=0)]
 
 
-def _total(row: Row) -> float:
-    spent = [v for k, v in row.items() if k.startswith("seconds/") and k != "seconds/total" and math.isfinite(v)]
-    return sum(spent)
-
-
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, value in mapping.items():
@@ -274,7 +287,3 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
         else:
             rows.append((f"{prefix}{key}", str(value)))
     return rows
-
-
-def _card(svg: str) -> Markup:
-    return h("div", Markup(svg), cls="card wide scroll-x")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
-from rlt2i.report.axes import short, signed, two
+from rlt2i.report.numbers import count, short, signed, two
 from rlt2i.report.rundir import PASS, EvalImages, Row, Run, has_pass_mark
 
 _PRIMARY = ("strict", "partial", "reward")
@@ -66,7 +66,7 @@ class Headline:
         warnings: what a reader must know before believing it.
         metric: key of the main metric without its prefix, or "".
         before, after, gain: its values; nan when there are none.
-        first, last: the updates they were measured at.
+        first, last: the iterations they were measured at.
     """
 
     sentence: str
@@ -112,7 +112,7 @@ def headline(run: Run, images: tuple[EvalImages, EvalImages] | None) -> Headline
     before, after = first[f"eval/{metric}"], last[f"eval/{metric}"]
     if len(rows) == 1:
         return Headline(
-            sentence=f"Held-out {metric_name(metric)} {short(before)} at update {int(first['step'])}.",
+            sentence=f"Held-out {metric_name(metric)} {short(before)} at iteration {int(first['step'])}.",
             verdict="There is one evaluation only, so nothing can be said about a change.",
             warnings=_warnings(run, first),
             metric=metric,
@@ -122,8 +122,8 @@ def headline(run: Run, images: tuple[EvalImages, EvalImages] | None) -> Headline
             last=int(first["step"]),
         )
     gain = paired_gain(metric, last, before, after, images)
-    updates = int(last["step"] - first["step"])
-    parts = [f"Held-out {metric_name(metric)} {two(before)} → {two(after)} over {updates} updates"]
+    iterations = int(last["step"] - first["step"])
+    parts = [f"Held-out {metric_name(metric)} {two(before)} → {two(after)} over {count(iterations, 'iteration')}"]
     parts.append(f"paired gain {gain.text}" if not math.isnan(gain.low) else f"gain {gain.text}")
     parts += _count(last, images)
     if "eval/objects" in last:
@@ -227,19 +227,17 @@ def _part(value: object) -> str:
     if isinstance(value, list):
         return " × ".join(name for name in map(_part, value) if name)
     if isinstance(value, dict):
-        for key in ("type", "name", "part", "class", "kind", "use"):
-            if isinstance(value.get(key), str):
-                return value[key]
         if "product" in value:
             return _part(value["product"])
-        if {"advantage", "allocations"} <= set(value):
-            return _part([value["advantage"], *_as_list(value["allocations"])])
+        if "advantage" in value:  # a composition reads as what it is composed of
+            factors = [_part(value[key]) for key in ("advantage", "allocations", "masks") if value.get(key)]
+            return " × ".join(name for name in factors if name)
+        for key in ("type", "name", "part", "class", "kind", "use"):
+            if isinstance(value.get(key), str):
+                inner = _part(value.get("allocation"))
+                return f"{value[key]}({inner})" if inner else str(value[key])
         return str(next(iter(value))) if len(value) == 1 else ""
     return ""
-
-
-def _as_list(value: object) -> list[object]:
-    return value if isinstance(value, list) else [value]
 
 
 def _without_evaluation(run: Run) -> Headline:
@@ -250,7 +248,7 @@ def _without_evaluation(run: Run) -> Headline:
     start = sum(row["reward/mean"] for row in rows[:tenth]) / tenth
     end = sum(row["reward/mean"] for row in rows[-tenth:]) / tenth
     return Headline(
-        sentence=f"Training reward {short(start)} → {short(end)} over {len(rows)} updates.",
+        sentence=f"Training reward {short(start)} → {short(end)} over {count(len(rows), 'iteration')}.",
         verdict="This is the reward on training prompts; no held-out evaluation was logged.",
     )
 
@@ -259,8 +257,8 @@ def _count(last: Row, images: tuple[EvalImages, EvalImages] | None) -> list[str]
     """How many images were scored; the saved ones may be fewer, so they are called so."""
     for key in ("eval/images", "eval/count"):
         if key in last:
-            return [f"{int(last[key])} images"]
-    return [f"{len(images[1])} saved images"] if images else []
+            return [count(last[key], "image")]
+    return [count(len(images[1]), "saved image")] if images else []
 
 
 def _warnings(run: Run, last: Row) -> list[str]:
@@ -278,4 +276,6 @@ def _warnings(run: Run, last: Row) -> list[str]:
 def _late_base(first: int) -> list[str]:
     if first == 0:
         return []
-    return [f"The first evaluation is of update {first}, not of the base model; the change before it is not counted."]
+    return [
+        f"The first evaluation is of iteration {first}, not of the base model; the change before it is not counted."
+    ]

@@ -9,6 +9,7 @@ import pytest
 
 from rlt2i.report import compare_runs
 from rlt2i.report.compare import Difference
+from rlt2i.report.text import cell
 
 
 @pytest.fixture
@@ -63,7 +64,8 @@ def test_a_comparison(arms, tmp_path):
     assert "cannot rank spatial credit" in made.sentence
     assert "6 comparisons were made" in made.sentence
     root = ET.fromstring(made.svg.read_text(encoding="utf-8"))
-    assert len([n for n in root.iter() if n.tag.endswith("polyline")]) == 12 + 4
+    words = {n.text for n in root.iter() if n.tag.endswith("}text")}
+    assert {f"{arm} (3 seeds)" for arm in runs} <= words
     text = made.text.read_text(encoding="utf-8")
     assert "| uniform | 3 | 0.470 | 0.570 |" in text
     assert "not distinguishable" in text
@@ -83,8 +85,8 @@ def test_area_under_the_curve_by_hand(tmp_path):
 def test_runs_are_compared_where_all_were_evaluated(arms, tmp_path):
     runs = arms(uniform=[0.1, 0.1]) | arms(star=[0.2, 0.2], updates=18)
     made = compare_runs(runs, tmp_path / "out")
-    assert {o.update for o in made.outcomes} == {18}
-    assert "Not used: evaluations after update 18 of uniform-0, uniform-1." in made.sentence
+    assert {o.iteration for o in made.outcomes} == {18}
+    assert "Not used: evaluations after iteration 18 of uniform-0, uniform-1." in made.sentence
 
 
 def test_seeds_that_nobody_shares(arms, make_run, tmp_path):
@@ -92,6 +94,22 @@ def test_seeds_that_nobody_shares(arms, make_run, tmp_path):
     runs["star"] = [make_run("star-9", seed=9, images=False, maps=False)]
     sentence = compare_runs(runs, tmp_path / "out").sentence
     assert "No seed in common with uniform, hence no comparison: star." in sentence
+
+
+def test_names_that_a_spreadsheet_would_run_are_text(arms, tmp_path):
+    runs = {"=1+1": arms(a=[0.1])["a"], "@x": arms(b=[0.2])["b"]}
+    made = compare_runs(runs, tmp_path / "out", baseline="=1+1")
+    rows = list(csv.DictReader(made.csv.open(encoding="utf-8")))
+    assert [row["arm"] for row in rows] == ["'=1+1", "'@x"]
+    assert [cell(v) for v in (-0.5, "-0.5", "star", "+x")] == [-0.5, "'-0.5", "star", "'+x"]
+
+
+def test_an_arm_cannot_turn_the_sentence_round(arms, tmp_path):
+    runs = {"uniform": arms(a=[0.1])["a"], "s\u202etar": arms(b=[0.2])["b"]}
+    made = compare_runs(runs, tmp_path / "out")
+    written = made.sentence + made.text.read_text(encoding="utf-8") + made.svg.read_text(encoding="utf-8")
+    assert "s\\u202etar" in written
+    assert "\u202e" not in written
 
 
 def test_refusals(arms, make_run, tmp_path):
@@ -102,7 +120,7 @@ def test_refusals(arms, make_run, tmp_path):
         compare_runs(runs, tmp_path, metric="eval/nothing")
     with pytest.raises(ValueError, match="a seed counts once"):
         compare_runs({"uniform": [*runs["uniform"], make_run("again", images=False, maps=False)]}, tmp_path)
-    with pytest.raises(ValueError, match="share 1 updates"):
+    with pytest.raises(ValueError, match="share 1 iterations"):
         compare_runs(runs | {"star": [make_run("other", updates=20, every=20, images=False, maps=False)]}, tmp_path)
     with pytest.raises(ValueError, match="has no run"):
         compare_runs({"uniform": []}, tmp_path)

@@ -1,14 +1,17 @@
 """Grids and maps: the right pixels in the right colours."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from rlt2i.report import draw_maps, image_grid
-from rlt2i.report.maps import effective_support, overlay, scale_top, spread
-from rlt2i.report.palette import FAILURE, SERIES, SUCCESS, colour_map, rgb
-from rlt2i.report.pixels import drawable, enlarge, thumbnail, wrap
+from rlt2i.report.charts import SERIES
+from rlt2i.report.maps import overlay, scale_top, spread
+from rlt2i.report.pictures import FAILURE, SUCCESS, colour_map, data_uri, enlarge, rgb, thumbnail, wrapped
 
 
 def luminance(colour: np.ndarray) -> np.ndarray:
@@ -21,10 +24,10 @@ def colours(image: Image.Image) -> set[tuple[int, ...]]:
 
 
 def test_the_colour_map_gets_lighter_all_the_way():
-    ramp = luminance(colour_map(np.linspace(0, 1, 256)).astype(np.float64))
+    ramp = luminance(colour_map(torch.linspace(0, 1, 256)).T.numpy().astype(np.float64))
     assert np.all(np.diff(ramp) > -1e-3)
     assert ramp[-1] - ramp[0] > 0.6
-    assert colour_map(np.array([0.0, 1.0, 9.0, np.nan])).tolist() == [
+    assert colour_map(torch.tensor([0.0, 1.0, 9.0, torch.nan])).T.tolist() == [
         list(rgb("#440154")), list(rgb("#FDE725")), list(rgb("#FDE725")), list(rgb("#440154"))
     ]  # fmt: skip
 
@@ -36,13 +39,22 @@ def test_every_line_colour_stands_out_on_white():
 
 
 def test_tiny_images_grow_by_whole_factors():
-    tiny = Image.fromarray(np.arange(27, dtype=np.uint8).reshape(3, 3, 3))
+    tiny = torch.arange(27, dtype=torch.uint8).view(3, 3, 3)
     large = enlarge(tiny, 10)
-    assert large.size == (9, 9)
-    assert np.array_equal(np.asarray(large)[::3, ::3], np.asarray(tiny))
-    assert colours(large) == colours(tiny)  # nothing is blended
-    assert enlarge(Image.new("RGB", (512, 256)), 128).size == (128, 64)
+    assert large.shape == (3, 9, 9)
+    assert torch.equal(large[:, ::3, ::3], tiny)
+    assert set(large.flatten().tolist()) == set(tiny.flatten().tolist())  # nothing is blended
+    assert enlarge(torch.zeros(3, 256, 512, dtype=torch.uint8), 128).shape == (3, 64, 128)
     assert thumbnail(tiny, 10) is tiny
+
+
+def test_bytes_in_a_page_give_the_image_back():
+    tiny = torch.randint(0, 255, (3, 24, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    kind, _, data = data_uri(tiny).partition(",")
+    assert kind == "data:image/png;base64"
+    back = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert np.array_equal(back, tiny.permute(1, 2, 0).numpy())
+    assert data_uri(torch.zeros(3, 200, 200, dtype=torch.uint8)).startswith("data:image/jpeg;base64,")
 
 
 def test_grid_borders_say_who_passed():
@@ -75,44 +87,38 @@ def test_grid_refuses(images, options, message):
 
 
 def test_long_captions_are_cut_and_odd_ones_survive():
-    from PIL import ImageDraw
-
-    from rlt2i.report.pixels import font
-
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    lines = wrap(draw, "a very long prompt " * 20, font(12), 100, 3)
-    assert len(lines) == 3
-    assert lines[-1].endswith("...")
-    assert all(draw.textlength(line, font=font(12)) <= 100 for line in lines)
-    assert wrap(draw, "x" * 500, font(12), 100, 3)[0].endswith("...")
-    assert wrap(draw, "", font(12), 100, 3) == []
-    assert "\n" not in drawable("two\nlines σ")
+    cut = wrapped("a very long prompt " * 20, 100, 3)
+    assert cut.count("\n") == 2
+    assert cut.endswith("…")
+    assert wrapped("x" * 500, 100, 3).endswith("…")
+    assert wrapped("", 100, 3) == ""
+    assert wrapped("two\nlines σ", 400, 3) == "two lines σ"
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    assert image_grid(images, captions=["日本 $x$", ""]).size == image_grid(images, captions=["a", "b"]).size
 
 
 def test_overlay_by_hand():
     # Black image, two cells: weights 0 and 2 of top 2 give the ends of the scale, at 80 % of their brightness.
-    black = Image.new("RGB", (4, 2))
-    over = np.asarray(overlay(black, torch.tensor([[0.0, 2.0]]), top=2.0, alpha=0.8))
+    black = torch.zeros(3, 2, 4, dtype=torch.uint8)
+    over = overlay(black, torch.tensor([[0.0, 2.0]]), top=2.0, alpha=0.8)
     low, high = (np.rint(0.8 * np.array(rgb(c))).astype(int).tolist() for c in ("#440154", "#FDE725"))
-    assert over[:, :2].reshape(-1, 3).tolist() == [low] * 4
-    assert over[:, 2:].reshape(-1, 3).tolist() == [high] * 4
+    assert over[:, :, :2].flatten(1).T.tolist() == [low] * 4
+    assert over[:, :, 2:].flatten(1).T.tolist() == [high] * 4
 
 
 def test_overlay_drops_the_colour_of_the_image():
-    flat = torch.ones(3, 3)
-    red, grey = Image.new("RGB", (6, 6), (255, 0, 0)), Image.new("RGB", (6, 6), (76, 76, 76))
-    assert np.abs(np.asarray(overlay(red, flat, top=2)).astype(int) - np.asarray(overlay(grey, flat, top=2))).max() <= 1
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 6, 6)
+    grey = torch.full((3, 6, 6), 76, dtype=torch.uint8)
+    one, other = (overlay(image, torch.ones(3, 3), top=2).int() for image in (red, grey))
+    assert (one - other).abs().max() <= 1
 
 
-def test_scale_and_support_by_hand():
+def test_scale_by_hand():
     assert scale_top(torch.ones(10, 4, 4)) == 2.0  # a uniform map looks uniform
     assert scale_top(torch.full((10, 4, 4), 3.0)) == 3.0
     sink = torch.ones(1, 20, 20)
     sink[0, 0, 0] = 100
     assert scale_top(sink) == 2.0  # one attention sink does not darken the rest
-    quarter = torch.zeros(2, 2)
-    quarter[0, 0] = 4
-    torch.testing.assert_close(effective_support(torch.stack([quarter, torch.ones(2, 2)])), torch.tensor([0.25, 1.0]))
 
 
 def test_spread_keeps_both_ends():

@@ -12,11 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rlt2i.report import write_report
-from rlt2i.report.html import h, marked
 from rlt2i.report.rundir import EvalImages, has_pass_mark, open_images, open_maps, read_run
+from rlt2i.report.sections import training
 from rlt2i.report.summary import headline, outcomes, paired_gain, parts
+from rlt2i.report.text import marked, visible
 
-SECTIONS = ("curve", "images", "maps", "categories", "training", "timing", "recipe", "versions", "reproduce")
+SECTIONS = (
+    "curve", "categories", "images", "maps", "training", "timing", "use", "recipe", "versions", "reproduce"
+)  # fmt: skip
 VOID = {"img", "meta", "br", "hr"}
 
 
@@ -94,7 +97,7 @@ def test_a_whole_run(make_run):
     text, checker = check(path)
     assert set(SECTIONS) <= set(checker.ids)
     assert (
-        "Held-out strict accuracy 0.47 → 0.66 over 27 updates, paired gain +0.19 [0.15,\u00a00.23], 480 images, "
+        "Held-out strict accuracy 0.47 → 0.66 over 27 iterations, paired gain +0.19 [0.15,\u00a00.23], 480 images, "
         "mean objects 1.74 vs 1.75 asked." in text
     )
     assert "interval lies above zero" in text
@@ -102,7 +105,7 @@ def test_a_whole_run(make_run):
     assert text.count("<svg") > 8
     assert "clip_range: 1.0e-2" in text  # the recipe
     assert "9f2c41d07b" in text  # its hash
-    assert "missing" not in re.findall(r'class="(\w+)"', text)
+    assert re.findall(r'class="missing">([^<]*)', text) == ["This run has no checkpoint with an export. "]
     assert list(run.glob(".report*")) == []  # nothing staged is left behind
 
 
@@ -121,7 +124,7 @@ def test_it_is_the_same_page_every_time(make_run):
 def test_prompts_are_text(make_run):
     run = make_run()
     text, checker = check(write_report(run))
-    assert "a &lt;b&gt;red&lt;/b&gt; &quot;square&quot; &amp; &lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "a &lt;b&gt;red&lt;/b&gt; &#34;square&#34; &amp; &lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "<script" not in text
     assert "b" not in checker.tags
 
@@ -285,12 +288,12 @@ def test_reward_hacking_is_pointed_out(tmp_path):
 def test_runs_without_strict_or_without_evaluations(tmp_path):
     write_rows(tmp_path, [{"step": s, "phase": "eval", "eval/reward": 21 + s / 10} for s in (5, 10)])
     head = headline(read_run(tmp_path), None)
-    assert head.sentence == "Held-out reward 21.5 → 22 over 5 updates, gain +0.50."
+    assert head.sentence == "Held-out reward 21.5 → 22 over 5 iterations, gain +0.50."
     assert "chance cannot be ruled out" in head.verdict
     assert "not of the base model" in head.warnings[0]
     write_rows(tmp_path, [{"step": s, "phase": "train", "reward/mean": s / 10} for s in range(1, 11)])
     head = headline(read_run(tmp_path), None)
-    assert head.sentence == "Training reward 0.1 → 1 over 10 updates."
+    assert head.sentence == "Training reward 0.1 → 1 over 10 iterations."
     write_rows(tmp_path, [{"step": 0, "phase": "eval", "eval/strict": 0.47}])
     assert "one evaluation only" in headline(read_run(tmp_path), None).verdict
     check(write_report(tmp_path))
@@ -311,6 +314,70 @@ def test_not_a_number_in_the_metrics(make_run):
     assert "0.47 → 0.66" in text
 
 
+def test_a_metric_is_a_panel_and_a_constant_is_text(tmp_path):
+    rows = [
+        {
+            "step": s, "phase": "train", "reward/mean": 0.5, "grad_norm": float(s), "clip/low": 0.0, "clip/low@0": 0.0,
+            "kl/old_v": 0.1 * s, "ratio": 1.0 + 1e-9 * s, "gain": s, "gain_low": s - 1.0, "gain_high": s + 1.0,
+            "informative": 1.0, "informative@0": s / 10, "eval/strict": 0.1 * s, "health/edges": 0.1 * s,
+        }
+        for s in (1, 2, 3)
+    ]  # fmt: skip
+    write_rows(tmp_path, rows)
+    run = read_run(tmp_path)
+    found = training(run, headline(run, None))
+    titles = [re.search(r'aria-label="([^.]*)\.', svg)[1] for svg in found["panels"]]
+    assert titles == [
+        "Gradient norm", "Distance from the old policy&#x27;s velocity", "Share of rollouts with an advantage", "Gain"
+    ]  # fmt: skip
+    assert found["constants"] == [("clip/low", "0"), ("ratio", "1")]
+    assert "fill-opacity" in found["panels"][-1]  # the bounds are its band
+    assert found["more"] == []
+
+
+def test_the_time_of_an_evaluation_is_no_time_of_training(tmp_path):
+    train = [{"step": s, "phase": "train", "seconds/rollout": 7.0, "seconds/update": 3.0} for s in (1, 2)]
+    train[1] |= {"seconds/eval": 100.0, "eval/strict": 0.5}  # an iteration that ended with an evaluation repeats it
+    write_rows(tmp_path, [*train, {"step": 2, "phase": "eval", "eval/strict": 0.5, "seconds/eval": 100.0}])
+    text, _ = check(write_report(tmp_path))
+    assert "20 s in 2 iterations, 10 s each. 1 evaluation took another 1 min 40 s." in text
+    assert re.search(r'<div class="value">20 s</div><div class="label">training time, without evaluations', text)
+
+
+def test_one_image_is_no_images(make_run):
+    text, _ = check(write_report(make_run(per_category=1)))
+    assert "<small>1 image: " in text
+    assert not re.search(r"\b1 (images|iterations|checkpoints)\b", text)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["model_index.json"], 'DiffusionPipeline.from_pretrained("star-shapes-demo/checkpoints/step-000027/export")'),
+        (["lora.safetensors"], 'pipeline.load_lora_weights("star-shapes-demo/checkpoints/step-000027/export")'),
+        (["transformer/config.json", "README.md"], 'subfolder="transformer"'),
+    ],
+)
+def test_the_page_says_how_to_use_the_result(make_run, files, words):
+    run = make_run()
+    for name in files:
+        path = run / "checkpoints" / "step-000027" / "export" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    text, _ = check(write_report(run))
+    assert words.replace('"', "&#34;") in text
+    assert "rlt2i sample star-shapes-demo --prompt" in text
+    assert ("export/README.md" in text) == ("README.md" in files)
+
+
+def test_long_pages_open_with_one_gallery(make_run):
+    text, _ = check(write_report(make_run()))
+    assert text.count('<details open="open"') == 1
+    assert text.count('<details class="card" open="open"') == 1
+    order = [text.index(f'<section id="{name}"') for name in SECTIONS]
+    assert order == sorted(order)  # the table by category stands second
+
+
 def test_pass_marks():
     assert has_pass_mark([0, 0.5, 1])
     assert has_pass_mark([0, 0])
@@ -329,6 +396,15 @@ def test_parts_of_a_recipe_in_any_dialect():
     assert parts({}) == []
 
 
+def test_a_composition_reads_as_what_it_is_composed_of():
+    attention = {"type": "TextAttention", "mix": 0.5}
+    credit = {"type": "Product", "advantage": {"type": "GroupRelative"}, "allocations": [attention], "masks": []}
+    assert parts({"credit": credit}) == [("credit", "GroupRelative × TextAttention")]
+    credit |= {"allocations": [{"type": "Shuffled", "allocation": attention}], "masks": [{"type": "SlidingWindow"}]}
+    assert parts({"credit": credit}) == [("credit", "GroupRelative × Shuffled(TextAttention) × SlidingWindow")]
+    assert parts({"credit": {"type": "Product", "advantage": {"type": "Dense"}}}) == [("credit", "Dense")]
+
+
 def test_the_contract_round_trips(make_run):
     run = make_run(per_category=2)
     images = open_images(run / "images" / "eval-000027.safetensors", 27)
@@ -341,9 +417,21 @@ def test_the_contract_round_trips(make_run):
     torch.testing.assert_close(sample.weights.mean(dim=(1, 2)), torch.ones(10))
 
 
-def test_escaping_and_marking():
-    assert h("p", 'a < b & "c"', cls="x") == '<p class="x">a &lt; b &amp; &quot;c&quot;</p>'
-    assert h("img", alt='"><script>') == '<img alt="&quot;&gt;&lt;script&gt;">'
-    assert marked("a Red <b> square", ["red", "<b>"]) == "a <mark>Red</mark> <mark>&lt;b&gt;</mark> square"
-    assert marked("red", ["", "red square"]) == "red"
-    assert marked("", ["x"]) == ""
+def test_marking():
+    assert marked("a Red <b> square", ["red", "<b>"]) == [
+        ("a ", False), ("Red", True), (" ", False), ("<b>", True), (" square", False)
+    ]  # fmt: skip
+    assert marked("red", ["", "red square"]) == [("red", False)]
+    assert marked("", ["x"]) == []
+
+
+def test_text_that_would_be_shown_in_another_order_is_spelt_out(make_run):
+    assert visible("a\u202eb\u2066c") == "a\\u202eb\\u2066c"
+    run = make_run()
+    for path in run.glob("images/*"):
+        with safe_open(path, "pt") as file:
+            prompts = json.loads(file.metadata()["info"])["prompts"]
+        rewrite(path, prompts=["not \u202eevil", *prompts[1:]])
+    text, _ = check(write_report(run))
+    assert "not \\u202eevil" in text
+    assert not re.search("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]", text)
