@@ -52,6 +52,7 @@ def test_the_wheel_holds_everything_that_the_package_reads(wheel: list[str]):
         *ROOT.glob("rlt2i/policies/data/*.json"),
         ROOT / "rlt2i" / "py.typed",
     ]
+    data += ROOT.glob("rlt2i/report/templates/*")
     data += [path for path in PIPELINE.rglob("*") if path.is_file()]
     missing = sorted({str(path.relative_to(ROOT)) for path in data} - set(wheel))
     assert not missing

@@ -38,13 +38,13 @@ def atlas(samples: Mapping[int, Sequence[MapSample]], problem: str) -> Mapping[s
     judged = has_pass_mark([s.score for s in (*first, *last)])
 
     def sample(i: int) -> Mapping[str, Any]:
-        updates = [(steps[-1], last[i])]
+        shown_at = [(steps[-1], last[i])]
         if len(steps) > 1 and i < len(first) and first[i].prompt == last[i].prompt:
-            updates.insert(0, (steps[0], first[i]))
+            shown_at.insert(0, (steps[0], first[i]))
         return {
             "prompt": marked(last[i].prompt, last[i].core),
             "note": _core_note(last[i]),
-            "strips": [_strip(step, member, top, judged=judged) for step, member in updates],
+            "strips": [_strip(step, member, top, judged=judged) for step, member in shown_at],
         }
 
     return {

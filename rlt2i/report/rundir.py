@@ -117,7 +117,7 @@ def _parsed(path: Path, text: str, parse: Any, problems: list[str]) -> Mapping[s
 
 
 def _metrics(path: Path, problems: list[str]) -> tuple[list[Row], list[Row]]:
-    """Rows by phase. A resumed run writes some updates twice: the later row counts."""
+    """Rows by phase. A resumed run writes some iterations twice: the later row counts."""
     rows: dict[str, dict[int, dict[str, float]]] = {"train": {}, "eval": {}}
     broken = 0
     for line in _text(path, problems).splitlines():
@@ -148,7 +148,7 @@ def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
 
 
 def column(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
-    """The updates at which a metric was logged, and its values."""
+    """The iterations at which a metric was logged, and its values."""
     kept = [(row["step"], row[key]) for row in rows if key in row]
     return [step for step, _ in kept], [value for _, value in kept]
 
