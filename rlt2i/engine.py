@@ -143,12 +143,12 @@ def rollout(
 
 @torch.no_grad()
 def decode(policy: Policy, latents: Tensor, *, rollout_batch_size: int) -> Tensor:
-    """[N, C, H, W] latents to [N, 3, H', W'] uint8 RGB.
+    """[N, C, H, W] latents to [N, 3, H', W'] uint8 RGB, contiguous whatever the decoder's memory format.
 
     Raises:
         ValueError: when the decoder returns NaN or infinity.
     """
-    return torch.cat([to_uint8(policy.decode(chunk)) for chunk in latents.split(rollout_batch_size)])
+    return torch.cat([to_uint8(policy.decode(chunk)).contiguous() for chunk in latents.split(rollout_batch_size)])
 
 
 def reward_gradient(

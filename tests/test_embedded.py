@@ -47,6 +47,15 @@ def test_every_recipe_of_the_mission_takes_an_update(tmp_path, name):
         assert first["ratio/abs_minus_one_max"] == 0.0
 
 
+@pytest.mark.slow
+def test_a_recipe_with_maps_trains_in_bfloat16(tmp_path):
+    """The decoder of bfloat16 is channels-last: its images go into files of images and of maps."""
+    least = ("prompts_per_iteration=1", "group_size=2", "eval_prompts=6", "eval_steps=1")
+    settings = (*SMALL, *(f"train.{field}" for field in least), "sampler.num_steps=3", "policy.dtype=bfloat16")
+    train(load_recipe("star-shapes", settings), tmp_path / "run")
+    assert {p.parent.name for p in (tmp_path / "run").rglob("*-000001.safetensors")} == {"images", "maps"}
+
+
 def test_export_is_a_pipeline_that_stock_diffusers_loads_and_draws_the_same(run):
     from diffusers import StableDiffusion3Pipeline
 

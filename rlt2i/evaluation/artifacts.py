@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlt2i.engine import Collected, decode
 from rlt2i.evaluation.heldout import Evaluation, Scores
 from rlt2i.functional.transitions import clean_prediction
 from rlt2i.interfaces import Policy
+from rlt2i.runs.files import replace_tensors
 from rlt2i.tasks.base import TaskPrompt
 
 
@@ -34,11 +34,7 @@ def write_evaluation(path: Path, result: Evaluation) -> None:
     for name, judged in result.heldout.items():
         tensors |= {f"heldout/{name}/scores": judged.scores, f"heldout/{name}/valid": judged.valid}
         tensors |= {f"heldout/{name}/component/{part}": values for part, values in judged.components.items()}
-    staged = path.with_suffix(".tmp")
-    save_file(
-        {k: v.cpu().clone().contiguous() for k, v in tensors.items()}, staged, metadata={"info": json.dumps(info)}
-    )
-    staged.replace(path)
+    replace_tensors(path, tensors, metadata={"info": json.dumps(info)})
 
 
 def read_evaluation(path: Path, prompts: Sequence[TaskPrompt]) -> Evaluation:
@@ -103,15 +99,13 @@ def write_maps(path: Path, collected: Collected, policy: Policy, *, shown: int) 
         "scores": [float(experience.rewards.final[i]) for i in chosen],
     }
     tensors: dict[str, Tensor] = {
-        "weights": experience.credit.take(rows).weight.expand(len(chosen), steps, -1, -1).float().cpu().contiguous(),
+        "weights": experience.credit.take(rows).weight.expand(len(chosen), steps, -1, -1).float(),
         "clean": torch.stack(clean, dim=1),
         "final": collected.images[rows.to(collected.images.device)].cpu(),
         "sigmas": experience.trajectory.sigmas.cpu(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(".tmp")
-    save_file(tensors, staged, metadata={"info": json.dumps(info)})
-    staged.replace(path)
+    replace_tensors(path, tensors, metadata={"info": json.dumps(info)})
 
 
 def _one_per_group(order: Sequence[int], group_size: int, count: int) -> list[int]:

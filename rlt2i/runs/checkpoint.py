@@ -25,10 +25,10 @@ from typing import Any
 
 import attrs
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from rlt2i.runs.files import flush, looks_like_pickle, plain_json, sha256, write_text
+from rlt2i.runs.files import flush, looks_like_pickle, plain_json, save_tensors, sha256, write_text
 from rlt2i.runs.optimizer_state import generator_state as generator_state
 from rlt2i.runs.optimizer_state import optimizer_tensors as optimizer_tensors
 from rlt2i.runs.optimizer_state import restore_generator as restore_generator
@@ -109,7 +109,7 @@ def save_checkpoint(
         staging.mkdir()
         on_write("staged")
         for name, group in tensors.items():
-            save_file({k: t.detach().contiguous() for k, t in group.items()}, staging / f"{name}.safetensors")
+            save_tensors(staging / f"{name}.safetensors", group)
             on_write(f"{name}.safetensors")
         write_text(staging / STATE, text)
         on_write(STATE)

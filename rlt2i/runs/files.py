@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 _PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib"}
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
@@ -30,12 +34,60 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Exchange the content of a file in one step: a reader, or a crash, sees the old or the new text."""
-    partial = path.with_name(f".{path.name}.partial")
-    write_text(partial, text)
-    os.replace(partial, path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Exchange a file in one step: a reader, or a crash, sees the old or the new content, never a part.
+
+    Yields:
+        A path in the same folder to write the new content to. When the block ends it is flushed and renamed; when the
+        block fails it is removed.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        partial.chmod(mode)  # safetensors and tempfile write files that only their owner may read
+        flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     flush(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Exchange the content of a file for UTF-8 text, in one step."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Exchange the content of a file, in one step."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def replace_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Exchange the content of a safetensors file, in one step.
+
+    Args:
+        tensors: of any device and memory layout; they may share memory.
+    """
+    with replacing(path) as partial:
+        save_tensors(partial, tensors, metadata=metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file in place, for callers that stage a whole folder."""
+    dense: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        # safetensors refuses strides (the images of a channels-last decoder) and memory that two names share.
+        value = tensor.detach().contiguous()
+        dense[name] = value.clone() if value.untyped_storage().data_ptr() in taken else value
+        taken.add(dense[name].untyped_storage().data_ptr())
+    save_file(dense, path, metadata=None if metadata is None else dict(metadata))
 
 
 def sha256(path: Path) -> str:

@@ -235,7 +235,7 @@ def _full(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("write", ["save_file", "write_text", "flush", "export", "os.rename", "Path.mkdir"])
+@pytest.mark.parametrize("write", ["save_tensors", "write_text", "flush", "export", "os.rename", "Path.mkdir"])
 def test_disk_full_at_any_write(tmp_path, monkeypatch, write):
     _save(tmp_path, 1, keep=1)
     export: Callable[[Path], None] = _export

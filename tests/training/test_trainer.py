@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlt2i.engine import decode
 from rlt2i.rewards.combinators import Affine
 from rlt2i.runs.checkpoint import CheckpointError, latest_checkpoint
 from rlt2i.runs.metrics import read_metrics
@@ -23,6 +24,7 @@ from rlt2i.training.dry_run import describe_run
 from rlt2i.training.start import train
 from rlt2i.training.trainer import RunStopped
 from tests.helpers import toy_recipe
+from tests.helpers.toy import ToyPolicy
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,6 +147,16 @@ def test_every_update_logs_what_a_user_looks_for(tmp_path):
     assert (tmp_path / "run" / "maps" / "step-000001.safetensors").exists()
     json.loads((tmp_path / "run" / "versions.json").read_text())
     assert json.loads((tmp_path / "run" / "reward.json").read_text())["reward"] == "QuadrantBrightness"
+
+
+def test_a_decoder_in_channels_last_leaves_images_and_maps_that_can_be_saved(tmp_path, monkeypatch):
+    plain = ToyPolicy.decode
+    monkeypatch.setattr(
+        ToyPolicy, "decode", lambda self, latents: plain(self, latents).contiguous(memory_format=torch.channels_last)
+    )
+    train(toy_recipe.clipped(iterations=1), tmp_path / "run")
+    assert load_file(tmp_path / "run" / "maps" / "step-000001.safetensors")["clean"].ndim == 5
+    assert decode(ToyPolicy(), torch.randn(4, 3, 8, 8), rollout_batch_size=2).is_contiguous()
 
 
 def test_held_out_rewards_are_scored_and_change_nothing(tmp_path):
