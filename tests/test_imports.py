@@ -40,6 +40,7 @@ LAYERS = (
     "policies",
     "training",
     "bench",
+    "bridges",
     "cli",
     "__main__",
     "__init__",
