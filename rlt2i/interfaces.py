@@ -19,7 +19,7 @@ from torch import Tensor
 from rlt2i.axes import Axes
 from rlt2i.config.version import __version__
 from rlt2i.seeds import RolloutNoise, derive_seed
-from rlt2i.types import Conditioning, Credit, Experience, Loss, Prompts, Region, Rewards, Trajectory
+from rlt2i.types import Conditioning, Credit, Experience, ImageSize, Loss, Prompts, Region, Rewards, Trajectory
 
 # ---------------------------------------------------------------------------------------------------------- policy
 
@@ -43,15 +43,15 @@ class Policy(ABC):
     offers: frozenset[str]
 
     @abstractmethod
-    def sigmas(self, num_steps: int, image_size: int) -> Tensor:
+    def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
         """[T+1] float32 noise levels, from 1 (or the model's own start) down to 0."""
 
     @abstractmethod
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of an image of `image_size` pixels a side."""
+    def latent_shape(self, size: ImageSize) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of an image of this size in pixels; a size that does not fit is a ValueError."""
 
     @abstractmethod
-    def token_grid(self, image_size: int) -> tuple[int, int]:
+    def token_grid(self, size: ImageSize) -> tuple[int, int]:
         """(h, w) of the image tokens, the grid of attention maps."""
 
     @abstractmethod

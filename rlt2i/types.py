@@ -25,6 +25,14 @@ from rlt2i.functional.transitions import Transition
 
 Causality = Literal["state", "action", "outcome", "exogenous"]
 CAUSALITIES: tuple[Causality, ...] = ("exogenous", "state", "action", "outcome")
+ImageSize = int | tuple[int, int]
+"""(height, width) in pixels; one number means a square."""
+
+
+def height_and_width(size: ImageSize) -> tuple[int, int]:
+    """Both sides in pixels."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -1,12 +1,14 @@
 """What a run will cost, before any weight is read: parameters, arithmetic and memory.
 
-The networks are built on the meta device, where tensors have shapes but no storage. Arithmetic is counted by formula
-(every linear layer and both attentions, a multiply-add as two); memory is the peak of a pass over the meta network,
-which allocates and frees exactly what the real one does. Kernel workspaces and the allocator's slack come on top.
+The networks are built on the meta device, where tensors have shapes but no storage. Arithmetic is counted operation by
+operation in a pass over the meta network (matrix products, convolutions and attention, a multiply-add as two); memory
+is the peak of such a pass, which allocates and frees exactly what the real one does. Kernel workspaces and the
+allocator's slack come on top.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,14 +16,20 @@ import attrs
 import torch
 from torch import nn
 
-from rlt2i.captures import select_blocks
-from rlt2i.policies.attention import watch
-from rlt2i.policies.counts import PeakMemory, capture_flops, fused_attention, transformer_flops
-from rlt2i.policies.sd3 import SD3
-from rlt2i.policies.sd3_loading import prepare_transformer
+from rlt2i.captures import attention_name
+from rlt2i.policies.attention.watch import watch
+from rlt2i.policies.counts import PeakMemory, count_operations, fused_attention
+from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
+from rlt2i.policies.pretrained.loading import cast, meta_pipeline, meta_text_encoders, prepare
+from rlt2i.policies.pretrained.text import TextEncoding
+from rlt2i.types import Conditioning, ImageSize
 
 _FLOAT32 = 4
 _ADAM_STATES = 2
+
+
+class NotCounted(Exception):
+    """A network that cannot run without values; the message says why, and what to do."""
 
 
 @attrs.frozen(kw_only=True)
@@ -29,7 +37,7 @@ class Plan:
     """The size of a run.
 
     Attributes:
-        parameters, trainable: of the transformer; adapters are not part of `parameters`.
+        parameters, trainable: of the network that learns; adapters are not part of `parameters`.
         adapted_layers: layers with an adapter.
         image_tokens, text_tokens: per sequence.
         forward_flops: one sequence, adapters included.
@@ -59,7 +67,7 @@ class Plan:
     def table(self) -> str:
         """The plan as text."""
         rows = [
-            ("transformer", f"{self.parameters:,} parameters"),
+            ("network", f"{self.parameters:,} parameters"),
             ("trainable", f"{self.trainable:,} parameters" + self._layers()),
             ("sequence", f"{self.image_tokens} image + {self.text_tokens} text tokens"),
             ("forward", f"{_tera(self.forward_flops)} per sequence"),
@@ -86,53 +94,25 @@ def _giga(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.to(dtype)
-
-
 def _bytes(module: nn.Module) -> int:
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
-def build_transformer(spec: SD3) -> Any:
-    """The spec's transformer on the meta device, prepared as for training."""
-    from diffusers import SD3Transformer2DModel
-
-    with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(spec.config("transformer"))
-    _cast(transformer, spec.weight_dtype)
-    prepare_transformer(spec, transformer)
-    watch(transformer, "cpu")
-    return transformer
-
-
-def build_vae(spec: SD3) -> Any:
-    """The spec's autoencoder on the meta device."""
-    from diffusers import AutoencoderKL
-
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(spec.config("vae")).requires_grad_(False)
-    _cast(vae, spec.image_dtype)
-    return vae
-
-
-def build_text_encoders(spec: SD3) -> nn.ModuleList:
-    """The spec's text encoders on the meta device."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    clips = [CLIPTextConfig(**spec.config(name)) for name in ("text_encoder", "text_encoder_2")]
-    with torch.device("meta"):
-        encoders: list[nn.Module] = [CLIPTextModelWithProjection(config) for config in clips]
-        if spec.uses_t5:
-            encoders.append(T5EncoderModel(T5Config(**spec.config("text_encoder_3"))))
-    return nn.ModuleList(encoders).to(spec.compute_dtype)
+def on_meta(spec: PretrainedSpec) -> PretrainedPolicy:
+    """The policy on the meta device, prepared as for training, without text encoders; reads configurations alone."""
+    spec = attrs.evolve(spec, text_cache=None)
+    pipe, device = meta_pipeline(spec), torch.device("meta")
+    prepare(spec, getattr(pipe, spec.network), pipe.vae)
+    text = TextEncoding(spec=spec, pipe=pipe, device=device)
+    policy = spec.policy(spec=spec, pipe=pipe, text=text, device=device)
+    watch(policy.attentions(), device, spec.compute_dtype)
+    return policy
 
 
 def make_plan(
-    spec: SD3,
+    spec: PretrainedSpec,
     *,
-    image_size: int,
+    image_size: ImageSize,
     num_steps: int,
     trained_steps: int,
     rollouts_per_iteration: int,
@@ -145,7 +125,7 @@ def make_plan(
 
     Args:
         spec: the policy, guidance included.
-        image_size: pixels a side.
+        image_size: in pixels.
         num_steps: denoising steps of a rollout.
         trained_steps: of them, steps that are trained per rollout.
         rollouts_per_iteration: rollouts that one optimiser update learns from.
@@ -153,34 +133,56 @@ def make_plan(
         rollout_batch_size: rollouts denoised and decoded together.
         num_tokens: text tokens recorded, for `capture_share`.
         weight_copies: further copies of what learns (average, reference, old policy).
+
+    Raises:
+        ValueError: when the backbone refuses the size.
+        NotCounted: when the network reads values of its input.
     """
-    transformer, vae = build_transformer(spec), build_vae(spec)
-    config = transformer.config
-    side = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
-    num_image, num_text = (side // config.patch_size) ** 2, spec.text_tokens
-    learnt = [p for p in transformer.parameters() if p.requires_grad]
+    try:
+        return _count(
+            spec,
+            image_size=image_size,
+            num_steps=num_steps,
+            trained_steps=trained_steps,
+            rollouts_per_iteration=rollouts_per_iteration,
+            micro_batch_size=micro_batch_size,
+            rollout_batch_size=rollout_batch_size,
+            num_tokens=num_tokens,
+            weight_copies=weight_copies,
+        )
+    except NotImplementedError as error:
+        raise NotCounted(
+            f"{type(spec).__name__}: its network reads values of its input ({str(error).splitlines()[0]}), so it "
+            "cannot be counted without its weights. Run a few iterations and read the memory in the log."
+        ) from error
+
+
+def _count(
+    spec: PretrainedSpec,
+    *,
+    image_size: ImageSize,
+    num_steps: int,
+    trained_steps: int,
+    rollouts_per_iteration: int,
+    micro_batch_size: int,
+    rollout_batch_size: int,
+    num_tokens: int,
+    weight_copies: int,
+) -> Plan:
+    policy = on_meta(attrs.evolve(spec, gradient_checkpointing=False))
+    network, vae = policy.network, policy.vae
+    learnt = [p for p in network.parameters() if p.requires_grad]
     trainable = sum(p.numel() for p in learnt)
     adapter = trainable if spec.lora_rank is not None else 0
-
-    forward, backward = transformer_flops(
-        transformer, num_image, num_text, lora_rank=spec.lora_rank, lora_targets=spec.lora_targets
-    )
-    guided = spec.guidance_scale != 1.0
-    train = forward + backward + guided * (forward + spec.uncond_grad * backward)
-    train += spec.gradient_checkpointing * forward * (1 + guided * spec.uncond_grad)
-    rollout_rows, update_rows = (
-        rollout_batch_size * (1 + guided),
-        micro_batch_size * (1 + (guided and spec.uncond_grad)),
-    )
-
-    num_middle = len(select_blocks("middle", config.num_layers))
-    latent_bytes = config.in_channels * side**2 * _FLOAT32
     resident = {
-        "transformer": _bytes(transformer),
+        "network": _bytes(network),
         "optimiser": trainable * _FLOAT32 * (_ADAM_STATES + weight_copies),
-        "text encoders": _bytes(build_text_encoders(spec)),
+        "text encoders": _bytes(meta_text_encoders(spec)),
         "image decoder": _bytes(vae),
-        "trajectories": rollouts_per_iteration * (num_steps + 1) * latent_bytes,
+        "trajectories": rollouts_per_iteration
+        * (num_steps + 1)
+        * math.prod(policy.latent_shape(image_size))
+        * _FLOAT32,
     }
     base = sum(resident.values())
     # Autocast keeps a copy of every weight in the lower precision; the meta network runs in that precision throughout.
@@ -188,28 +190,42 @@ def make_plan(
     copies = trainable * spec.compute_dtype.itemsize * mixed
     wider_gradients = trainable * (_FLOAT32 - spec.compute_dtype.itemsize) * mixed
     if mixed:
-        _cast(transformer, spec.compute_dtype)
+        cast(network, spec.compute_dtype)
+
+    guided = spec.guidance_scale != 1.0
+    rollout_rows, update_rows = (
+        rollout_batch_size * (1 + guided),
+        micro_batch_size * (1 + (guided and spec.uncond_grad)),
+    )
     with fused_attention():
-        with torch.no_grad(), PeakMemory(transformer) as denoise:
-            _velocity(spec, transformer, rollout_rows, side)
-        with torch.no_grad(), PeakMemory(vae) as decode:
-            vae.decode(
-                torch.empty(rollout_batch_size, config.in_channels, side, side, device="meta", dtype=spec.image_dtype)
-            )
-        with torch.enable_grad(), PeakMemory(transformer) as update:
-            _velocity(spec, transformer, update_rows, side).square().mean().backward()
+        # Counting takes some operations apart, which moves the peak of a pass without gradient: two passes for these.
+        forward = forward_flops(policy, image_size)
+        decode_flops = count_operations(lambda: _decode(policy, image_size, 1))
+        with torch.no_grad(), PeakMemory(network) as denoise:
+            _velocity(policy, image_size, rollout_rows)
+        with PeakMemory(vae) as decode:
+            _decode(policy, image_size, rollout_batch_size)
+        with PeakMemory(network) as update:
+            backward = count_operations(lambda: _backward(policy, image_size, update_rows)) / update_rows - forward
+        if spec.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+            with PeakMemory(network) as update:
+                _backward(policy, image_size, update_rows)
+        share = _captured_flops(policy, image_size, num_tokens, "middle") / forward - 1
+    train = forward + backward + guided * (forward + spec.uncond_grad * backward)
+    train += spec.gradient_checkpointing * forward * (1 + guided * spec.uncond_grad)
     return Plan(
-        parameters=sum(p.numel() for p in transformer.parameters()) - adapter,
+        parameters=sum(p.numel() for p in network.parameters()) - adapter,
         trainable=trainable,
         adapted_layers=len(learnt) // 2 if adapter else 0,
-        image_tokens=num_image,
-        text_tokens=num_text,
+        image_tokens=math.prod(policy.token_grid(image_size)),
+        text_tokens=spec.text_tokens,
         forward_flops=forward,
         backward_flops=backward,
         rollout_flops=rollouts_per_iteration * num_steps * (1 + guided) * forward,
-        decode_flops=_decode_flops(vae, config.in_channels, side),
+        decode_flops=decode_flops,
         update_flops=rollouts_per_iteration * trained_steps * train,
-        capture_share=capture_flops(config, num_image, num_tokens, num_middle) / forward,
+        capture_share=share,
         memory={
             "encode": base,
             "rollout": base + max(copies + denoise.peak, decode.peak),
@@ -219,37 +235,54 @@ def make_plan(
     )
 
 
-def capture_share(spec: SD3, *, image_size: int, num_tokens: int = 20, blocks: str = "middle") -> float:
-    """Arithmetic of recording one attention direction, relative to the forward pass that it watches."""
-    transformer, vae = build_transformer(spec), spec.config("vae")
-    config = transformer.config
-    num_image = (image_size // 2 ** (len(vae["block_out_channels"]) - 1) // config.patch_size) ** 2
-    forward, _ = transformer_flops(
-        transformer, num_image, spec.text_tokens, lora_rank=spec.lora_rank, lora_targets=spec.lora_targets
-    )
-    num_blocks = len(select_blocks(blocks, config.num_layers))
-    return capture_flops(config, num_image, num_tokens, num_blocks) / forward
+def capture_share(
+    spec: PretrainedSpec, *, image_size: ImageSize, num_tokens: int = 20, blocks: str = "middle"
+) -> float:
+    """Arithmetic of recording attention from the image to the text, relative to the forward pass that it watches."""
+    policy = on_meta(spec)
+    cast(policy.network, spec.compute_dtype)
+    with fused_attention():
+        return _captured_flops(policy, image_size, num_tokens, blocks) / forward_flops(policy, image_size) - 1
 
 
-def _velocity(spec: SD3, transformer: Any, rows: int, side: int) -> torch.Tensor:
-    """One pass over the meta network, gradients and all."""
-    config = transformer.config
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, device="meta", dtype=spec.compute_dtype)
-
-    return transformer(
-        hidden_states=empty(rows, config.in_channels, side, side),
-        encoder_hidden_states=empty(rows, spec.text_tokens, config.joint_attention_dim),
-        pooled_projections=empty(rows, config.pooled_projection_dim),
-        timestep=torch.empty(rows, device="meta"),
-        return_dict=False,
-    )[0].float()
+@torch.no_grad()
+def forward_flops(policy: PretrainedPolicy, size: ImageSize) -> float:
+    """Arithmetic of the velocity of one sequence, of a policy `on_meta` within `fused_attention`."""
+    return count_operations(lambda: _velocity(policy, size, 1))
 
 
-def _decode_flops(vae: Any, channels: int, side: int) -> float:
-    from torch.utils.flop_counter import FlopCounterMode
+def _inputs(policy: PretrainedPolicy, size: ImageSize, rows: int, num_tokens: int = 1) -> tuple[Any, Any, Conditioning]:
+    """Latents, noise levels and conditioning without values; each prompt has one concept of so many words."""
+    device = policy.device
+    tensors = {name: _blank(name, shape, policy) for name, shape in policy.spec.text_shapes().items()}
+    tensors["core_tokens"] = torch.empty(1, num_tokens, dtype=torch.long, device=device)
+    tensors["core_members"] = torch.empty(1, num_tokens, 1, dtype=torch.bool, device=device)
+    conditioning = Conditioning(tensors=tensors, rows=torch.empty(rows, dtype=torch.long, device=device))
+    latents = torch.empty(rows, *policy.latent_shape(size), device=device)
+    return latents, torch.empty(rows, device=device), conditioning
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        vae.decode(torch.empty(1, channels, side, side, device="meta", dtype=vae.dtype))
-    return float(counter.get_total_flops())
+
+def _blank(name: str, shape: tuple[int, ...], policy: PretrainedPolicy) -> torch.Tensor:
+    dtype = torch.long if name == "mask" else policy.spec.compute_dtype
+    return torch.empty(1, *shape, dtype=dtype, device=policy.device)
+
+
+def _velocity(policy: PretrainedPolicy, size: ImageSize, rows: int) -> torch.Tensor:
+    return policy.velocity(*_inputs(policy, size, rows))
+
+
+@torch.enable_grad()
+def _backward(policy: PretrainedPolicy, size: ImageSize, rows: int) -> None:
+    _velocity(policy, size, rows).square().mean().backward()
+    policy.network.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _decode(policy: PretrainedPolicy, size: ImageSize, rows: int) -> None:
+    policy.decode(torch.empty(rows, *policy.latent_shape(size), device=policy.device))
+
+
+@torch.no_grad()
+def _captured_flops(policy: PretrainedPolicy, size: ImageSize, num_tokens: int, blocks: str) -> float:
+    names = frozenset({attention_name("image_to_text", blocks)})
+    return count_operations(lambda: policy.velocity_with_captures(*_inputs(policy, size, 1, num_tokens), names))

@@ -29,7 +29,7 @@ from rlt2i.functional.epsilon import (
     vp_sigmas,
 )
 from rlt2i.interfaces import Policy
-from rlt2i.types import Conditioning
+from rlt2i.types import Conditioning, ImageSize
 
 Prediction = Literal["epsilon", "v_prediction"]
 
@@ -131,7 +131,7 @@ class VPPolicy(Policy):
     def predict(self, x_vp: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """[N, C, H, W] what the network says of x_vp [N, C, H, W] at timesteps [N] long; gradients flow."""
 
-    def sigmas(self, num_steps: int, image_size: int) -> Tensor:
+    def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
         return self.schedule.sigmas(num_steps)
 
     def initial_latents(self, noise: Tensor, sigma: Tensor) -> Tensor:

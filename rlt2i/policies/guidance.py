@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.interfaces import Policy
-from rlt2i.types import Conditioning, Prompts
+from rlt2i.types import Conditioning, ImageSize, Prompts
 
 _IS_EMPTY = "guidance/is_empty_prompt"
 
@@ -95,14 +95,14 @@ class Guided(Policy):
 
     # ------------------------------------------------------------------------------------------------- delegated
 
-    def sigmas(self, num_steps: int, image_size: int) -> Tensor:
-        return self.policy.sigmas(num_steps, image_size)
+    def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
+        return self.policy.sigmas(num_steps, size)
 
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        return self.policy.latent_shape(image_size)
+    def latent_shape(self, size: ImageSize) -> tuple[int, int, int]:
+        return self.policy.latent_shape(size)
 
-    def token_grid(self, image_size: int) -> tuple[int, int]:
-        return self.policy.token_grid(image_size)
+    def token_grid(self, size: ImageSize) -> tuple[int, int]:
+        return self.policy.token_grid(size)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.policy.decode(latents)

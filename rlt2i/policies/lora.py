@@ -1,8 +1,7 @@
-"""Low-rank adapters on a diffusers transformer: float32 master weights, computed in the precision of their input."""
+"""Low-rank adapters on a diffusers network: float32 master weights, computed in the precision of their input."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,32 +57,6 @@ def _master(linear: torch.nn.Linear) -> MasterLinear:
     return master
 
 
-def save_lora(transformer: Any, folder: Path) -> tuple[str, ...]:
-    """Write `pytorch_lora_weights.safetensors`, as StableDiffusion3Pipeline.load_lora_weights reads it.
-
-    Returns:
-        The keys written.
-    """
-    from diffusers import StableDiffusion3Pipeline
-
-    weights, metadata = exported_lora(transformer)
-    StableDiffusion3Pipeline.save_lora_weights(
-        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata, safe_serialization=True
-    )
-    return tuple(weights)
-
-
-def save_unet_lora(unet: Any, folder: Path) -> tuple[str, ...]:
-    """The same for StableDiffusionPipeline."""
-    from diffusers import StableDiffusionPipeline
-
-    weights, metadata = exported_lora(unet)
-    StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata, safe_serialization=True
-    )
-    return tuple(weights)
-
-
 def exported_lora(network: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The adapter's tensors and its configuration, for a file.
 
@@ -104,3 +77,24 @@ def exported_lora(network: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     metadata = {**config.to_dict(), "lora_alpha": config.r}
     metadata["target_modules"] = sorted(metadata["target_modules"])
     return weights, metadata
+
+
+def merged_weights(network: Any) -> dict[str, Tensor]:
+    """The state of the network without adapters, where each adapted weight is W + alpha / rank B A.
+
+    The sum is taken in float32 and rounded once to the precision of W.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    weights = {
+        name.replace(".base_layer.", "."): tensor.detach().cpu().contiguous()
+        for name, tensor in network.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, module in adapted.items():
+        down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+        delta = (module.scaling["default"] * up.float().flatten(1) @ down.float().flatten(1)).detach().cpu()
+        base = weights[f"{name}.weight"]
+        weights[f"{name}.weight"] = (base.float() + delta.view(base.shape)).to(base.dtype)
+    return weights

@@ -10,7 +10,10 @@ from types import MappingProxyType
 PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "PolicySpec": {
+            "Flux": "rlt2i.policies.flux:Flux",
+            "Lumina2": "rlt2i.policies.lumina2:Lumina2",
             "SD3": "rlt2i.policies.sd3:SD3",
+            "Sana": "rlt2i.policies.sana:Sana",
             "StableDiffusion": "rlt2i.policies.sd:StableDiffusion",
         },
         "Sampler": {

@@ -45,22 +45,25 @@ def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
 
 def _size(recipe: Recipe, batch: BatchPlan) -> str:
     """Parameters, arithmetic and memory of one process, where the policy is one that can be counted."""
-    from rlt2i.policies.sd3 import SD3
+    from rlt2i.policies.cost import NotCounted, make_plan
+    from rlt2i.policies.pretrained import PretrainedSpec
 
-    if not isinstance(recipe.policy, SD3):
-        return ""
-    from rlt2i.policies.cost import make_plan
+    if not isinstance(recipe.policy, PretrainedSpec):
+        return f"per process: not counted, {type(recipe.policy).__name__} is no pipeline of diffusers"
 
     train, objective = recipe.train, recipe.objective
     copies = {"old", "reference"} & objective.requires | ({"reference"} if train.reference else set())
-    made = make_plan(
-        recipe.policy,
-        image_size=train.image_size,
-        num_steps=batch.num_steps,
-        trained_steps=batch.trained_steps,
-        rollouts_per_iteration=batch.rollouts_per_device,
-        micro_batch_size=batch.micro_batch_size,
-        rollout_batch_size=batch.rollout_batch_size,
-        weight_copies=len(copies) + (train.ema_decay is not None),
-    )
+    try:
+        made = make_plan(
+            recipe.policy,
+            image_size=train.image_size,
+            num_steps=batch.num_steps,
+            trained_steps=batch.trained_steps,
+            rollouts_per_iteration=batch.rollouts_per_device,
+            micro_batch_size=batch.micro_batch_size,
+            rollout_batch_size=batch.rollout_batch_size,
+            weight_copies=len(copies) + (train.ema_decay is not None),
+        )
+    except NotCounted as error:
+        return f"per process: not counted. {error}"
     return f"per process:\n{made.table()}"

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlt2i.captures import attention_name, attention_names, parse_attention_name, select_blocks
-from rlt2i.policies.attention import attend, choose_kernel, image_to_text, text_to_image
+from rlt2i.policies.attention.kernels import attend, choose_kernel
+from rlt2i.policies.attention.maps import Where, image_to_text, text_to_image
 from rlt2i.policies.sd3 import SD3
 from rlt2i.types import Prompts
 
@@ -76,6 +77,11 @@ TOKENS = torch.tensor([[1, 3, 4], [5, 0, 0]])
 MEMBERS = torch.tensor([[[1, 0], [1, 1], [0, 1]], [[1, 0], [0, 0], [0, 0]]]).bool()
 
 
+def where(tokens: Tensor = TOKENS, members: Tensor = MEMBERS) -> Where:
+    """The 16 image tokens come first."""
+    return Where(grid=(4, 4), image=0, tokens=16 + tokens, members=members)
+
+
 def explicit_maps(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Both maps from the full softmax matrix, in float64, in plain loops."""
     matrix = (query.double() @ key.double().mT * 8**-0.5).softmax(dim=-1).mean(dim=1)
@@ -95,15 +101,15 @@ def test_maps_equal_the_explicit_softmax(dtype, tolerance):
     query, key, value = draw_qkv(dtype)
     lse = attend(query, key, value, "cpu")[1]
     to_text, to_image = explicit_maps(query, key)
-    assert (image_to_text(query, key, lse, 16, TOKENS, MEMBERS) - to_text).abs().max() < tolerance
-    assert (text_to_image(query, key, lse, 16, TOKENS, MEMBERS) - to_image).abs().max() < tolerance
+    assert (image_to_text(query, key, lse, where()) - to_text).abs().max() < tolerance
+    assert (text_to_image(query, key, lse, where()) - to_image).abs().max() < tolerance
 
 
 def test_absent_concepts_have_maps_of_exactly_zero():
     query, key, value = draw_qkv(torch.float32)
     lse = attend(query, key, value, "cpu")[1]
     for reduce in (image_to_text, text_to_image):
-        assert torch.count_nonzero(reduce(query, key, lse, 16, TOKENS, MEMBERS)[1, 1]) == 0
+        assert torch.count_nonzero(reduce(query, key, lse, where())[1, 1]) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -181,15 +187,15 @@ def test_same_operations_as_the_stock_processor(clip_pipeline, dtype):
 
 def test_network_captures_equal_a_hooked_softmax(t5_pipeline):
     """The queries and keys of every block, seen by a hook; the maps from the full softmax in float64."""
-    import rlt2i.policies.attention as module
+    import rlt2i.policies.attention.watch as module
 
     policy = SD3(path=str(t5_pipeline), max_sequence_length=12).load()
     latents, sigma, conditioning = inputs(policy, texts=("a red cat and a cat", "the of"))
     seen = []
 
-    def spy(query, key, value, kernel, original=module.attend):
+    def spy(query, key, value, kernel, original=module.attend, **options):
         seen.append((query.detach().double(), key.detach().double()))
-        return original(query, key, value, kernel)
+        return original(query, key, value, kernel, **options)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(module, "attend", spy)
@@ -226,13 +232,13 @@ def test_captures_do_not_depend_on_which_others_are_asked_for(clip_pipeline):
 
 
 def test_a_failed_pass_leaves_nobody_watching(clip_pipeline):
-    from rlt2i.policies import attention
+    from rlt2i.policies.attention import recorder
 
     policy = SD3(path=str(clip_pipeline)).load()
     latents, sigma, conditioning = inputs(policy)
     with pytest.raises(RuntimeError, match="channels"):
         policy.velocity_with_captures(latents[:, :1], sigma, conditioning, NAMES)
-    assert attention._active.recorder is None
+    assert recorder._active.recorder is None
 
 
 def test_an_unknown_block_is_refused(clip_pipeline):
@@ -275,8 +281,8 @@ def test_gpu_kernels_agree_with_the_explicit_softmax(dtype):
     lse = attend(query, key, value, kernel)[1]
     to_text, to_image = explicit_maps(query[..., :8].cpu() * 8**-0.25, key[..., :8].cpu() * 8**-0.25)
     tokens, members = TOKENS.cuda(), MEMBERS.cuda()
-    assert (image_to_text(query, key, lse, 16, tokens, members).cpu() - to_text).abs().max() < 1e-3
-    assert (text_to_image(query, key, lse, 16, tokens, members).cpu() - to_image).abs().max() < 1e-3
+    assert (image_to_text(query, key, lse, where(tokens, members)).cpu() - to_text).abs().max() < 1e-3
+    assert (text_to_image(query, key, lse, where(tokens, members)).cpu() - to_image).abs().max() < 1e-3
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from rlt2i.policies.sd3 import SD3, SD3Policy
 
 
 def test_latents_are_the_mean_in_the_scale_of_the_pipeline(t5_pipeline, stock):
-    policy, vae = SD3Policy.from_pretrained(t5_pipeline), stock(t5_pipeline).vae
+    policy, vae = SD3(path=str(t5_pipeline)).load(), stock(t5_pipeline).vae
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         posterior = vae.encode(2 * images - 1).latent_dist

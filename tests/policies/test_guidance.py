@@ -15,7 +15,7 @@ PROMPTS = Prompts.of(("a red cat", "two blue dogs and a box"), group_size=2)
 
 @pytest.fixture(scope="module")
 def policy(clip_pipeline):
-    return SD3Policy.from_pretrained(clip_pipeline, lora_rank=2)
+    return SD3(path=str(clip_pipeline), lora_rank=2).load()
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from rlt2i.learner import Learner
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.parameter_sets import ParameterSets
-from rlt2i.policies.cross_attention import cross_attentions
 from rlt2i.policies.epsilon import VPSchedule
 from rlt2i.policies.guidance import Guided
 from rlt2i.policies.sd import StableDiffusion, StableDiffusionPolicy
@@ -100,7 +99,7 @@ def test_the_last_step_ends_at_its_clean_prediction_where_diffusers_leaves_noise
         torch.testing.assert_close(x_vp, state, atol=2e-5 * float(state.abs().max()), rtol=0)
         torch.testing.assert_close(alpha_bar.flatten()[0], scheduler.alphas_cumprod[timestep], atol=1e-6, rtol=1e-4)
         with torch.no_grad():
-            predicted = policy.unet(state, timestep, encoder_hidden_states=embeddings).sample
+            predicted = policy.network(state, timestep, encoder_hidden_states=embeddings).sample
         done = scheduler.step(predicted, timestep, state, eta=0.0)
         state = done.prev_sample
     size = float(state.abs().max())
@@ -125,7 +124,7 @@ def test_the_ddim_kernel_has_mean_and_std_of_the_scheduler(folders, prediction: 
                 x, velocity, sigma.expand(2), sigma_next.expand(2), sigma_max=trajectory.sigma_max
             )
             x_vp, timestep = flow_to_vp(x, sigma)[0], scheduler.timesteps[step]
-            predicted = policy.unet(x_vp, timestep, encoder_hidden_states=conditioning["embeddings"]).sample
+            predicted = policy.network(x_vp, timestep, encoder_hidden_states=conditioning["embeddings"]).sample
         mean = scheduler.step(predicted, timestep, x_vp, eta=eta, variance_noise=torch.zeros_like(x_vp)).prev_sample
         std = eta * scheduler._get_variance(timestep, timestep - 1000 // STEPS) ** 0.5
         scaled = flow_to_vp(ours.mean, sigma_next)[0]
@@ -210,7 +209,7 @@ def test_text_is_that_of_the_stock_pipeline(folders):
         embeddings, _ = stock_pipeline(folders["sd15"]).encode_prompt(text, "cpu", 1, False)
         torch.testing.assert_close(conditioning["embeddings"][2 * row], embeddings[0])
     assert conditioning.rows.tolist() == [0, 0, 1, 1]
-    assert [dict(span.positions) for span in conditioning.token_spans[0]] == [{"clip": (3,)}]
+    assert [dict(span.positions) for span in conditioning.token_spans[0]] == [{"text": (3,)}]
 
 
 def test_images_become_the_mean_of_their_latents(folders):
@@ -330,11 +329,11 @@ def test_watching_changes_nothing_and_maps_are_those_of_plain_attention(folders)
             seen.append(probabilities.unflatten(0, (2, attn.heads)).mean(dim=1))  # [N, S, L]
             return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(probabilities @ value)))
 
-    for attention in cross_attentions(policy.unet):
+    for attention in policy.attentions():
         attention.set_processor(Explicit())
     with torch.no_grad():
         policy.velocity(latents, sigma, conditioning)
-    positions = [[span.positions["clip"] for span in spans] for spans in conditioning.token_spans]
+    positions = [[span.positions["text"] for span in spans] for spans in conditioning.token_spans]
     by_hand = torch.zeros(2, 2, 16, 16)
     for prompt, concepts in enumerate(positions):
         for concept, where in enumerate(concepts):
@@ -399,7 +398,7 @@ def test_schedules_that_are_not_covered_are_refused(folders, tmp_path: Path, cha
 
 
 def test_other_pipelines_are_refused(folders, clip_pipeline, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"is missing; this is no diffusers Stable Diffusion pipeline.*SD3"):
+    with pytest.raises(ValueError, match=r"is missing; this is no .*StableDiffusionPipeline, but a StableDiffusion3"):
         StableDiffusion(path=str(clip_pipeline)).load()
     with pytest.raises(ValueError, match="model_index"):
         _ = StableDiffusion(path=str(tmp_path / "missing")).offers

@@ -42,7 +42,7 @@ def draw(policy, rows, seed=0):
         ({"guidance_scale": -1.0}, "guidance_scale=-1"),
         ({"schedule": "karras"}, "schedule"),
         ({"dtype": "float16"}, "dtype"),
-        ({"max_sequence_length": 0}, "max_sequence_length=0"),
+        ({"max_sequence_length": 0}, "max_sequence_length"),
         ({"zero_text_tokens": -1}, "zero_text_tokens"),
     ],
 )
@@ -54,7 +54,7 @@ def test_bad_options_are_refused_before_anything_is_read(options, message):
 def test_a_missing_directory_says_what_to_give(tmp_path):
     with pytest.raises(ValueError, match="model_index"):
         SD3(path=str(tmp_path / "missing")).load()
-    with pytest.raises(ValueError, match="no diffusers SD3"):
+    with pytest.raises(ValueError, match="no diffusers StableDiffusion3Pipeline"):
         SD3(path=str(tmp_path)).load()
     with pytest.raises(ValueError, match="embedded"):
         SD3(path="embedded:cubes").load()
@@ -103,7 +103,7 @@ def test_a_lora_target_that_is_not_there_is_refused(clip_pipeline):
 
 
 def test_embeddings_equal_diffusers_without_t5(clip_pipeline, stock):
-    policy, pipeline = SD3Policy.from_pretrained(clip_pipeline), stock(clip_pipeline)
+    policy, pipeline = SD3(path=str(clip_pipeline)).load(), stock(clip_pipeline)
     conditioning = policy.encode(Prompts.of(TEXTS))
     for row, text in enumerate(TEXTS):
         embeddings, _, pooled, _ = pipeline.encode_prompt(
@@ -115,7 +115,7 @@ def test_embeddings_equal_diffusers_without_t5(clip_pipeline, stock):
 
 @pytest.mark.parametrize("length", [8, 12])
 def test_embeddings_equal_diffusers_with_t5(t5_pipeline, stock, length):
-    policy, pipeline = SD3Policy.from_pretrained(t5_pipeline, max_sequence_length=length), stock(t5_pipeline)
+    policy, pipeline = SD3(path=str(t5_pipeline), max_sequence_length=length).load(), stock(t5_pipeline)
     conditioning = policy.encode(Prompts.of(TEXTS))
     for row, text in enumerate(TEXTS):
         with torch.no_grad():
@@ -128,7 +128,7 @@ def test_embeddings_equal_diffusers_with_t5(t5_pipeline, stock, length):
 
 
 def test_zero_text_tokens_stand_in_for_a_t5_that_is_not_used(t5_pipeline, stock):
-    policy = SD3Policy.from_pretrained(t5_pipeline, text_encoder_3=False, zero_text_tokens=9)
+    policy = SD3(path=str(t5_pipeline), text_encoder_3=False, zero_text_tokens=9).load()
     pipeline = stock(t5_pipeline, text_encoder_3=None, tokenizer_3=None)
     expected = pipeline.encode_prompt(TEXTS[0], None, None, do_classifier_free_guidance=False, max_sequence_length=9)[0]
     conditioning = policy.encode(Prompts.of(TEXTS[:1]))
@@ -137,26 +137,30 @@ def test_zero_text_tokens_stand_in_for_a_t5_that_is_not_used(t5_pipeline, stock)
 
 
 def test_a_group_shares_one_row_and_prompts_do_not_influence_each_other(clip_pipeline):
-    policy = SD3Policy.from_pretrained(clip_pipeline)
+    policy = SD3(path=str(clip_pipeline)).load()
     conditioning = policy.encode(Prompts.of(TEXTS, group_size=3))
     assert conditioning.tensors["embeddings"].shape[0] == 2
     assert conditioning.rows.tolist() == [0, 0, 0, 1, 1, 1]
-    alone = SD3Policy.from_pretrained(clip_pipeline).encode(Prompts.of(TEXTS[1:]))
+    alone = SD3(path=str(clip_pipeline)).load().encode(Prompts.of(TEXTS[1:]))
     assert torch.equal(alone["embeddings"][0], conditioning["embeddings"][5])
 
 
 def test_each_prompt_is_encoded_once(clip_pipeline, monkeypatch):
-    policy = SD3Policy.from_pretrained(clip_pipeline)
-    calls = []
-    original = type(policy.text)._encode
-    monkeypatch.setattr(type(policy.text), "_encode", lambda self, text: calls.append(text) or original(self, text))
+    policy = SD3(path=str(clip_pipeline)).load()
+    calls, original = [], SD3Policy.encode_text
+
+    def count(self, text, **options):
+        calls.append(text)
+        return original(self, text, **options)
+
+    monkeypatch.setattr(SD3Policy, "encode_text", count)
     for _ in range(2):
         policy.encode(Prompts.of((*TEXTS, TEXTS[0])))
     assert calls == list(TEXTS)
 
 
 def test_core_phrases_are_found_in_both_streams(t5_pipeline):
-    policy = SD3Policy.from_pretrained(t5_pipeline, max_sequence_length=12)
+    policy = SD3(path=str(t5_pipeline), max_sequence_length=12).load()
     prompts = attrs.evolve(Prompts.of(("two red cats", "a dog")), core=(("cat",), ()))
     conditioning = policy.encode(prompts)
     # clip: <bos> two red cats; t5 (from 16): two red cats
@@ -196,12 +200,10 @@ def test_images_equal_the_stock_pipeline_on_an_even_schedule(clip_pipeline, stoc
 
 
 def test_schedules(t5_pipeline, clip_pipeline):
-    shifted = SD3Policy.from_pretrained(t5_pipeline).sigmas(10, 32)
+    shifted = SD3(path=str(t5_pipeline)).load().sigmas(10, 32)
     torch.testing.assert_close(shifted[1:3], torch.tensor([0.96013, 0.91335]), atol=1e-5, rtol=0)
-    assert torch.equal(
-        SD3Policy.from_pretrained(t5_pipeline, schedule="even").sigmas(4, 32), torch.linspace(1.0, 0.0, 5)
-    )
-    last = SD3Policy.from_pretrained(clip_pipeline, schedule="sd3").sigmas(10, 32)[-2]
+    assert torch.equal(SD3(path=str(t5_pipeline), schedule="even").load().sigmas(4, 32), torch.linspace(1.0, 0.0, 5))
+    last = SD3(path=str(clip_pipeline), schedule="sd3").load().sigmas(10, 32)[-2]
     torch.testing.assert_close(last, torch.tensor(0.001))
 
 
@@ -238,9 +240,10 @@ def test_policy_contract(clip_pipeline, options):
     touched = [name for name, p in trained.items() if p.grad is not None]
     assert len(touched) == len(trained)
     assert all(torch.isfinite(p.grad).all() for p in trained.values())
-    frozen = [p for m in (policy.transformer, policy.vae, *policy.text.clip_encoders) for p in m.parameters()]
+    encoders = (policy.pipe.text_encoder, policy.pipe.text_encoder_2)
+    frozen = [p for m in (policy.network, policy.vae, *encoders) for p in m.parameters()]
     assert sum(p.requires_grad for p in frozen) == len(trained)
-    assert not any(m.training for m in (policy.transformer, policy.vae, *policy.text.clip_encoders))
+    assert not any(m.training for m in (policy.network, policy.vae, *encoders))
 
     images = policy.decode(latents)
     assert images.shape == (4, 3, 32, 32)
@@ -248,7 +251,7 @@ def test_policy_contract(clip_pipeline, options):
 
 
 def test_gradients_reach_the_latents(clip_pipeline):
-    policy = SD3Policy.from_pretrained(clip_pipeline, lora_rank=2)
+    policy = SD3(path=str(clip_pipeline), lora_rank=2).load()
     latents = draw(policy, 1).requires_grad_()
     policy.decode(policy.velocity(latents, torch.tensor([0.5]), policy.encode(Prompts.of(TEXTS[:1])))).sum().backward()
     assert latents.grad is not None
@@ -256,7 +259,7 @@ def test_gradients_reach_the_latents(clip_pipeline):
 
 
 def test_rows_do_not_influence_each_other(clip_pipeline):
-    policy = SD3Policy.from_pretrained(clip_pipeline)
+    policy = SD3(path=str(clip_pipeline)).load()
     conditioning = policy.encode(Prompts.of(TEXTS, group_size=2))
     latents, sigma = draw(policy, 4), torch.tensor([1.0, 0.7, 0.4, 0.1])
     rows = torch.tensor([3, 0])
@@ -267,14 +270,14 @@ def test_rows_do_not_influence_each_other(clip_pipeline):
 
 
 def test_image_sizes_that_do_not_fit_are_refused(clip_pipeline):
-    policy = SD3Policy.from_pretrained(clip_pipeline)
+    policy = SD3(path=str(clip_pipeline)).load()
     for size in (30, 0, 4 * 17):
         with pytest.raises(ValueError, match="multiple of 4, at most 64"):
             policy.latent_shape(size)
 
 
 def test_bf16_full_fine_tuning_keeps_float32_masters(clip_pipeline):
-    reference, policy = (SD3Policy.from_pretrained(clip_pipeline, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    reference, policy = (SD3(path=str(clip_pipeline), dtype=dtype).load() for dtype in ("float32", "bfloat16"))
     conditioning = reference.encode(Prompts.of(TEXTS))
     latents, sigma = draw(policy, 2), torch.tensor([0.9, 0.3])
     exact = reference.velocity(latents, sigma, conditioning)

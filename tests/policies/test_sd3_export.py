@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rlt2i.policies.sd3 import SD3Policy
+from rlt2i.policies.sd3 import SD3
 from rlt2i.types import Prompts
 
 TEXT = "a red cat"
@@ -41,7 +41,7 @@ def batch():
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, None), (4, 4), (8, 2)])
 def test_stock_pipeline_loads_the_lora_with_every_key(clip_pipeline, stock, tmp_path, batch, rank, alpha):
-    policy = SD3Policy.from_pretrained(clip_pipeline, lora_rank=rank, lora_alpha=alpha)
+    policy = SD3(path=str(clip_pipeline), lora_rank=rank, lora_alpha=alpha).load()
     before = run(policy, *batch)
     perturb(policy)
     ours = run(policy, *batch)
@@ -66,7 +66,7 @@ def test_stock_pipeline_loads_the_lora_with_every_key(clip_pipeline, stock, tmp_
 def test_loaders_that_ignore_metadata_get_the_same_strength(clip_pipeline, stock, tmp_path, batch):
     from safetensors.torch import load_file
 
-    policy = SD3Policy.from_pretrained(clip_pipeline, lora_rank=4, lora_alpha=16)
+    policy = SD3(path=str(clip_pipeline), lora_rank=4, lora_alpha=16).load()
     perturb(policy)
     policy.export(tmp_path)
     pipeline = stock(clip_pipeline)
@@ -75,14 +75,14 @@ def test_loaders_that_ignore_metadata_get_the_same_strength(clip_pipeline, stock
 
 
 def test_a_full_fine_tune_exports_a_pipeline(clip_pipeline, stock, tmp_path, batch):
-    policy = SD3Policy.from_pretrained(clip_pipeline)
+    policy = SD3(path=str(clip_pipeline)).load()
     perturb(policy, 0.02)
     policy.export(tmp_path / "out")
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
     assert not any(path.suffix in {".bin", ".pt", ".pkl", ".pth"} for path in tmp_path.rglob("*"))
     pipeline = stock(tmp_path / "out")
     torch.testing.assert_close(stock_velocity(pipeline, *batch), run(policy, *batch), atol=1e-6, rtol=1e-5)
-    again = SD3Policy.from_pretrained(tmp_path / "out")
+    again = SD3(path=str(tmp_path / "out")).load()
     assert torch.equal(run(again, *batch), run(policy, *batch))
 
 
@@ -90,11 +90,11 @@ def test_lora_starts_as_the_base_model_and_from_its_seed(clip_pipeline, batch):
     torch.manual_seed(5)
     expected_draw = torch.rand(1)
     torch.manual_seed(5)
-    first = SD3Policy.from_pretrained(clip_pipeline, lora_rank=4, lora_seed=3)
+    first = SD3(path=str(clip_pipeline), lora_rank=4, lora_seed=3).load()
     assert torch.equal(torch.rand(1), expected_draw)  # the global generator was not touched
-    again = SD3Policy.from_pretrained(clip_pipeline, lora_rank=4, lora_seed=3)
-    other = SD3Policy.from_pretrained(clip_pipeline, lora_rank=4, lora_seed=4)
-    assert torch.equal(run(first, *batch), run(SD3Policy.from_pretrained(clip_pipeline), *batch))
+    again = SD3(path=str(clip_pipeline), lora_rank=4, lora_seed=3).load()
+    other = SD3(path=str(clip_pipeline), lora_rank=4, lora_seed=4).load()
+    assert torch.equal(run(first, *batch), run(SD3(path=str(clip_pipeline)).load(), *batch))
     for name, parameter in first.trainable_parameters().items():
         assert torch.equal(parameter, again.trainable_parameters()[name])
         assert ("lora_B" in name) == bool(parameter.eq(0).all())
@@ -103,12 +103,12 @@ def test_lora_starts_as_the_base_model_and_from_its_seed(clip_pipeline, batch):
 
 
 def test_bf16_lora_computes_in_bf16_with_float32_masters(clip_pipeline, batch):
-    policy = SD3Policy.from_pretrained(clip_pipeline, lora_rank=4, dtype="bfloat16")
-    reference = SD3Policy.from_pretrained(clip_pipeline, lora_rank=4)
+    policy = SD3(path=str(clip_pipeline), lora_rank=4, dtype="bfloat16").load()
+    reference = SD3(path=str(clip_pipeline), lora_rank=4).load()
     for each in (policy, reference):
         perturb(each, 0.1)
     kinds = set()
-    linear = policy.transformer.transformer_blocks[1].attn.to_q
+    linear = policy.network.transformer_blocks[1].attn.to_q
     hook = linear.register_forward_hook(lambda module, inputs, output: kinds.add((inputs[0].dtype, output.dtype)))
     rounded, exact = run(policy, *batch), run(reference, *batch)
     hook.remove()

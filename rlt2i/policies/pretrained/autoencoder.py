@@ -1,0 +1,87 @@
+"""Latents as the network sees them and as the autoencoder does: four normalisations are in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FRAMED = "z_dim"
+"""Autoencoders of video models name their channels so; an image is a film of one frame to them."""
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """[N, 3, H', W'] contiguous float32 images in [0, 1]; gradients flow."""
+    scaled = _tidy(to_vae(vae, latents).to(vae.dtype))
+    framed = hasattr(vae.config, _FRAMED)
+    images = vae.decode(scaled.unsqueeze(2) if framed else scaled, return_dict=False)[0]
+    images = images[:, :, 0] if framed else images
+    return (images.float() / 2 + 0.5).clamp(0, 1).contiguous()
+
+
+def encode(vae: Any, images: Tensor) -> Tensor:
+    """The inverse of `decode`: the mean of the autoencoder's posterior, never a draw from it; float32."""
+    pixels = _tidy((2 * images - 1).to(vae.device, vae.dtype))
+    framed = hasattr(vae.config, _FRAMED)
+    encoded = vae.encode(pixels.unsqueeze(2) if framed else pixels)
+    mean = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    return from_vae(vae, (mean[:, :, 0] if framed else mean).float())
+
+
+def to_vae(vae: Any, latents: Tensor) -> Tensor:
+    """What the autoencoder decodes; the order of operations is that of the stock pipelines."""
+    config = vae.config
+    if hasattr(vae, "bn"):
+        mean, std = _batch_statistics(vae, latents)
+        return _unpatchify(latents * std + mean)
+    if getattr(config, "latents_mean", None) is not None:
+        mean, std = _channel_statistics(config, latents)
+        return latents / (1 / std) + mean
+    shift = getattr(config, "shift_factor", None) or 0.0
+    return latents / config.scaling_factor + shift
+
+
+def from_vae(vae: Any, latents: Tensor) -> Tensor:
+    """The inverse of `to_vae`."""
+    config = vae.config
+    if hasattr(vae, "bn"):
+        latents = _patchify(latents)
+        mean, std = _batch_statistics(vae, latents)
+        return (latents - mean) / std
+    if getattr(config, "latents_mean", None) is not None:
+        mean, std = _channel_statistics(config, latents)
+        return (latents - mean) * (1 / std)
+    shift = getattr(config, "shift_factor", None) or 0.0
+    return (latents - shift) * config.scaling_factor
+
+
+def _batch_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """FLUX.2: running mean and standard deviation of a BatchNorm over channels of 2 x 2 latents."""
+    mean, variance = (t.view(1, -1, 1, 1).to(latents) for t in (vae.bn.running_mean, vae.bn.running_var))
+    return mean, torch.sqrt(variance + vae.config.batch_norm_eps)
+
+
+def _channel_statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Qwen-Image: a mean and a standard deviation for every channel."""
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (config.latents_mean, config.latents_std)
+    )
+    return mean, std
+
+
+def _patchify(latents: Tensor) -> Tensor:
+    """[N, C, 2h, 2w] -> [N, 4C, h, w]."""
+    n, c, h, w = latents.shape
+    return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, h // 2, w // 2)
+
+
+def _unpatchify(latents: Tensor) -> Tensor:
+    """[N, 4C, h, w] -> [N, C, 2h, 2w]."""
+    n, c, h, w = latents.shape
+    return latents.view(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, 2 * h, 2 * w)
+
+
+def _tidy(images: Tensor) -> Tensor:
+    """bf16 convolutions are fastest with channels last."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dtype == torch.bfloat16 else images

@@ -1,0 +1,48 @@
+"""What learned, in the formats that diffusers loads: an adapter, the network, or both in one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlt2i.policies.lora import exported_lora, merged_weights
+from rlt2i.policies.pretrained.spec import PretrainedSpec
+
+
+def export_adapter(spec: PretrainedSpec, pipe: Any, folder: Path) -> None:
+    """`pytorch_lora_weights.safetensors`, as the pipeline's `load_lora_weights` reads it."""
+    weights, metadata = exported_lora(getattr(pipe, spec.network))
+    options: dict[str, Any] = {
+        f"{spec.network}_lora_layers": weights,
+        f"{spec.network}_lora_adapter_metadata": metadata,
+    }
+    type(pipe).save_lora_weights(folder, **options, safe_serialization=True)
+
+
+def export_network(spec: PretrainedSpec, pipe: Any, folder: Path) -> None:
+    """The network with its adapter, if it has one, merged into the weights.
+
+    With the rest of the pipeline where that is a local directory: then `folder` is a pipeline of its own.
+    """
+    network = getattr(pipe, spec.network)
+    if spec.lora_rank is not None:
+        network = _without_adapter(network, merged_weights(network))
+    network.save_pretrained(folder / spec.network, safe_serialization=True)
+    source = spec.source
+    if isinstance(source, Path):
+        for name in set(spec.config("")) - {spec.network}:
+            if (source / name).is_dir():
+                shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+        shutil.copy(source / "model_index.json", folder)
+
+
+def _without_adapter(network: Any, weights: dict[str, Tensor]) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        plain = type(network).from_config(network.config)
+    plain.load_state_dict(weights, strict=True, assign=True)
+    return plain
