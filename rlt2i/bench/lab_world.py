@@ -20,7 +20,7 @@ from rlt2i.functional.schedules import even_sigmas
 from rlt2i.interfaces import Policy, PolicySpec, Reward, RewardBatch, RewardOutput
 from rlt2i.seeds import generator
 from rlt2i.tasks.base import Task, TaskPrompt
-from rlt2i.types import Conditioning, Prompts
+from rlt2i.types import Conditioning, ImageSize, Prompts
 
 SIDE, GRID = 8, 4
 TOKENS = GRID * GRID
@@ -42,13 +42,13 @@ class LinearPolicy(Policy):
         self.basis = torch.randn(fields, 3, SIDE, SIDE, generator=generator("lab", seed))
         self.theta = torch.nn.Parameter(torch.zeros(fields))
 
-    def sigmas(self, num_steps: int, image_size: int) -> Tensor:
+    def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
         return even_sigmas(num_steps)
 
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+    def latent_shape(self, size: ImageSize) -> tuple[int, int, int]:
         return (3, SIDE, SIDE)
 
-    def token_grid(self, image_size: int) -> tuple[int, int]:
+    def token_grid(self, size: ImageSize) -> tuple[int, int]:
         return (GRID, GRID)
 
     def encode(self, prompts: Prompts) -> Conditioning:

@@ -176,7 +176,7 @@ def _kernel(device: Any) -> Finding:
     """The attention kernel that would serve every pass, tried in bfloat16 on heads of 64."""
     import torch
 
-    from rlt2i.policies.attention import choose_kernel
+    from rlt2i.policies.attention.kernels import choose_kernel
 
     try:
         return Finding(
