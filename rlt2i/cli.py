@@ -144,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", type=Path, default=Path("comparison"), help="folder to write (default comparison)")
 
     bench = add("bench", _bench, "compare credits by a plan: paired seeds, controls, intervals, verdicts")
-    bench.add_argument("plan", help="name of a shipped plan, or a YAML file; or: lab")
+    bench.add_argument("plan", help="name of a shipped plan, or a YAML file; or: lab, probe")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="options; try: rlt2i bench PLAN --help")
 
     pretrain = add("pretrain", _pretrain, "train the embedded pipeline from nothing")

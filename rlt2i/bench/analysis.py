@@ -67,7 +67,6 @@ class Results:
         seconds: (arm, seed) -> mean seconds of an iteration, evaluation left out.
         samples: iteration -> images trained on.
         scores: (arm, seed) -> prompt -> (images, mean), of the plan's metric after the last iteration.
-        training: (arm, seed) -> name -> value at the last iteration.
     """
 
     plan: Plan
@@ -75,7 +74,6 @@ class Results:
     seconds: Mapping[Trial, float]
     samples: Mapping[int, int]
     scores: Mapping[Trial, Mapping[int, tuple[int, float]]]
-    training: Mapping[Trial, Mapping[str, float]]
 
     @property
     def main(self) -> Mapping[Trial, Curve]:
@@ -113,17 +111,12 @@ def read_results(path: Path, plan: Plan) -> Results:
     for row in read_table(path / "timing.csv"):
         if row["phase"] != "eval":
             seconds.setdefault((row["arm"], int(row["seed"])), []).append(float(row["seconds"]) / last)
-    training: dict[Trial, dict[str, float]] = {}
-    for row in read_table(path / "training.csv"):
-        if int(row["iteration"]) == last:
-            training.setdefault((row["arm"], int(row["seed"])), {})[row["metric"]] = float(row["value"])
     return Results(
         plan=plan,
         curves=curves,
         seconds={trial: sum(values) for trial, values in seconds.items()},
         samples=samples,
         scores=scores,
-        training=training,
     )
 
 
@@ -246,7 +239,7 @@ COLUMNS = (
 
 def comparison_rows(comparisons: Sequence[Comparison]) -> list[tuple[object, ...]]:
     """Rows of differences.csv."""
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for c in comparisons:
         d = c.judged.difference
         prompts = (c.prompts.low, c.prompts.high) if c.prompts else (math.nan, math.nan)

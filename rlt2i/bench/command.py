@@ -6,16 +6,66 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import attrs
+import torch
+
 from rlt2i.bench.analysis import power_table, read_results
+from rlt2i.bench.folder import csv_text
 from rlt2i.bench.lab import run_lab
 from rlt2i.bench.page import write_results
 from rlt2i.bench.plan import load_plan
+from rlt2i.bench.probe import COLUMNS as PROBE_COLUMNS
+from rlt2i.bench.probe import Probe, table
+from rlt2i.bench.publish import publish
 from rlt2i.bench.runner import BenchFailed, run_bench
+from rlt2i.recipes.recipe import load_recipe
+from rlt2i.runs.files import replace_text
 
 
 def main(name: str, words: Sequence[str]) -> int:
     """`rlt2i bench NAME ...`; the exit status."""
-    return _lab(words) if name == "lab" else _plan(name, words)
+    return {"lab": _lab, "probe": _probe}[name](words) if name in ("lab", "probe") else _plan(name, words)
+
+
+def _probe(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rlt2i bench probe",
+        description="Measures a recipe's credit and its controls on the same rollouts of fixed weights, "
+        "without training: where maps lie, what redrawn noise does, signal and noise of gradients. "
+        "Takes a recipe with one map over places.",
+    )
+    parser.add_argument("recipe", help="name, YAML file or run directory")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of the recipe")
+    parser.add_argument("--checkpoint", action="append", type=Path, default=[], metavar="DIR", help="also there")
+    parser.add_argument("--batches", type=int, default=100, help="for maps and gradients (default 100)")
+    parser.add_argument("--interventions", type=int, default=10, help="batches of completed steps and redrawn noise")
+    parser.add_argument("--prompts", type=int, default=4, help="of a batch (default 4)")
+    parser.add_argument("--group-size", type=int, default=8, help="rollouts per prompt (default 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", default=Path("bench/probe.csv"), help="default bench/probe.csv"
+    )
+    options = parser.parse_args(words)
+    run = Probe.of(
+        load_recipe(options.recipe, options.set),
+        prompts=options.prompts,
+        group_size=options.group_size,
+        seed=options.seed,
+        device=options.device,
+    )
+    rows = []
+    for checkpoint in (None, *options.checkpoint):
+        if checkpoint is not None:
+            run.use_weights(checkpoint)
+        rows += run.measure(
+            checkpoint.name if checkpoint else "base", batches=options.batches, interventions=options.interventions
+        )
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(options.out, csv_text(PROBE_COLUMNS, [attrs.astuple(row) for row in rows]))
+    print(table(rows))
+    print(options.out)
+    return 0
 
 
 def _lab(words: Sequence[str]) -> int:
@@ -46,6 +96,9 @@ def _plan(name: str, words: Sequence[str]) -> int:
     look.add_argument("--power", action="store_true", help="run nothing; say how many seeds a difference needs")
     look.add_argument("--judge", action="store_true", help="run nothing; write tables and page from what is finished")
     look.add_argument("--dry-run", action="store_true", help="run nothing; check the plan and list its trials")
+    look.add_argument(
+        "--publish", type=Path, metavar="DIR", help="run nothing; write small tables fit for a repository"
+    )
     options = parser.parse_args(words)
     overrides = [*options.set, *([f"seeds={options.seeds}"] if options.seeds else [])]
     plan = load_plan(name, overrides)
@@ -60,6 +113,9 @@ def _plan(name: str, words: Sequence[str]) -> int:
         return 0
     if options.judge:
         print(write_results(out, plan))
+        return 0
+    if options.publish:
+        print(publish(out, plan, options.publish))
         return 0
     try:
         print(run_bench(plan, out, jobs=options.jobs))

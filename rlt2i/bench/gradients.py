@@ -34,15 +34,19 @@ class AllCredits(CreditAssigner):
 
     Attributes:
         credits: by name.
+        also: needs of whoever looks at the context afterwards.
         made: what they said of the last batch.
+        context: what they saw of it.
     """
 
     credits: Mapping[str, CreditAssigner]
+    also: frozenset[str] = frozenset()
     made: dict[str, Credit] = attrs.field(factory=dict)
+    context: CreditContext | None = None
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset().union(*(credit.needs for credit in self.credits.values()))
+        return self.also.union(*(credit.needs for credit in self.credits.values()))
 
     def scored_steps(self, num_steps: int) -> tuple[int, ...]:
         steps = {credit.scored_steps(num_steps) for credit in self.credits.values()}
@@ -54,6 +58,7 @@ class AllCredits(CreditAssigner):
         return steps.pop()
 
     def assign(self, context: CreditContext) -> Credit:
+        self.context = context
         self.made = {name: credit.assign(context) for name, credit in self.credits.items()}
         return next(iter(self.made.values()))
 

@@ -107,7 +107,7 @@ def arm_rows(results: Results) -> list[tuple[str, str, str, str, str]]:
 
 def comparison_texts(plan: Plan, comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
     """(measure, comparison, difference, interval over seeds, interval over prompts, p, verdict) as text."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for c in comparisons:
         d = c.judged.difference
         prompts = f"[{c.prompts.low:+.3f}, {c.prompts.high:+.3f}]" if c.prompts else ""

@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from rlt2i.bench.folder import BenchFolder, gather_tables
 from rlt2i.bench.page import write_results
@@ -62,14 +63,14 @@ def _judge_base(folder: BenchFolder, plan: Plan) -> None:
         raise BenchFailed(f"the common start could not be judged (exit status {status}); see {log}.")
 
 
-def _wait(words: Sequence[str], threads: int, stream: object) -> int:
+def _wait(words: Sequence[str], threads: int, stream: IO[str]) -> int:
     """Run a process to its end, holding the pipe that tells it that this process lives."""
     process = subprocess.Popen(
         words,
         stdin=subprocess.PIPE,
         stdout=stream,
         stderr=subprocess.STDOUT,
-        env=environment(threads),  # type: ignore[arg-type]
+        env=environment(threads),
     )
     try:
         return process.wait()

@@ -1,0 +1,136 @@
+"""The numbers and figures of docs/benchmark.md, from the tables in benchmarks/results/bench.
+
+    python -m benchmarks.benchmark_page      # rewrites what is out of date; a test holds the page to the tables
+
+Blocks between `<!-- from: NAME -->` and `<!-- end -->` are written here; the prose around them is not touched.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlt2i.bench.analysis import MEASURES, Comparison, Results, compare, power_table, read_results, sentence
+from rlt2i.bench.folder import PLAN, read_table
+from rlt2i.bench.page import arm_rows, comparison_texts
+from rlt2i.bench.plan import load_plan
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmark.md"
+TABLES = ROOT / "benchmarks" / "results" / "bench"
+FIGURES = ROOT / "docs" / "assets" / "benchmark"
+
+BLOCK = re.compile(r"(<!-- from: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+
+
+def plan_block(name: str) -> list[str]:
+    """Figure, tables and verdicts of one plan; says so where it has not been run."""
+    folder = TABLES / name
+    if not (folder / PLAN).is_file():
+        return ["Not run yet."]
+    plan = load_plan(folder / PLAN)
+    results = read_results(folder, plan)
+    comparisons = compare(results)
+    lines = [f"![curves and paired differences](assets/benchmark/{name}.svg)", ""]
+    lines += table(("arm", "seeds", f"{plan.metric} before", "after ± SD", "seconds an iteration"), arm_rows(results))
+    lines += ["", *(f"* {line}" for line in sentence(results, comparisons).splitlines()), ""]
+    lines += _comparisons(results, [c for c in comparisons if c.measure in MEASURES], "measure")
+    rest = [c for c in comparisons if c.measure not in MEASURES and c.other == plan.reference]
+    if rest:
+        lines += ["", "What else changed, against the reference, after the last iteration:", ""]
+        lines += _comparisons(results, rest, "held-out measure")
+    return [*lines, "", "```text", *power_table(results).splitlines(), "```"]
+
+
+def _comparisons(results: Results, comparisons: Sequence[Comparison], what: str) -> list[str]:
+    header = (what, "comparison", "difference", "over seeds", "over prompts", "p (Holm)", "verdict")
+    return table(header, comparison_texts(results.plan, comparisons))
+
+
+def lab_block() -> list[str]:
+    """Theory against measurement."""
+    rows = [
+        (r["objective"], f"{r['tokens']}/16", r["mix"], r["credit"], f"{float(r['theory']):.2f}",
+         f"{float(r['gain']):.2f} ± {float(r['gain_error']):.2f}")
+        for r in read_table(TABLES / "lab" / "lab.csv")
+        if r["credit"] != "uniform"
+    ]  # fmt: skip
+    header = ("objective", "area", "mix", "credit", "theory", "measured ± SE")
+    return ["![gains against theory](assets/benchmark/lab.svg)", "", *table(header, rows)]
+
+
+def lab_training_block() -> list[str]:
+    """What the gains come to in training."""
+    rows = read_table(TABLES / "lab" / "lab_training.csv")
+    lines = []
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        for credit in dict.fromkeys(row["credit"] for row in rows):
+            values = [float(r["gained"]) for r in rows if (r["tokens"], r["credit"]) == (tokens, credit)]
+            mean = sum(values) / len(values)
+            error = (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
+            lines.append((f"{tokens}/16", credit, len(values), f"{mean:.4f} ± {error:.4f}"))
+    return table(("area", "credit", "seeds", "reward gained ± SE"), lines)
+
+
+def probe_block(name: str) -> Callable[[], list[str]]:
+    """The table of a probe."""
+
+    def block() -> list[str]:
+        file = TABLES / "probe" / f"{name}.csv"
+        if not file.is_file():
+            return ["Not run yet."]
+        rows = read_table(file)
+        measures = list(dict.fromkeys(row["measure"] for row in rows))
+        credits = list(dict.fromkeys(row["credit"] for row in rows))
+        found = {(r["measure"], r["credit"]): f"{float(r['value']):.3f} ± {float(r['error']):.3f}" for r in rows}
+        cells = [(m, *(found.get((m, c), "") for c in credits)) for m in measures]
+        return table(("measure", *credits), cells)
+
+    return block
+
+
+BLOCKS: dict[str, Callable[[], list[str]]] = {
+    "cells-clipped": lambda: plan_block("cells-clipped"),
+    "cells-nft": lambda: plan_block("cells-nft"),
+    "lab": lab_block,
+    "lab-training": lab_training_block,
+    "probe-cells-clipped": probe_block("cells-clipped"),
+    "probe-cells-nft": probe_block("cells-nft"),
+}
+
+
+def page(text: str) -> str:
+    """The page with every block written anew.
+
+    Raises:
+        ValueError: for a block that nothing here writes.
+    """
+
+    def written(match: re.Match[str]) -> str:
+        if match[2] not in BLOCKS:
+            raise ValueError(f"docs/benchmark.md: nothing writes the block {match[2]!r}. Known: {', '.join(BLOCKS)}.")
+        return match[1] + "\n".join(BLOCKS[match[2]]()) + "\n" + match[3]
+
+    return BLOCK.sub(written, text)
+
+
+def main() -> None:
+    """Rewrite the page and copy the figures."""
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for file in [*TABLES.glob("*/curves.svg"), TABLES / "lab" / "lab.svg"]:
+        if file.is_file():
+            name = "lab" if file.parent.name == "lab" else file.parent.name
+            shutil.copyfile(file, FIGURES / f"{name}.svg")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

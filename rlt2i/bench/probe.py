@@ -1,0 +1,289 @@
+"""The training-free half of the benchmark: several credits on the same rollouts of fixed weights.
+
+Credit is judged by where it lies and by the gradient that follows from it, without an update. Every number is a mean
+over independent batches with its standard error (the jackknife's, which for a mean is the usual one).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from rlt2i.algorithm import Algorithm
+from rlt2i.bench.controls import controls_of
+from rlt2i.bench.gradients import AllCredits, gradient_quality, update_gradient
+from rlt2i.bench.maps import (
+    blocks_of,
+    localisation_lift,
+    overlap_of_peaks,
+    rank_correlation,
+    share_by_decile,
+    sign_agreement,
+    step_gains,
+)
+from rlt2i.bench.probe_rows import Measured, Tally
+from rlt2i.credit.influence import Influence
+from rlt2i.credit.steps import trained_steps
+from rlt2i.engine import Engine
+from rlt2i.evaluation.localisation import area_under_roc
+from rlt2i.functional.maps import effective_support, map_entropy
+from rlt2i.functional.surrogate import scaled_clip_range
+from rlt2i.interfaces import CreditContext, Policy
+from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
+from rlt2i.parameter_sets import ParameterSets
+from rlt2i.recipes.recipe import Recipe
+from rlt2i.runs.checkpoint import load_checkpoint
+from rlt2i.tasks.base import as_prompts
+from rlt2i.types import Credit, Experience
+
+BLOCKS = 4
+"""Blocks a side of the intervention on noise."""
+INFLUENCE_ROLLOUTS = 8
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Probe:
+    """Measures a recipe's credit and its controls on fixed weights.
+
+    Attributes:
+        recipe: whose parts.
+        parts: them, loaded, with all credits at once.
+        sets: "reference" holds the base weights.
+        group_size, prompts: of a batch.
+        seed: of prompts and noise.
+        device: where the policy is.
+    """
+
+    recipe: Recipe
+    parts: Algorithm
+    sets: ParameterSets
+    prompts: int
+    group_size: int
+    seed: int
+    device: torch.device | str
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, *, prompts: int, group_size: int, seed: int, device: torch.device | str = "cpu"
+    ) -> Probe:
+        """Load a recipe's base weights, with its credit and the controls of it."""
+        credits = AllCredits(controls_of(recipe), also=frozenset({"clean_predictions"}))
+        parts = attrs.evolve(recipe.algorithm(), credit=credits).load(device)
+        assert isinstance(parts.policy, Policy)
+        sets = ParameterSets(parts.policy.trainable_parameters())
+        sets.add("reference")
+        return cls(
+            recipe=recipe, parts=parts, sets=sets, prompts=prompts, group_size=group_size, seed=seed, device=device
+        )
+
+    @property
+    def policy(self) -> Policy:
+        assert isinstance(self.parts.policy, Policy)
+        return self.parts.policy
+
+    @property
+    def credits(self) -> AllCredits:
+        assert isinstance(self.parts.credit, AllCredits)
+        return self.parts.credit
+
+    def use_weights(self, checkpoint: Path) -> None:
+        """Put the online weights of a checkpoint in place of the base."""
+        saved = load_checkpoint(checkpoint).tensors["online"]
+        with torch.no_grad():
+            for key, parameter in self.policy.trainable_parameters().items():
+                parameter.copy_(saved[key])
+
+    def measure(
+        self, weights: str, *, batches: int, interventions: int, say: Callable[[str], None] = print
+    ) -> list[Measured]:
+        """All measures at the weights at hand.
+
+        Args:
+            weights: what to call them.
+            batches: independent rollout batches, for maps and gradients.
+            interventions: batches in which steps are completed and noise is redrawn; they cost many rollouts each.
+        """
+        sets = ParameterSets(self.policy.trainable_parameters())
+        for name in {"old", "reference"} & self.parts.objective.requires:
+            sets.add(name)
+        tally = Tally()
+        gradients: dict[str, list[Tensor]] = {name: [] for name in self.credits.credits}
+        started = time.perf_counter()
+        for batch in range(batches):
+            experience = self._collect(batch, self.prompts, self.group_size)
+            assert self.credits.context is not None
+            context, made = self.credits.context, dict(self.credits.made)
+            self._maps(tally, context, made)
+            for name, credit in made.items():
+                own = attrs.evolve(experience, credit=credit)
+                gradient = self._gradient(own, sets, batch)
+                gradients[name].append(gradient.half().cpu())
+                if batch < interventions:
+                    self._clips(tally, name, own, gradient)
+            if batch < interventions:
+                self._steps(tally, context, made)
+                if weights != "base":
+                    self._drift(tally, context, made)
+                if experience.trajectory.stochastic.any():
+                    self._influence(tally, batch)
+            say(f"{weights}: batch {batch + 1} of {batches}, {time.perf_counter() - started:.0f} s")
+        found = list(tally.rows(weights))
+        for name, q in gradient_quality(gradients).items() if batches >= 3 else ():
+            for measure, value, error in (
+                ("gradient SNR", q.snr, q.snr_error),
+                ("gradient SNR over uniform", q.gain, q.gain_error),
+                ("cosine of two batches", q.cosine, q.cosine_error),
+            ):
+                found.append(
+                    Measured(weights=weights, credit=name, measure=measure, value=value, error=error, batches=q.batches)
+                )
+        return found
+
+    def _collect(self, batch: int, prompts: int, group_size: int) -> Experience:
+        train, start = self.recipe.train, batch * prompts
+        engine = Engine(
+            algorithm=self.parts,
+            image_size=train.image_size,
+            rollout_batch_size=train.rollout_batch_size,
+            seed=self.seed,
+            share_initial_noise=train.share_initial_noise,
+            device=torch.device(self.device),
+        )
+        drawn = self.recipe.task.train_prompts(seed=self.seed, start=start, count=prompts)
+        return engine.collect(as_prompts(drawn, group_size=group_size, start=start), iteration=batch).experience
+
+    def _gradient(self, experience: Experience, sets: ParameterSets, batch: int) -> Tensor:
+        return update_gradient(
+            self.policy,
+            self.parts.objective,
+            self.parts.reward,
+            experience,
+            sets,
+            seed=batch,
+            micro_batch_size=self.recipe.train.micro_batch_size,
+        )
+
+    # ---------------------------------------------------------------------------------------------------- measures
+
+    def _maps(self, tally: Tally, context: CreditContext, made: Mapping[str, Credit]) -> None:
+        """Where maps lie and how concentrated they are, at the steps that are trained; good and bad images apart."""
+        steps = trained_steps(context)
+        for name, credit in made.items():
+            weight = _whole(credit, context)
+            tally.add(name, "effective support", effective_support(weight[:, list(steps)]))
+            tally.add(name, "largest weight", weight[:, list(steps)].amax(dim=(2, 3)))
+            entropy = map_entropy(weight)[:, list(steps)]
+            advantage = credit.advantage.mean(dim=(1, 2, 3))
+            tally.add(name, "entropy, better than its group", entropy[advantage > 0])
+            tally.add(name, "entropy, worse than its group", entropy[advantage < 0])
+            if context.rewards.maps is None:
+                continue
+            inside = region_of(context)
+            lift = localisation_lift(weight, inside)
+            for step in steps:
+                tally.add(name, f"localisation lift, step {step}", lift[:, step])
+            first = area_under_roc(weight[:, steps[0]].flatten(1), inside.flatten(1))
+            tally.add(name, f"AUC of the region, step {steps[0]}", first)
+            tally.add(name, "lift, better than its group", lift[:, list(steps)][advantage > 0])
+            tally.add(name, "lift, worse than its group", lift[:, list(steps)][advantage < 0])
+
+    def _steps(self, tally: Tally, context: CreditContext, made: Mapping[str, Credit]) -> None:
+        """Does a step that is praised do good? By completing the image from both of its ends."""
+        steps = trained_steps(context)
+        gains = step_gains(context, steps)
+        for name, credit in made.items():
+            signed = (credit.advantage * credit.weight * credit.mask).mean(dim=(2, 3))
+            signed = signed.expand(len(gains), context.trajectory.num_steps)[:, list(steps)]
+            tally.add(name, "step-sign agreement", sign_agreement(signed, gains)[None])
+
+    def _influence(self, tally: Tally, batch: int) -> None:
+        """Rank correlation of maps with what redrawn noise of a block does to the reward, on one prompt's rollouts."""
+        self._collect(10**6 + batch, 1, INFLUENCE_ROLLOUTS)
+        context, made = self.credits.context, dict(self.credits.made)
+        assert context is not None
+        measured = Influence(blocks=BLOCKS, mix=1.0, floor=1e-6).weight(context)
+        for name, credit in made.items():
+            weight = _whole(credit, context)
+            for step in trained_steps(context):
+                moved = blocks_of(measured[:, step], BLOCKS)
+                tally.add(
+                    name, "influence, rank correlation", rank_correlation(blocks_of(weight[:, step], BLOCKS), moved)
+                )
+
+    def _drift(self, tally: Tally, context: CreditContext, made: Mapping[str, Credit]) -> None:
+        """How far the maps are from those that the base weights would give in the same states."""
+        trajectory = context.trajectory
+        names = frozenset(name for name in trajectory.captures if name in self.policy.offers)
+        each = []
+        with torch.no_grad(), self.sets.use("reference"):
+            for t in range(trajectory.num_steps):
+                latents = trajectory.latents[:, t]
+                sigma = trajectory.sigmas[t].expand(len(latents))
+                each.append(self.policy.velocity_with_captures(latents, sigma, trajectory.conditioning, names)[1])
+        captures = {name: torch.stack([at[name] for at in each], dim=1) for name in names}
+        before = attrs.evolve(
+            context, trajectory=attrs.evolve(trajectory, captures={**trajectory.captures, **captures})
+        )
+        for name, credit in self.credits.credits.items():
+            then, now = _whole(credit.assign(before), before), _whole(made[name], context)
+            for step in trained_steps(context):
+                a, b = then[:, step].flatten(1), now[:, step].flatten(1)
+                tally.add(name, "map drift, overlap with the base's", overlap_of_peaks(a, b))
+
+    def _clips(self, tally: Tally, name: str, experience: Experience, gradient: Tensor) -> None:
+        """Share of places whose ratio leaves the clip range after one step of Adam, by decile of the map."""
+        objective = self.parts.objective
+        if not isinstance(objective, ClippedSurrogate) or objective.ratio != "location":
+            return
+        trajectory, parameters = experience.trajectory, list(self.policy.trainable_parameters().values())
+        steps = trajectory.stochastic.nonzero()[:, 0]
+        rollouts = torch.arange(trajectory.num_rollouts, device=steps.device)
+        before = self._log_probs(experience, rollouts, steps)
+        kept = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p, g in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+                p.sub_(self.recipe.train.learning_rate * g.view_as(p).sign())
+        ratio = (self._log_probs(experience, rollouts, steps) - before).exp()
+        with torch.no_grad():
+            for p, old in zip(parameters, kept, strict=True):
+                p.copy_(old)
+        left = ((ratio - 1).abs() > scaled_clip_range(objective.clip_range, ratio[0, 0].numel())).float()
+        tally.add(name, "places clipped after one step", left.mean()[None])
+        weight = experience.credit.weight.expand(len(rollouts), trajectory.num_steps, -1, -1)[:, steps]
+        if weight.shape[2:] != (1, 1):
+            fine = interpolate(weight, size=ratio.shape[2:], mode="nearest")
+            by_decile = share_by_decile(left.flatten(), fine.flatten())
+            tally.add(name, "places clipped, lowest decile of the map", by_decile[:1])
+            tally.add(name, "places clipped, highest decile of the map", by_decile[-1:])
+
+    @torch.no_grad()
+    def _log_probs(self, experience: Experience, rollouts: Tensor, steps: Tensor) -> Tensor:
+        """[B, S, H, W] of the steps taken, under the weights at hand."""
+        trajectory, found = experience.trajectory, []
+        for step in steps.tolist():
+            states = experience.step_batch(rollouts, torch.full_like(rollouts, step))
+            velocity = self.policy.velocity(states.latents, states.sigma, states.conditioning)
+            transition = trajectory.kernel.transition(
+                states.latents, velocity, states.sigma, states.sigma_next, sigma_max=trajectory.sigma_max
+            )
+            found.append(trajectory.kernel.log_prob_map(states.next_latents, transition))
+        return torch.stack(found, dim=1)
+
+
+def region_of(context: CreditContext) -> Tensor:
+    """[B, h, w] bool on the token grid: tokens of which a good part was judged."""
+    maps = context.rewards.maps
+    assert maps is not None, "the oracle asks for maps"
+    return interpolate(maps[:, None].float(), size=context.token_grid, mode="area")[:, 0] > 0.25
+
+
+def _whole(credit: Credit, context: CreditContext) -> Tensor:
+    """[B, T, h, w] weights on the token grid."""
+    shape = (context.trajectory.num_rollouts, context.trajectory.num_steps, *context.token_grid)
+    return credit.weight.expand(shape)
