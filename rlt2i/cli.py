@@ -147,10 +147,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("plan", help="name of a shipped plan, or a YAML file; or: lab, probe")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="options; try: rlt2i bench PLAN --help")
 
-    pretrain = add("pretrain", _pretrain, "train the embedded pipeline from nothing")
-    pretrain.add_argument("task", choices=["shapes"])
+    pretrain = add("pretrain", _pretrain, "train the pipeline of an embedded world")
+    pretrain.add_argument("task", choices=["shapes", "cells"])
     pretrain.add_argument(
-        "rest", nargs=argparse.REMAINDER, help="options of the task; try: rlt2i pretrain shapes --help"
+        "rest", nargs=argparse.REMAINDER, help="options of the world; try: rlt2i pretrain shapes --help"
     )
 
     serve = add("serve-reward", _serve_reward, "serve a reward over HTTP")
@@ -437,9 +437,9 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from rlt2i.tasks.shapes.pretrain import main as pretrain_shapes
+    from importlib import import_module
 
-    pretrain_shapes(options.rest)
+    import_module(f"rlt2i.tasks.{options.task}.pretrain").main(options.rest)
 
 
 def _serve_reward(options: argparse.Namespace) -> int:

@@ -54,6 +54,8 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "Sharded": "rlt2i.rewards.sharded:Sharded",
             "WeightedSum": "rlt2i.rewards.combinators:WeightedSum",
             "YesNoJudge": "rlt2i.rewards.judge:YesNoJudge",
+            "CellsReward": "rlt2i.tasks.cells.reward:CellsReward",
+            "CornerReward": "rlt2i.tasks.cells.reward:CornerReward",
             "ShapesColours": "rlt2i.tasks.shapes.colours:ShapesColours",
             "ShapesReward": "rlt2i.tasks.shapes.reward:ShapesReward",
         },
@@ -113,6 +115,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Task": {
             "OCRFileTask": "rlt2i.tasks.ocr.task:OCRFileTask",
             "OCRTask": "rlt2i.tasks.ocr.task:OCRTask",
+            "CellsTask": "rlt2i.tasks.cells.task:CellsTask",
             "ShapesTask": "rlt2i.tasks.shapes.task:ShapesTask",
             "GenEvalTask": "rlt2i.tasks.geneval.task:GenEvalTask",
             "PickScoreTask": "rlt2i.tasks.pickscore:PickScoreTask",

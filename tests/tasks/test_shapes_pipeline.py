@@ -6,9 +6,7 @@ import json
 import pytest
 import torch
 
-from rlt2i.tasks.shapes.networks import (
-    MAX_TOKENS,
-    PIPELINE_DIR,
+from rlt2i.tasks.embedded.networks import (
     build_autoencoder,
     build_tokenizer,
     build_transformer,
@@ -17,9 +15,13 @@ from rlt2i.tasks.shapes.networks import (
     encode_images,
     encode_text,
     load_pipeline,
+    save_pipeline,
     tokenise,
 )
-from rlt2i.tasks.shapes.pretrain import Muon, evaluate, orthogonalise, pretrain, sample_images
+from rlt2i.tasks.embedded.optimisers import Muon, orthogonalise
+from rlt2i.tasks.embedded.pretraining import sample_texts
+from rlt2i.tasks.shapes.networks import PIPELINE_DIR, WORLD
+from rlt2i.tasks.shapes.pretrain import evaluate, pretrain
 from rlt2i.tasks.shapes.prompts import all_prompts, eval_prompts
 from rlt2i.tasks.shapes.vocabulary import WORDS
 
@@ -39,7 +41,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return load_pipeline()
+    return load_pipeline(PIPELINE_DIR)
 
 
 def weights(directory):
@@ -53,9 +55,9 @@ def weights(directory):
 
 
 def test_every_word_is_one_token():
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(WORLD)
     for prompt in all_prompts():
-        assert len(tokenizer(prompt.text).input_ids) == len(prompt.text.split()) + 2 <= MAX_TOKENS
+        assert len(tokenizer(prompt.text).input_ids) == len(prompt.text.split()) + 2 <= WORLD.max_tokens
     ids = {word: tuple(tokenizer(word, add_special_tokens=False).input_ids) for word in WORDS}
     assert len(set(ids.values())) == len(WORDS)
 
@@ -66,7 +68,7 @@ def test_merges_by_hand():
 
 
 def test_unknown_words_are_spelt_out():
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(WORLD)
     pieces = tokenizer.tokenize("hexagon")
     assert "".join(pieces) == "hexagon</w>"
     assert len(pieces) > 1
@@ -102,7 +104,7 @@ def test_stock_diffusers_loads_and_runs_it(pipeline):
         max_sequence_length=0,
         output_type="pt",
     ).images
-    ours = sample_images(pipeline, prompts, generator=torch.Generator().manual_seed(0))
+    ours = sample_texts(pipeline, [p.text for p in prompts], canvas=32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(images, ours, atol=1e-3, rtol=0)
 
 
@@ -149,9 +151,10 @@ def test_log_says_what_was_shipped():
 
 
 def test_samples_do_not_depend_on_the_batch(pipeline):
-    prompts = eval_prompts(1)
+    texts = [prompt.text for prompt in eval_prompts(1)]
     whole, parts = (
-        sample_images(pipeline, prompts, generator=torch.Generator().manual_seed(1), batch_size=size) for size in (6, 4)
+        sample_texts(pipeline, texts, canvas=32, generator=torch.Generator().manual_seed(1), batch_size=size)
+        for size in (6, 4)
     )
     torch.testing.assert_close(whole, parts, atol=1e-4, rtol=0)
 
@@ -166,8 +169,8 @@ def test_missing_directory_says_how_to_make_one(tmp_path):
 
 def test_builders_are_functions_of_their_generator():
     before = torch.random.get_rng_state()
-    for build in (build_transformer, build_autoencoder):
-        first, second = (build(torch.Generator().manual_seed(9)) for _ in range(2))
+    for build, side in ((build_transformer, 16), (build_autoencoder, 32)):
+        first, second = (build(side, torch.Generator().manual_seed(9)) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -198,9 +201,9 @@ def test_pretraining_is_reproducible_and_resumable(tmp_path, monkeypatch):
     assert weights(whole) == weights(again)
     assert not (whole / "state").exists()
 
-    from rlt2i.tasks.shapes import pretrain as module
+    from rlt2i.tasks.embedded import pretraining as module
 
-    original = module._flow_matching_loss
+    original = module.flow_matching_loss
     calls = []
 
     def power_cut(*arguments):
@@ -209,11 +212,11 @@ def test_pretraining_is_reproducible_and_resumable(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(module, "_flow_matching_loss", power_cut)
+    monkeypatch.setattr(module, "flow_matching_loss", power_cut)
     with pytest.raises(KeyboardInterrupt):
         pretrain(broken, **TINY)
     assert (broken / "state" / "run.safetensors").exists()
-    monkeypatch.setattr(module, "_flow_matching_loss", original)
+    monkeypatch.setattr(module, "flow_matching_loss", original)
     resumed = pretrain(broken, **TINY)
     assert weights(broken) == weights(whole)
 
@@ -235,8 +238,6 @@ def test_steps_that_nobody_would_evaluate_are_refused(tmp_path):
 
 
 def test_saving_leaves_the_pipeline_in_float32(tmp_path, pipeline):
-    from rlt2i.tasks.shapes.networks import save_pipeline
-
     before = copy.deepcopy(pipeline.transformer.state_dict())
     save_pipeline(pipeline, tmp_path)
     assert all(torch.equal(before[name], tensor) for name, tensor in pipeline.transformer.state_dict().items())

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlt2i.tasks.shapes.networks import decode_latents, encode_images, load_pipeline
+from rlt2i.tasks.embedded.networks import decode_latents, encode_images, load_pipeline
+from rlt2i.tasks.shapes.networks import PIPELINE_DIR
 from rlt2i.tasks.shapes.prompts import all_prompts, near_misses
 from rlt2i.tasks.shapes.render import PALETTE_RGB, render, sample_scenes, shape_coverage
 from rlt2i.tasks.shapes.verifier import Detection, regions_on_grid, verify
@@ -79,7 +80,7 @@ def test_right_under_noise(world):
 
 def test_right_through_the_shipped_autoencoder(world):
     prompts, _, images = world
-    vae = load_pipeline().vae
+    vae = load_pipeline(PIPELINE_DIR).vae
     with torch.no_grad():
         decoded = torch.cat([decode_latents(vae, encode_images(vae, chunk)) for chunk in images.split(200)])
     assert accuracy(decoded, prompts).min() > 0.99

@@ -40,8 +40,6 @@ TRIANGLE_BASE: Final = 0.8
 
 BLOB, BAR, RING = range(3)
 
-_CENTRES: Final = torch.arange(CANVAS, dtype=torch.float32) + 0.5
-
 
 @attrs.frozen(kw_only=True, eq=False)
 class Scenes:
@@ -71,19 +69,21 @@ class Scenes:
         return self.shape.shape[0]
 
 
-def shape_coverage(shape: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
+def shape_coverage(shape: Tensor, centre: Tensor, radius: Tensor, *, side: int = CANVAS) -> Tensor:
     """Antialiased coverage of each pixel by a circle, square or triangle.
 
     Args:
         shape: [...] long index into `SHAPES`.
         centre: [..., 2] x and y in pixels.
         radius: [...] in pixels.
+        side: Of the canvas, in pixels.
 
     Returns:
-        [..., 32, 32] in [0, 1].
+        [..., side, side] in [0, 1].
     """
-    x = _CENTRES - centre[..., 0, None, None]
-    y = _CENTRES[:, None] - centre[..., 1, None, None]
+    pixels = torch.arange(side, dtype=torch.float32) + 0.5
+    x = pixels - centre[..., 0, None, None]
+    y = pixels[:, None] - centre[..., 1, None, None]
     r = radius[..., None, None]
     circle = torch.hypot(x, y) - r
     square = torch.maximum(x.abs(), y.abs()) - SQUARE_HALF_SIDE * r
@@ -97,8 +97,9 @@ def shape_coverage(shape: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
 
 def _distractor_coverage(kind: Tensor, centre: Tensor, radius: Tensor, angle: Tensor) -> Tensor:
     """[...] blobs (soft discs), bars and rings -> [..., 32, 32] coverage in [0, 1]."""
-    x = _CENTRES - centre[..., 0, None, None]
-    y = _CENTRES[:, None] - centre[..., 1, None, None]
+    pixels = torch.arange(CANVAS, dtype=torch.float32) + 0.5
+    x = pixels - centre[..., 0, None, None]
+    y = pixels[:, None] - centre[..., 1, None, None]
     r, sine, cosine = radius[..., None, None], angle.sin()[..., None, None], angle.cos()[..., None, None]
     distance = torch.hypot(x, y)
     blob = (1 - (distance / r) ** 2).clamp(0, 1)
@@ -218,10 +219,7 @@ def render(scenes: Scenes, generator: torch.Generator) -> Tensor:
         [B, 3, 32, 32] float32 RGB in [0, 1].
     """
     batch = len(scenes)
-    base = _uniform(0.76, 0.92, (batch, 1, 1, 1), generator)
-    waves = torch.randn(batch, 1, 5, 5, generator=generator) * 0.045
-    texture = F.interpolate(waves, size=(CANVAS, CANVAS), mode="bicubic", align_corners=True)
-    images = (base + texture).clamp(0.70, 0.97).repeat(1, 3, 1, 1)
+    images = background(batch, CANVAS, generator)
 
     grey = _uniform(0.25, 0.55, (batch, MAX_DISTRACTORS, 1, 1, 1), generator)
     spots = _distractor_coverage(
@@ -230,10 +228,32 @@ def render(scenes: Scenes, generator: torch.Generator) -> Tensor:
     for j in range(MAX_DISTRACTORS):
         images = images.lerp(grey[:, j].expand_as(images), spots[:, j, None])
 
-    jitter = _uniform(-0.03, 0.03, (batch, MAX_OBJECTS, 3), generator)
-    colours = (PALETTE_RGB[scenes.colour] + jitter).clamp(0, 1)[..., None, None]
-    present = (scenes.shape >= 0)[..., None, None]
-    coverage = shape_coverage(scenes.shape, scenes.centre, scenes.radius) * present
-    for j in range(MAX_OBJECTS):
+    coverage = shape_coverage(scenes.shape, scenes.centre, scenes.radius) * (scenes.shape >= 0)[..., None, None]
+    return paint(images, coverage, scenes.colour, generator)
+
+
+def background(batch: int, side: int, generator: torch.Generator) -> Tensor:
+    """[B, 3, side, side] a soft grey texture, of a random grey."""
+    base = _uniform(0.76, 0.92, (batch, 1, 1, 1), generator)
+    waves = torch.randn(batch, 1, 5, 5, generator=generator) * 0.045
+    texture = F.interpolate(waves, size=(side, side), mode="bicubic", align_corners=True)
+    return (base + texture).clamp(0.70, 0.97).repeat(1, 3, 1, 1)
+
+
+def paint(images: Tensor, coverage: Tensor, colour: Tensor, generator: torch.Generator) -> Tensor:
+    """Lay objects over images, one after the other, in slightly jittered palette colours.
+
+    Args:
+        images: [B, 3, H, W].
+        coverage: [B, N, H, W] in [0, 1], of each object.
+        colour: [B, N] long index into `COLOURS`.
+        generator: Source of the jitter.
+
+    Returns:
+        [B, 3, H, W].
+    """
+    jitter = _uniform(-0.03, 0.03, (*colour.shape, 3), generator)
+    colours = (PALETTE_RGB[colour] + jitter).clamp(0, 1)[..., None, None]
+    for j in range(colour.shape[1]):
         images = images.lerp(colours[:, j].expand_as(images), coverage[:, j, None])
     return images
