@@ -94,6 +94,25 @@ def shapes_case() -> Case:
     )
 
 
+def cells_case() -> Case:
+    """A red circle in the first of 2 x 2 cells, against a blue one, a red square and the circle in another cell."""
+    red, elsewhere = _shape(_RED, "circle", (3, 3, 12, 12)), _shape(_RED, "circle", (19, 3, 28, 12))
+    blue, square = _shape(_BLUE, "circle", (3, 3, 12, 12)), _shape(_RED, "square", (3, 3, 12, 12))
+    return Case(
+        prompt="a red circle above left",
+        metadata={"grid": 2, "cells": [[0, "circle", "red"]]},
+        good=red,
+        bad={"a blue circle": blue, "a red square": square, "the circle above right": elsewhere},
+    )
+
+
+def green_case() -> Case:
+    """Green above left, against green below right."""
+    green = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    green[1, :16, :16] = 200
+    return Case(prompt="", good=green, bad={"green below right": green.flip((1, 2))})
+
+
 def objects_case() -> Case:
     """A stop sign by the road, against the road: for object detectors."""
     return Case(
@@ -107,6 +126,8 @@ def objects_case() -> Case:
 CASES: Mapping[str, Callable[[], Case]] = MappingProxyType(
     {
         "Aesthetic": beauty_case,
+        "CellsReward": cells_case,
+        "CornerReward": green_case,
         "GenEvalReward": objects_case,
         "JPEGCompressibility": size_case,
         "JPEGIncompressibility": lambda: size_case().reversed(),
@@ -144,10 +165,11 @@ def _evening() -> Tensor:
     return _tensor(Image.fromarray(picture.clip(0, 255).astype(np.uint8)))
 
 
-def _shape(colour: tuple[int, int, int] | None, shape: str) -> Tensor:
+def _shape(
+    colour: tuple[int, int, int] | None, shape: str, box: tuple[int, int, int, int] = (10, 10, 21, 21)
+) -> Tensor:
     image = Image.new("RGB", (32, 32), (200, 200, 200))
     draw = ImageDraw.Draw(image)
-    box = (10, 10, 21, 21)
     if colour is not None:
         (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
     return _tensor(image)

@@ -115,9 +115,9 @@ def test_committed_curves_are_of_the_shipped_recipes(path: Path):
     )
 
 
-@pytest.mark.parametrize("family", [r"\w+-shapes", r"\w+-nft-shapes"])
+@pytest.mark.parametrize("family", [r"\w+-shapes", r"\w+-nft-shapes", r"(?!nft)\w+-cells", r"(\w+-)?nft-cells"])
 def test_compared_recipes_differ_in_credit_alone(family: str):
-    arms = ("star", "uniform", "shuffled", "inverted", "oracle")
+    arms = ("star", "uniform", "shuffled", "inverted", "oracle", "nft-cells")
     names = [name for name in NAMES if re.fullmatch(family, name) and name.startswith(arms)]
     assert len(names) >= 2
     rest = [

@@ -10,6 +10,7 @@ from rlt2i.rewards.combinators import Affine
 from rlt2i.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rlt2i.rewards.selftest import case_for, judge_case, main
 from rlt2i.rewards.selftest_cases import CASES, drawing_case
+from rlt2i.tasks.cells.reward import CellsReward, CornerReward
 from rlt2i.tasks.shapes.reward import ShapesReward
 from tests.helpers.fake_rewards import Broken, Grey, Needy, output_of, raises
 from tests.helpers.tiny_models import save_blip, save_clip, save_detector, save_head
@@ -22,6 +23,8 @@ from tests.helpers.tiny_models import save_blip, save_clip, save_detector, save_
         JPEGIncompressibility(),
         Affine(reward=JPEGCompressibility(), scale=-1.0),
         ShapesReward(),
+        CellsReward(),
+        CornerReward(),
     ],
 )
 def test_rewards_pass_their_own_case(reward):

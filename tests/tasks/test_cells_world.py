@@ -102,7 +102,9 @@ def test_prompts_are_deterministic_and_take_turns():
 
 @pytest.mark.parametrize("cells", [(), (1, 0), (2, 2), (0, 4), (0, 1, 2)])
 def test_cells_that_the_grid_lacks_are_refused(cells: tuple[int, ...]):
-    with pytest.raises(ValueError, match=r"Name one or two different ones, in reading order, from 0 to 3|names the cells"):
+    with pytest.raises(
+        ValueError, match=r"Name one or two different ones, in reading order, from 0 to 3|names the cells"
+    ):
         prompt(2, *((c, "circle", "red") for c in cells))
 
 
