@@ -1,6 +1,6 @@
 """Trains the pipeline of the cells world, starting from that of the shapes world.
 
-    rlt2i pretrain cells --out DIR --steps 2000 --seed 0
+    rlt2i pretrain cells --out DIR --steps 1000 --seed 0
 
 One model learns both grids and prompts that name one or two cells. Nearly half of its captions are wrong in one word,
 so that the best it can learn is a strict score of .55: what the words mean is there, and reinforcement learning has
@@ -127,12 +127,12 @@ def pretrain(
     out_dir: Path,
     *,
     seed: int = 0,
-    steps: int = 2_000,
+    steps: int = 1_000,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     average_decay: float = 0.998,
     pool_size: int = 8_192,
-    pool_steps: int = 250,
+    pool_steps: int = 500,
     eval_every: int = 500,
     images: int = 240,
     target: float = 1.0,
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of `pretrain`."""
     parser = argparse.ArgumentParser(prog="rlt2i pretrain cells", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="pipeline directory to write")
-    parser.add_argument("--steps", type=int, default=2_000, help="updates at most (default 2000)")
+    parser.add_argument("--steps", type=int, default=1_000, help="updates at most (default 1000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", type=float, default=1.0, help="strict score to stop at (default: train to the end)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")

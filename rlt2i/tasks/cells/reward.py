@@ -21,7 +21,7 @@ from rlt2i.types import Region
 class CellsReward(Reward):
     """strict_weight x strict + (1 - strict_weight) x partial of the named cells alone, in [0, 1].
 
-    Components: `strict` (0 or 1) and `partial`. Maps mark the named cells, which the prompt fixes before sampling starts:
+    Components: `strict` (0 or 1) and `partial`. Maps mark the named cells, which the prompt fixes before sampling:
     credit from them is an exact oracle of known area. Regions are the same cells, each with the sign of its own
     judgement: 1 where it is right, -1 where it earned nothing.
 
