@@ -29,7 +29,7 @@ class CellsReward(Reward):
         strict_weight: share of the strict score; the rest is partial credit, which separates near misses.
     """
 
-    requires = frozenset({"grid", "cells"})
+    metadata_keys = frozenset({"grid", "cells"})
     offers = frozenset({"maps", "regions"})
     span = (0.0, 1.0)
 

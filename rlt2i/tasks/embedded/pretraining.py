@@ -164,7 +164,7 @@ class Run:
                 block.compile(fullgraph=True, dynamic=False)
 
     def update(self, loss: Tensor, *, learning_rate: float, average_decay: float) -> float:
-        """Take one optimiser step and return the gradient's norm before clipping at 1."""
+        """Take one optimizer step and return the gradient's norm before clipping at 1."""
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()
