@@ -26,13 +26,15 @@ class CellsTask(Task):
     named: int = attrs.field(default=1, validator=validators.in_((1, 2)))
 
     @property
-    def image_size(self) -> int:  # type: ignore[override]
-        """Side of the images in pixels."""
-        return side(self.grid)
-
-    @property
     def provides(self) -> frozenset[str]:
         return frozenset({"grid", "cells"})
+
+    def check_image_size(self, image_size: int) -> None:
+        if image_size != side(self.grid):
+            raise ValueError(
+                f"train.image_size={image_size}: {self.grid} x {self.grid} cells have a canvas of {side(self.grid)} "
+                f"pixels a side, which their verifier reads. Set train.image_size={side(self.grid)}."
+            )
 
     def train_prompts(self, *, seed: int, start: int, count: int) -> list[TaskPrompt]:
         pools = list(split_prompts(self.grid, self.named)[0].values())
