@@ -68,8 +68,8 @@ class SD3(PretrainedSpec):
     """A Stable Diffusion 3 pipeline to train.
 
     Attributes:
-        path: a pipeline directory, a repository of the hub, or "embedded:shapes", the small one that is part of this
-            package.
+        path: a pipeline directory, a repository of the hub, or one of the small ones that are part of this package,
+            "embedded:shapes" and "embedded:cells".
         schedule: "sd3" (shifted, as diffusers' scheduler) or "even"; "auto" is even where the scheduler has shift 1.
         max_sequence_length: T5 tokens.
         text_encoder_3: use T5? Default: if the pipeline has one.

@@ -19,7 +19,8 @@ from rlt2i.policies.guidance import Guided
 Dtype = Literal["float32", "bfloat16"]
 Residence = Literal["device", "cpu", "disk"]
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
-_EMBEDDED = {"embedded:shapes": Path(__file__).resolve().parents[2] / "tasks" / "shapes" / "pipeline"}
+_TASKS = Path(__file__).resolve().parents[2] / "tasks"
+_EMBEDDED = {f"embedded:{world}": _TASKS / world / "pipeline" for world in ("shapes", "cells")}
 
 
 def _positive(instance: Any, attribute: Any, value: int | None) -> None:
