@@ -14,11 +14,20 @@ from attrs import validators
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from rlt2i.inputs.typography import is_blank
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import REASON, configuration
 from rlt2i.rewards.ocr_engine import Engines, Line, engine_fingerprint
 from rlt2i.rewards.pooled import usable_cores
-from rlt2i.rewards.text import edit_distance, quoted_text, squash, substring_distance, verdicts
+from rlt2i.rewards.text import (
+    Rule,
+    comparable,
+    edit_distance,
+    quoted_text,
+    substring_distance,
+    verdict_of_each,
+    verdicts,
+)
 from rlt2i.types import Region
 
 CELL = 8
@@ -31,9 +40,9 @@ class OCRReward(Reward):
     """1 - min(d, n) / n in [0, 1]: d is the edit distance between what was read and the target of n
     characters.
 
-    The target is `metadata["text"]` where there is one, else the first text in double quotes; a sample
-    without either is invalid. Case and spaces do not count, as in Flow-GRPO (arXiv 2505.05470), whose reward
-    `match="full"` is.
+    The target is `metadata["text"]` where that shows something, else the first text in double quotes; a sample
+    without either is invalid. Case and white space do not count. With `rule="published"`, `match="full"` is the
+    reward of Flow-GRPO (arXiv 2505.05470).
 
     Components: `exact`, 1 where the image says the target and nothing else; `edit`, the edit distance between
     the whole reading and the target, in characters; `extra`, the share of the reading that is more than the
@@ -45,6 +54,9 @@ class OCRReward(Reward):
         match: "full" compares with everything that was read, except that text around the complete target is
             free; so a near miss next to other writing can score 0. "partial" compares with the best
             substring.
+        rule: "normalised" takes characters for the same that look the same, on both sides, so that a perfect picture
+            of any target scores 1: quotes, dashes, ellipses, spaces of every kind, invisible characters, accents
+            composed or not, full and half width. "published" asks for equal characters in lower case, spaces aside.
         workers: threads, with an engine each (about 100 MB); 0 means one per usable core.
     """
 
@@ -52,6 +64,7 @@ class OCRReward(Reward):
     span = (0.0, 1.0)
 
     match: Literal["full", "partial"] = attrs.field(default="full", validator=validators.in_(("full", "partial")))
+    rule: Rule = attrs.field(default="normalised", validator=validators.in_(("normalised", "published")))
     workers: int = attrs.field(default=0, validator=validators.ge(0))
     _engines: Engines = attrs.field(init=False, factory=Engines, eq=False, repr=False)
 
@@ -60,7 +73,7 @@ class OCRReward(Reward):
 
         localise = bool(want & {"maps", "regions"})
         images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
-        targets = [_target(p, m) for p, m in zip(batch.prompts, batch.metadata, strict=True)]
+        targets = [_target(p, m, self.rule) for p, m in zip(batch.prompts, batch.metadata, strict=True)]
         with ThreadPoolExecutor(min(self.workers or usable_cores(), len(targets)), thread_name_prefix="ocr") as threads:
             judged = list(threads.map(lambda image, target: self._judge(image, target, localise), images, targets))
         size = images.shape[1:3]
@@ -93,14 +106,14 @@ class OCRReward(Reward):
             raise
         except Exception as error:
             return _Judgement(error=f"OCR failed: {type(error).__name__}: {error}"[:1000])
-        read, wanted = squash("".join(line.text for line in lines)), squash(target)
+        read, wanted = (comparable(text, self.rule).text for text in ("".join(line.text for line in lines), target))
         score = match_score(read, wanted, match=self.match)
         anywhere = self.match == "partial" or wanted in read
         return _Judgement(
             score=score,
             read=" | ".join(line.text for line in lines),
             components=_components(read, wanted, lines),
-            characters=_verdicts(lines, wanted, anywhere=anywhere) if localise else (),
+            characters=_verdicts(lines, wanted, anywhere=anywhere, rule=self.rule) if localise else (),
         )
 
 
@@ -127,10 +140,10 @@ def match_score(read: str, target: str, *, match: Literal["full", "partial"]) ->
     return 1 - min(distance, len(target)) / len(target)
 
 
-def _target(prompt: str, metadata: Any) -> str | None:
+def _target(prompt: str, metadata: Any, rule: Rule) -> str | None:
     text = metadata.get("text")
-    found = text if isinstance(text, str) else quoted_text(prompt)
-    return found if found is not None and squash(found) else None
+    found = text if isinstance(text, str) and not is_blank(text) else quoted_text(prompt)
+    return found if found is not None and comparable(found, rule).text else None
 
 
 def _components(read: str, wanted: str, lines: Sequence[Line]) -> dict[str, float]:
@@ -146,12 +159,11 @@ def _components(read: str, wanted: str, lines: Sequence[Line]) -> dict[str, floa
     return found
 
 
-def _verdicts(lines: Sequence[Line], wanted: str, *, anywhere: bool) -> tuple[Any, ...]:
+def _verdicts(lines: Sequence[Line], wanted: str, *, anywhere: bool, rule: Rule) -> tuple[Any, ...]:
     """(character, corners, credit) of everything that was read."""
-    # Lower case of a single character can be two; then the first stands for both.
     characters = [(letter, quad) for line in lines for letter, quad in line.characters]
-    read = "".join(letter.lower()[:1] for letter, _ in characters)
-    found = verdicts(read, wanted, anywhere=anywhere)
+    form = comparable("".join(letter for letter, _ in characters), rule)
+    found = verdict_of_each(len(characters), form, verdicts(form.text, wanted, anywhere=anywhere))
     return tuple((letter, quad, _CREDIT[verdict]) for (letter, quad), verdict in zip(characters, found, strict=True))
 
 

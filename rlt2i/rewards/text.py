@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
+
+from rlt2i.inputs.quotes import quoted_texts
+from rlt2i.inputs.typography import NormalForm, normal_form
+
+Rule = Literal["normalised", "published"]
+"""Which characters are the same: those that look the same, or those that are equal in lower case."""
 
 Verdict = Literal["right", "wrong", "free"]
 """Of a character that was read: part of the target, an error that costs, or text that the score ignores."""
@@ -13,10 +20,40 @@ def squash(text: str) -> str:
     return text.replace(" ", "").lower()
 
 
+def comparable(text: str, rule: Rule) -> NormalForm:
+    """The characters of a text that are compared, and where each came from.
+
+    Args:
+        text: as typed or as read.
+        rule: "published" is `squash`; "normalised" is `normal_form` without white space.
+    """
+    if rule == "published":
+        return NormalForm(squash(text), tuple((i, i + 1) for i, sign in enumerate(text) for _ in squash(sign)))
+    form = normal_form(text)
+    visible = [i for i, character in enumerate(form.text) if not character.isspace()]
+    return NormalForm("".join(form.text[i] for i in visible), tuple(form.origins[i] for i in visible))
+
+
+def verdict_of_each(length: int, form: NormalForm, found: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts on compared characters, for the characters that they came from: wrong where any is wrong.
+
+    Args:
+        length: of the original text.
+        form: its characters that were compared.
+        found: a verdict for each of them.
+    """
+    verdicts: list[Verdict] = ["free"] * length
+    for (start, end), verdict in zip(form.origins, found, strict=True):
+        for i in range(start, end):
+            if verdicts[i] != "wrong" and verdict != "free":
+                verdicts[i] = verdict
+    return verdicts
+
+
 def quoted_text(prompt: str) -> str | None:
-    """The first text in double quotes, or None when there is none or it is blank."""
-    parts = prompt.split('"')
-    return parts[1] if len(parts) >= 3 and parts[1].strip() else None
+    """The first text in double quotes of any kind, or None when there is none; see `quoted_texts`."""
+    quotes = quoted_texts(prompt)
+    return quotes[0].text if quotes else None
 
 
 def edit_distance(first: str, second: str) -> int:

@@ -128,15 +128,31 @@ def test_two_workers_read_what_one_reads(reward):
 def test_the_target_comes_from_metadata_else_from_quotes(reward):
     image = written("OPEN", AILERON, size=64)
     batch = RewardBatch(
-        images=torch.stack([image] * 4),
-        prompts=['a sign "OPEN"', 'a sign "CLOSED"', "a sign", 'a sign "  "'],
-        metadata=[{}, {"text": "open"}, {}, {}],
+        images=torch.stack([image] * 7),
+        prompts=[
+            'a sign "OPEN"',
+            'a sign "CLOSED"',
+            'a "OPEN"',
+            r"a \"OPEN\"",
+            'an 18" "OPEN"',
+            "a sign",
+            'a sign "  "',
+        ],
+        metadata=[{}, {"text": "open"}, {"text": ""}, {"text": " \u200b"}, {}, {}, {"text": "\u00a0"}],
     )
     output = score_safely(reward, batch)
-    assert output.valid.tolist() == [True, True, False, False]
-    assert output.scores[:2].tolist() == [1.0, 1.0]
-    assert output.scores[2:].isnan().all()
-    assert "double quotes" in output.info[2]["error"]
+    assert output.valid.tolist() == [True] * 5 + [False] * 2
+    assert output.scores[:5].tolist() == [1.0] * 5
+    assert output.scores[5:].isnan().all()
+    assert "double quotes" in output.info[5]["error"]
+
+
+def test_a_perfect_picture_of_a_typographic_target(reward):
+    targets = ["Joe\u2019s Bar", "GRAND\u00a0OPENING", "O\u200bPEN", "\uff23\uff21\uff26\uff25"]
+    images = [written(text, AILERON, size=64) for text in ("Joe's Bar", "GRAND OPENING", "OPEN", "CAFE")]
+    assert reward.score(batch_of(targets, images)).scores.tolist() == [1.0] * 4
+    published = OCRReward(workers=1, rule="published").score(batch_of(targets, images)).scores
+    assert (published < 1).all()
 
 
 def test_an_engine_that_fails_is_no_unreadable_picture(monkeypatch):
@@ -159,6 +175,6 @@ def test_small_and_odd_sizes(reward):
 
 def test_the_fingerprint_names_the_models(reward):
     found = reward.fingerprint()
-    assert found["settings"] == {"match": "full"}
+    assert found["settings"] == {"match": "full", "rule": "normalised"}
     assert len(found["models"]) == 2
     assert all(len(digest) == 64 for digest in found["models"].values())

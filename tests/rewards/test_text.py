@@ -5,7 +5,15 @@ import random
 import pytest
 
 from rlt2i.rewards.ocr import match_score
-from rlt2i.rewards.text import edit_distance, quoted_text, squash, substring_distance, verdicts
+from rlt2i.rewards.text import (
+    comparable,
+    edit_distance,
+    quoted_text,
+    squash,
+    substring_distance,
+    verdict_of_each,
+    verdicts,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +59,59 @@ def test_full_match_is_flow_grpo():
         target = "".join(draw.choice("abcd") for _ in range(draw.randint(1, 5)))
         distance = 0 if target in read else min(edit_distance(read, target), len(target))
         assert match_score(read, target, match="full") == pytest.approx(1 - distance / len(target))
+
+
+TYPED_AND_READ = [
+    ("Joe\u2019s", "Joe's"),
+    ("\u201cYES\u201d", '"YES"'),
+    ("Grand\u00a0Opening", "GrandOpening"),
+    ("\u55b6\u3000\u696d", "\u55b6\u696d"),
+    ("O\u200bP\u2060E\ufeffN", "OPEN"),
+    ("cafe\u0301", "CAF\u00c9"),
+    ("\uff2f\uff30\uff25\uff2e\uff01", "OPEN!"),
+    ("\uff76\uff9e", "\u30ac"),
+    ("9\u20135", "9-5"),
+    ("wait\u2026", "wait..."),
+    ("two\nlines\tand\u2028more", "two lines and more"),
+    ("o\ufb03ce", "office"),
+    ("A\u00adB", "AB"),
+]
+
+
+@pytest.mark.parametrize(("typed", "read"), TYPED_AND_READ)
+def test_a_perfect_picture_of_any_target_scores_one(typed: str, read: str):
+    for target, reading in ((typed, read), (read, typed), (typed, typed)):
+        wanted, found = comparable(target, "normalised").text, comparable(f"{reading} cafe", "normalised").text
+        assert match_score(found, wanted, match="full") == 1  # beside other writing, where a near miss scores 0
+
+
+def test_signs_that_look_different_stay_different():
+    for one, other in (("\u00bd", "12"), ("x\u00b2", "x2"), ("\u2122", "tm"), ("caf\u00e9", "cafe")):
+        assert comparable(one, "normalised").text != comparable(other, "normalised").text
+
+
+def test_the_published_rule_is_flow_grpos():
+    for text in ("Grand  Opening\tX", "Joe\u2019s", "\u03a3\u03a3 \u0130 \u00df", "caf\u00e9\n"):
+        form = comparable(text, "published")
+        assert form.text == squash(text)
+        assert len(form.origins) == len(form.text)
+
+
+def test_both_rules_agree_on_plain_targets():
+    draw = random.Random(4)
+    for _ in range(200):
+        text = "".join(draw.choice("abcXYZ 0129.,!?'\"-:/&%$#()") for _ in range(12))
+        assert comparable(text, "normalised").text == comparable(text, "published").text
+
+
+def test_a_verdict_returns_to_the_characters_that_were_read():
+    # "e\u0301" is compared as one, the ellipsis as three of which the last is wrong; a space is free.
+    raw = "e\u0301 a\u2026"
+    form = comparable(raw, "normalised")
+    assert form.text == "\u00e9a..."
+    assert verdict_of_each(len(raw), form, verdicts(form.text, "\u00e9a..!", anywhere=False)) == [
+        "right", "right", "free", "right", "wrong",
+    ]  # fmt: skip
 
 
 def test_squash_and_quotes():
