@@ -58,6 +58,15 @@ class Policy(ABC):
     def encode(self, prompts: Prompts) -> Conditioning:
         """Encode each prompt once and find its core phrases among the tokens; rows repeat for the group."""
 
+    def text_streams(self, text: str) -> Mapping[str, tuple[int, Sequence[tuple[int, int]]]]:
+        """What each text encoder reads of a prompt; nothing where a policy cannot tell.
+
+        Returns:
+            Text stream -> (where it starts in the joint text sequence, the characters (start, end) of the prompt behind
+            each of its tokens: (0, 0) for special tokens, none for what lies beyond the token limit).
+        """
+        return {}
+
     @abstractmethod
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """v(x_sigma, sigma | prompt); gradients flow.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -97,6 +98,9 @@ class Guided(Policy):
 
     def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
         return self.policy.sigmas(num_steps, size)
+
+    def text_streams(self, text: str) -> Mapping[str, tuple[int, Sequence[tuple[int, int]]]]:
+        return self.policy.text_streams(text)
 
     def latent_shape(self, size: ImageSize) -> tuple[int, int, int]:
         return self.policy.latent_shape(size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from rlt2i.parameter_sets import ParameterSets, tensors_sha256
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint
 from rlt2i.runs.logbook import Logbook, open_logbook
-from rlt2i.tasks.base import check_metadata
+from rlt2i.tasks.base import TaskPrompt, check_metadata
+from rlt2i.tasks.reading import MOST_DRAWN, report_on
 from rlt2i.training.dry_run import batch_plan
 from rlt2i.training.signals import GracefulStop
 from rlt2i.training.trainer import Trainer
@@ -59,6 +60,8 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
             _write_json(run_dir / "reward.json", algorithm.reward.fingerprint())
             if recipe.heldout:
                 _write_json(run_dir / "heldout.json", {n: r.fingerprint() for n, r in recipe.heldout.items()})
+            for line in report_on(algorithm.policy, _prompts_of(recipe)).lines():
+                say(line)
         trainer = _assemble(recipe, algorithm, run_dir, log, processes, say)
         if resume is None:
             say(batch.table())
@@ -71,6 +74,15 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
         if trainer.iteration < train.iterations:
             again = f"rlt2i train --run-dir {run_dir} --resume"
             say(f"stopped after iteration {trainer.iteration}, saved. Go on with: {again}")
+
+
+def _prompts_of(recipe: Recipe) -> Iterator[TaskPrompt]:
+    """What a run trains on, up to a number, and what it evaluates on."""
+    train = recipe.train
+    count = min(train.iterations * train.prompts_per_iteration, MOST_DRAWN)
+    yield from recipe.task.train_prompts(seed=train.seed, start=0, count=count)
+    if train.eval_prompts:
+        yield from recipe.task.eval_prompts(train.eval_prompts)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

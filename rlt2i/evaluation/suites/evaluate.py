@@ -40,6 +40,7 @@ from rlt2i.runs.files import replace_text
 from rlt2i.runs.provenance import redacted, versions
 from rlt2i.runs.terminal import Progress
 from rlt2i.tasks.base import check_metadata
+from rlt2i.tasks.reading import report_on
 
 Say = Callable[[str], None]
 _MADE_WITH = ("rlt2i", "torch", "diffusers", "transformers", "numpy", "device")
@@ -164,6 +165,8 @@ def draw_suite(
     missing = sum(drawing.id not in done for drawing in mine)
     folder.claim(fingerprint, suite=dump_yaml(suite_mapping(suite)), finished=not missing)
     job.say(f"{folder.path}: {len(everything)} images, {len(done)} drawn already")
+    for line in report_on(policy, chosen).lines():
+        job.say(line)
     job.wait()  # nobody appends before everybody has looked
     if missing:
         _draw_missing(draw, policy, mine, done, folder, job)
