@@ -60,6 +60,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
             _write_json(run_dir / "reward.json", algorithm.reward.fingerprint())
             if recipe.heldout:
                 _write_json(run_dir / "heldout.json", {n: r.fingerprint() for n, r in recipe.heldout.items()})
+            assert isinstance(algorithm.policy, Policy)
             for line in report_on(algorithm.policy, _prompts_of(recipe)).lines():
                 say(line)
         trainer = _assemble(recipe, algorithm, run_dir, log, processes, say)
