@@ -69,7 +69,7 @@ def test_core_phrases_that_no_prompt_says_are_named_once(policy: ToyPolicy):
     report = report_on(policy, prompts)
     assert report.unsaid == (("kat", "a cat"),)
     assert report.lines() == [
-        "core phrases that their prompts do not say, so no map starts from them: 'kat' in 'a cat'"
+        "core phrases that their prompts do not say, so that no map starts from them: 'kat' in 'a cat'"
     ]
 
 
