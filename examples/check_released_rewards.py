@@ -13,9 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import convert_reward_weights
-
 from rlt2i.recipes import PARTS
+from rlt2i.rewards import releases
 from rlt2i.rewards.released import FOLDER
 from rlt2i.rewards.selftest import main as test_reward
 from rlt2i.rewards.weights import weights_home
@@ -43,7 +42,7 @@ def main() -> int:
         print(f"--- {name}")
         for weights in NEEDS[name]:
             if not (weights_home() / weights).exists():
-                convert_reward_weights.main([weights])
+                releases.main([weights])
         new = [] if (FOLDER / f"{name}.json").is_file() else ["--record", str(options.out / f"{name}.json")]
         # The released weights must also prefer the right picture.
         if test_reward([name, "--released", *new], parts=PARTS) or test_reward([name], parts=PARTS):

@@ -157,10 +157,12 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("name", help="short name, module:Class, file.py:Class, or a YAML file with a reward or a recipe")
     serve.add_argument("rest", nargs=argparse.REMAINDER, help="options; try: rlt2i serve-reward NAME --help")
 
-    reward = add("reward", _reward, "test a reward on good and bad pictures, and time it")
-    reward.add_argument("action", choices=["test"])
+    reward = add("reward", _reward, "test a reward on good and bad pictures, or convert its released weights")
+    reward.add_argument("action", choices=["test", "convert"])
     reward.add_argument(
-        "name", help="short name, module:Class, file.py:Class, or a YAML file with a reward or a recipe"
+        "name",
+        help="test: short name, module:Class, file.py:Class, or a YAML file with a reward or a recipe; "
+        "convert: name of the weights, such as hpsv2.1",
     )
     reward.add_argument("rest", nargs=argparse.REMAINDER, help="options; try: rlt2i reward test NAME --help")
     return root
@@ -449,6 +451,11 @@ def _serve_reward(options: argparse.Namespace) -> int:
 
 
 def _reward(options: argparse.Namespace) -> int:
+    if options.action == "convert":
+        from rlt2i.rewards.releases import main as convert
+
+        convert([options.name, *options.rest])
+        return 0
     from rlt2i.recipes.parts import PARTS
     from rlt2i.rewards.selftest import main as test_reward
 

@@ -198,10 +198,8 @@ class Learner:
         }
 
     def _step(self, norm: float) -> None:
-        scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+        norm_f64 = torch.tensor(norm, dtype=torch.float64)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm_f64)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1.0, (self.optimizer_step + 1) / max(1, self.warmup_steps))
         self.optimizer.step()
@@ -217,9 +215,7 @@ class Learner:
                     torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 )
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if not gradients:
-            return 0.0
-        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def _total(self, value: float) -> float:
         if self.reduce_sum is None:

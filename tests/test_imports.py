@@ -18,6 +18,7 @@ LAYERS = (
     "inputs",
     "config",
     "functional",
+    "vision",
     "axes",
     "seeds",
     "types",
@@ -198,7 +199,9 @@ def test_nothing_unpickles():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in {"torch.load", "torch.save"}:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} calls {ast.unparse(node.func)}")
-    assert not wrong, "\n".join(wrong)
+    converter = [line for line in wrong if line.startswith("rlt2i/rewards/releases.py") and "torch.load" in line]
+    assert len(converter) == 1  # tests/test_no_pickle.py holds it to weights_only=True
+    assert wrong == converter, "\n".join(wrong)
 
 
 def test_the_walker_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -73,11 +73,16 @@ def _settings(node: ast.AST) -> list[str]:
 
 
 _PACKAGE = Path(rlt2i.__file__).parent
+ALLOWED = {"rewards/releases.py": ["torch.load"]}
+"""Released reward weights exist as pickles only; they are converted once, with `weights_only=True` (see UNSAFE)."""
 
 
 @pytest.mark.parametrize("path", sorted(_PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(_PACKAGE)))
 def test_module_neither_pickles_nor_trusts(path):
-    assert violations(path.read_text(encoding="utf-8")) == []
+    text = path.read_text(encoding="utf-8")
+    found = violations(text)
+    assert text.count("torch.load(") == text.count("weights_only=True)")
+    assert [what.partition(": ")[2] for what in found] == ALLOWED.get(str(path.relative_to(_PACKAGE)), [])
 
 
 @pytest.mark.parametrize(

@@ -108,14 +108,36 @@ def test_platform_packages_carry_markers():
             assert "platform_system" in line or "sys_platform" in line, line
 
 
+NOT_IMPORTED = {
+    "onnxruntime": "rapidocr runs on it",
+    "tensorboard": "accelerate's trackers import it by name",
+    "wandb": "accelerate's trackers import it by name",
+    "trackio": "accelerate's trackers import it by name",
+}
+"""Declared dependency -> why the package does not import it itself."""
+SPELT = {"pillow": "PIL", "pyyaml": "yaml", "attrs": "attrs attr"}
+"""Name in the index -> names in import statements."""
+
+
+def test_every_declared_dependency_is_imported_or_has_a_reason():
+    from packaging.requirements import Requirement
+
+    project = PYPROJECT["project"]
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"], *(r for name, extra in extras.items() if name != "dev" for r in extra)]
+    names = {Requirement(text).name for text in named}
+    found = {module.partition(".")[0] for path in (ROOT / "rlt2i").rglob("*.py") for _, module in imports(path)}
+    unused = {name for name in names if not found & set(SPELT.get(name, name.replace("-", "_")).split())}
+    assert unused == set(NOT_IMPORTED) & names, f"imported nowhere: {sorted(unused - set(NOT_IMPORTED))}"
+
+
 def test_the_package_imports_only_what_it_declares():
     from packaging.requirements import Requirement
 
     project = PYPROJECT["project"]
     named = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
-    spelt = {"pillow": "PIL", "pyyaml": "yaml", "attrs": "attrs attr"}
     names = [Requirement(text).name for text in named]
-    declared = {word for name in names for word in spelt.get(name, name.replace("-", "_")).split()}
+    declared = {word for name in names for word in SPELT.get(name, name.replace("-", "_")).split()}
     found = {
         (module.partition(".")[0], str(path.relative_to(ROOT)))
         for path in (ROOT / "rlt2i").rglob("*.py")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-from typing import Any
-
 import attrs
 import torch
 from attrs import validators
@@ -17,6 +13,7 @@ from rlt2i.credit.spatial import relative_weight
 from rlt2i.functional.maps import blur2d
 from rlt2i.interfaces import CreditContext
 from rlt2i.types import Causality
+from rlt2i.vision.patch_features import patch_features
 
 _IMAGES_PER_PASS = 32
 
@@ -90,36 +87,3 @@ def principal_saliency(features: Tensor, components: int) -> Tensor:
     structured = total > 1e-10 * flat.pow(2).sum(dim=(1, 2))[:, None]  # below that it is rounding noise
     share = torch.where(structured, variance / total.clamp_min(1e-30), 0)
     return (unit * share[:, None]).sum(dim=2).unflatten(1, (height, width))
-
-
-@functools.lru_cache(maxsize=2)
-def _load(model: str, resolution: int, device: str) -> tuple[Any, Tensor, Tensor]:
-    """A frozen transformer, and the mean and standard deviation [3, 1, 1] of the images it knows."""
-    import timm
-
-    name = f"local-dir:{model}" if Path(model).is_dir() else model
-    network = timm.create_model(name, pretrained=True, num_classes=0, img_size=resolution)
-    network = network.eval().requires_grad_(False).to(device)
-    config: dict[str, Any] = network.pretrained_cfg
-    mean, std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-    return network, mean, std
-
-
-def patch_features(images: Tensor, model: str, resolution: int = 224) -> Tensor:
-    """[N, 3, H, W] uint8 images -> [N, h, w, D] tokens of a frozen transformer, class and register tokens left out.
-
-    Args:
-        model, resolution: see `FeatureSaliency`.
-
-    Raises:
-        ValueError: when the model has no patch tokens.
-    """
-    network, mean, std = _load(model, resolution, str(images.device))
-    seen = interpolate(
-        images.float() / 255, size=(resolution, resolution), mode="bicubic", align_corners=False, antialias=True
-    ).clamp(0, 1)
-    with torch.no_grad():
-        tokens = network.forward_features((seen - mean) / std)
-    if tokens.ndim != 3 or not hasattr(network, "patch_embed"):
-        raise ValueError(f"FeatureSaliency(model={model!r}): no patch tokens. Use a plain vision transformer.")
-    return tokens[:, network.num_prefix_tokens :].unflatten(1, tuple(network.patch_embed.grid_size))

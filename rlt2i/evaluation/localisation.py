@@ -26,12 +26,13 @@ def area_under_roc(scores: Tensor, inside: Tensor) -> Tensor:
     Returns:
         [N]; nan where a row has no cell on one of the sides.
     """
-    higher = (scores[:, :, None] > scores[:, None, :]).float() + 0.5 * (
-        scores[:, :, None] == scores[:, None, :]
-    ).float()
-    pairs = inside[:, :, None] & ~inside[:, None, :]
-    count = pairs.sum(dim=(1, 2))
-    return torch.where(count > 0, (higher * pairs).sum(dim=(1, 2)) / count.clamp_min(1), torch.nan)
+    ordered = scores.sort(dim=1).values
+    below, upto = (torch.searchsorted(ordered, scores.contiguous(), right=right) for right in (False, True))
+    ranks = (below + upto + 1).double() / 2  # tied cells share the mean of their ranks
+    count = inside.sum(dim=1)
+    pairs = count * (inside.shape[1] - count)
+    wins = (ranks * inside).sum(dim=1) - count * (count + 1) / 2  # Mann and Whitney's statistic
+    return torch.where(pairs > 0, wins / pairs.clamp_min(1), torch.nan).float()
 
 
 @attrs.frozen(kw_only=True, eq=False)

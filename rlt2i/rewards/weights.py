@@ -11,8 +11,8 @@ from typing import Final
 
 import torch
 
-CONVERT: Final = "examples/convert_reward_weights.py"
-"""The script that downloads a released checkpoint, checks its SHA-256 and writes what loads here."""
+CONVERT: Final = "rlt2i reward convert"
+"""The command that downloads a released checkpoint, checks its SHA-256 and writes what loads here."""
 
 SOURCE_FILE: Final = "source.json"
 """Beside converted weights: URL, SHA-256 and licence of the checkpoint that they were made of."""
@@ -42,7 +42,7 @@ def find_weights(path: str, *, of: str) -> str:
         return path
     raise FileNotFoundError(
         f"{of}: there are no weights at {path!r} nor at {weights_home() / path}. Get them once with "
-        f"`python {CONVERT} {path}`, or give the folder of a converted model."
+        f"`{CONVERT} {path}`, or give the folder of a converted model."
     )
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TextIO
 
 from torch import Tensor
+from tqdm import tqdm
 
 WIDTH = 160
 """Columns of a summary line, at most."""
@@ -55,42 +53,24 @@ class Progress:
     def __init__(self, stream: TextIO | None = None, *, interval: float = 0.1) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._interval = interval
-        self._visible = self._stream.isatty()
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """Yields `advance(count)`, to be called after every finished piece of the phase."""
-        begun = time.monotonic()
-        drawn = -math.inf
-        done = 0
+        with tqdm(
+            desc=f"{name:<8}",
+            total=total or None,
+            file=self._stream,
+            disable=not self._stream.isatty(),
+            leave=False,
+            mininterval=self._interval,
+            dynamic_ncols=True,
+        ) as bar:
 
-        def advance(count: int = 1) -> None:
-            nonlocal done, drawn
-            done += count
-            now = time.monotonic()
-            if self._visible and now - drawn >= self._interval:
-                drawn = now
-                self._draw(_phase_line(name, done, total, now - begun))
+            def advance(count: int = 1) -> None:
+                bar.update(count)
 
-        advance(0)
-        try:
             yield advance
-        finally:
-            if self._visible:
-                self._draw("")
-
-    def _draw(self, text: str) -> None:
-        columns = shutil.get_terminal_size((80, 24)).columns
-        self._stream.write(f"\r\x1b[K{text[: columns - 1]}")
-        self._stream.flush()
-
-
-def _phase_line(name: str, done: int, total: int | None, seconds: float) -> str:
-    if not total:
-        return f"{name:<8} {done} in {seconds:.0f} s"
-    filled = min(20, 20 * done // total)
-    left = f", {seconds / done * (total - done):.0f} s left" if done else ""
-    return f"{name:<8} [{'#' * filled}{'.' * (20 - filled)}] {done}/{total} {seconds:.0f} s{left}"
 
 
 def summary_line(iteration: int, metrics: Mapping[str, float | Tensor]) -> str:

@@ -30,6 +30,24 @@ def test_area_under_roc_by_hand():
     assert torch.isnan(auc[2])  # nothing inside: no answer, not a half
 
 
+def test_area_under_roc_is_what_comparing_all_pairs_gives():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 9, (5, 60), generator=generator).float()  # many ties
+    inside = torch.rand(5, 60, generator=generator) < 0.3
+    for row in range(5):
+        one, other = scores[row, inside[row]][:, None], scores[row, ~inside[row]][None]
+        expected = ((one > other).float() + 0.5 * (one == other).float()).mean()
+        torch.testing.assert_close(area_under_roc(scores, inside)[row], expected)
+
+
+def test_area_under_roc_takes_a_large_grid():
+    # 512 x 512 cells: comparing all pairs would need 275 GB. The upper half is inside, and scores rise downwards.
+    scores = torch.arange(512 * 512.0)[None]
+    inside = (torch.arange(512 * 512) < 512 * 256)[None]
+    assert area_under_roc(scores, inside).tolist() == [0.0]
+    assert area_under_roc(-scores, inside).tolist() == [1.0]
+
+
 def test_best_map_is_the_one_with_the_highest_mean_over_steps():
     measured = Localisation(
         auc={("image_to_text", 0): torch.tensor([0.9, 0.5]), ("text_to_image", 1): torch.tensor([0.7, 0.8])}, images=3

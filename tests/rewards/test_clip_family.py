@@ -181,7 +181,7 @@ def test_weights_that_are_not_numbers_give_invalid_samples_not_zero(tmp_path: Pa
 
 def test_missing_weights_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("RLT2I_WEIGHTS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"convert_reward_weights\.py hpsv2\.1"):
+    with pytest.raises(FileNotFoundError, match=r"rlt2i reward convert hpsv2\.1"):
         HPSv2().score(batch_of(images_of(1), ["x"]))
     (tmp_path / "hpsv2.1").mkdir()
     assert find_weights("hpsv2.1", of="HPSv2") == str(tmp_path / "hpsv2.1")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from rlt2i.rewards import releases
 from rlt2i.rewards.aesthetic import load_head
 from rlt2i.rewards.convert import collapse_linear, image_reward_to_transformers, open_clip_to_transformers
 
@@ -180,26 +179,17 @@ def test_a_stack_of_linear_layers_collapses_by_hand():
         collapse_linear({"0.weight": torch.ones(2, 3), "0.bias": torch.ones(2)})
 
 
-def test_the_script_writes_what_the_reward_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    script = Path(__file__).parents[2] / "examples" / "convert_reward_weights.py"
-    spec = importlib.util.spec_from_file_location("convert_reward_weights", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+def test_the_command_writes_what_the_reward_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     head = nn.Sequential(nn.Linear(6, 4), nn.Dropout(), nn.Linear(4, 1)).eval()
     checkpoint = tmp_path / "head.pth"
     torch.save({f"layers.{name}": tensor for name, tensor in head.state_dict().items()}, checkpoint)
     monkeypatch.setenv("RLT2I_WEIGHTS", str(tmp_path / "weights"))
     name = "aesthetic_sac_logos_ava1_l14"
-    monkeypatch.setattr(sys, "argv", ["convert", name, "--checkpoint", str(checkpoint)])
-    module.main()
+    releases.main([name, "--checkpoint", str(checkpoint)])
     weight, bias = load_head(name, "cpu")
     states = torch.randn(5, 6)
     torch.testing.assert_close(states @ weight + bias, head(states)[:, 0].detach())
     # Another file than the expected one is refused before it is read.
-    monkeypatch.setattr(sys, "argv", ["convert", "hpsv2", "--checkpoint", str(checkpoint), "--sha256", "0" * 64])
-    with pytest.raises(SystemExit, match="not used"):
-        module.main()
+    with pytest.raises(ValueError, match="not used"):
+        releases.main(["hpsv2", "--checkpoint", str(checkpoint), "--sha256", "0" * 64])
     assert not (tmp_path / "weights" / "hpsv2").exists()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import attrs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlt2i.cli import main as cli
 from rlt2i.recipes.parts import PARTS
-from rlt2i.rewards import released
+from rlt2i.rewards import released, releases
 from rlt2i.rewards.aesthetic import load_head
 from rlt2i.rewards.selftest import main
 from tests.helpers.tiny_models import save_clip, save_detector
@@ -23,18 +21,8 @@ from tests.helpers.tiny_models import save_clip, save_detector
 NAME = "aesthetic_sac_logos_ava1_l14"
 
 
-@pytest.fixture(scope="module")
-def converter():
-    path = Path(__file__).parents[2] / "examples" / "convert_reward_weights.py"
-    spec = importlib.util.spec_from_file_location("convert_reward_weights", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["convert_reward_weights"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def release(tmp_path, converter, monkeypatch):
+def release(tmp_path, monkeypatch):
     """A "released" checkpoint of LAION's layout behind a URL, its hash on record, and an empty weights folder."""
     sizes = [16, 8, 4, 3, 2, 1]
     generator = torch.Generator().manual_seed(0)
@@ -45,11 +33,11 @@ def release(tmp_path, converter, monkeypatch):
     checkpoint = tmp_path / "published.pth"
     torch.save(state, checkpoint)
     entry = attrs.evolve(
-        converter.RELEASES[NAME],
+        releases.RELEASES[NAME],
         url=checkpoint.as_uri(),
         sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
     )
-    monkeypatch.setitem(converter.RELEASES, NAME, entry)
+    monkeypatch.setitem(releases.RELEASES, NAME, entry)
     monkeypatch.setenv("RLT2I_WEIGHTS", str(tmp_path / "weights"))
     load_head.cache_clear()
     return checkpoint
@@ -60,11 +48,11 @@ def clip(tmp_path_factory):
     return str(save_clip(tmp_path_factory.mktemp("clip")))
 
 
-def test_from_the_download_to_the_verdict(tmp_path, release, converter, clip, capsys):
+def test_from_the_download_to_the_verdict(tmp_path, release, clip, capsys):
     test = lambda *more: main(["Aesthetic", "--set", f"path={clip}", "--released", *more], parts=PARTS)
-    with pytest.raises(FileNotFoundError, match=f"convert_reward_weights.py {NAME}"):
+    with pytest.raises(FileNotFoundError, match=f"rlt2i reward convert {NAME}"):
         test()
-    converter.main([NAME])
+    assert cli(["reward", "convert", NAME]) == 0
     folder = tmp_path / "weights" / NAME
     source = json.loads((folder / "source.json").read_text())
     assert source["sha256"] == hashlib.sha256(release.read_bytes()).hexdigest()
@@ -102,15 +90,15 @@ def test_from_the_download_to_the_verdict(tmp_path, release, converter, clip, ca
     assert "scores" not in out.split("WRONG", 1)[1]
 
 
-def test_a_download_with_another_hash_is_not_used(tmp_path, release, converter):
+def test_a_download_with_another_hash_is_not_used(tmp_path, release, capsys):
     release.write_bytes(release.read_bytes() + b"x")
-    with pytest.raises(SystemExit, match="not used"):
-        converter.main([NAME])
+    assert cli(["reward", "convert", NAME]) == 2
+    assert "not used" in capsys.readouterr().err
     assert not (tmp_path / "weights" / NAME).exists()
 
 
-def test_pictures_that_are_drawn_differently_are_noticed(tmp_path, release, converter, clip, capsys, monkeypatch):
-    converter.main([NAME])
+def test_pictures_that_are_drawn_differently_are_noticed(tmp_path, release, clip, capsys, monkeypatch):
+    assert cli(["reward", "convert", NAME]) == 0
     words = ["Aesthetic", "--set", f"path={clip}", "--released"]
     record = tmp_path / "expected.json"
     assert main([*words, "--record", str(record)], parts=PARTS) == 0
@@ -121,8 +109,8 @@ def test_pictures_that_are_drawn_differently_are_noticed(tmp_path, release, conv
     assert "WRONG: the picture text/good is not the one that was recorded" in capsys.readouterr().out
 
 
-def test_a_reward_that_fails_is_wrong_and_is_not_recorded(tmp_path, release, converter, clip, capsys):
-    converter.main([NAME])
+def test_a_reward_that_fails_is_wrong_and_is_not_recorded(tmp_path, release, clip, capsys):
+    assert cli(["reward", "convert", NAME]) == 0
     head = tmp_path / "weights" / NAME / "head.safetensors"
     weights = load_file(head)
     save_file({**weights, "bias": torch.tensor(torch.nan)}, head)
@@ -143,8 +131,8 @@ def test_the_detector_is_checked_on_the_scene_it_is_for(tmp_path, clip, capsys):
     capsys.readouterr()
 
 
-def test_other_settings_and_other_files_are_refused(tmp_path, release, converter, clip, capsys):
-    converter.main([NAME])
+def test_other_settings_and_other_files_are_refused(tmp_path, release, clip, capsys):
+    assert cli(["reward", "convert", NAME]) == 0
     record = tmp_path / "expected.json"
     assert main(["CLIPScore", "--set", f"path={clip}", "--released", "--record", str(record)], parts=PARTS) == 0
     with pytest.raises(ValueError, match="recorded with the settings"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 import torch
@@ -56,20 +57,17 @@ class _Terminal(io.StringIO):
         return True
 
 
-def test_progress_moves_on_a_terminal_and_is_silent_elsewhere(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
+def test_progress_moves_on_a_terminal_and_is_silent_elsewhere():
     terminal, file = _Terminal(), io.StringIO()
     for stream in (terminal, file):
         with Progress(stream, interval=0).phase("rollout", total=4) as advance:
             advance(1)
             advance(3)
     assert file.getvalue() == ""
-    drawn = terminal.getvalue().split("\r\x1b[K")
-    assert drawn[1].startswith("rollout  [....................] 0/4 0 s")
-    assert drawn[2].startswith("rollout  [#####...............] 1/4 0 s, 0 s left")
-    assert drawn[3].startswith("rollout  [####################] 4/4")
-    assert drawn[4:] == [""]
-    assert max(map(len, drawn)) < 60
+    drawn = [line for line in terminal.getvalue().split("\r") if line.strip()]
+    assert [re.search(r"^rollout .* (\d)/4 ", line)[1] for line in drawn] == ["0", "1", "4"]
+    assert terminal.getvalue().endswith("\r")  # what follows overwrites the line
+    assert terminal.getvalue().split("\r")[-2].strip() == ""
 
 
 def test_progress_is_erased_by_an_exception_and_draws_seldom():
@@ -83,4 +81,6 @@ def test_progress_is_erased_by_an_exception_and_draws_seldom():
 
     with pytest.raises(KeyError, match="boom"):
         body()
-    assert terminal.getvalue() == "\r\x1b[Kreward   0 in 0 s\r\x1b[K"
+    first, *rest = [line for line in terminal.getvalue().split("\r") if line]
+    assert first.startswith("reward  : 0it")
+    assert "".join(rest).strip() == ""

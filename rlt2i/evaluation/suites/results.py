@@ -15,6 +15,7 @@ from rlt2i.evaluation.health import mean_cosine_distance, pixel_features, vendi_
 from rlt2i.evaluation.statistics import Interval, any_of_cluster, clustered_mean, mean_of_categories, paired_difference
 from rlt2i.evaluation.suites.folder import EvaluationError, Folder, Record, check_complete, scores_of
 from rlt2i.evaluation.suites.suite import PIXELS, drawing_id
+from rlt2i.vision.patch_features import patch_features
 
 SCORE = "score"
 """Name of what a reward returns, beside its components."""
@@ -196,8 +197,6 @@ def describe(images: Tensor, features: str) -> Tensor:
     """[N, D] features of [N, 3, H, W] uint8 images: averaged pixels, or the mean patch token of a transformer."""
     if features == PIXELS:
         return pixel_features(images)
-    from rlt2i.credit.feature_saliency import patch_features
-
     return patch_features(images, features).mean(dim=(1, 2))
 
 

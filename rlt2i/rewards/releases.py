@@ -1,10 +1,8 @@
-"""Download a released checkpoint of a reward model and write what rlt2i loads: safetensors under transformers' names.
-
-    python examples/convert_reward_weights.py mask2former_swin-s_mmdet
-    python examples/convert_reward_weights.py hpsv2.1 --checkpoint HPS_v2.1_compressed.pt
+"""`rlt2i reward convert`: a released checkpoint of a reward model, rewritten as safetensors under transformers' names.
 
 The result goes to $RLT2I_WEIGHTS/NAME (~/.cache/rlt2i/weights/NAME by default), where the reward of that name finds it.
-Checkpoints are read with `weights_only=True`, so nothing in them is executed.
+The publishers offer pickles only: this is the one place that reads such files, by torch's
+restricted unpickler, so that nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import tempfile
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import attrs
 import torch
@@ -47,12 +46,14 @@ class Release:
 
 
 def write_mask2former(state: State, folder: Path) -> None:
+    """mmdet's detector."""
     model = mask2former.detector_class()(mask2former.official_config())
     load(model, mask2former.convert(state), may_miss="swin.layernorm.")
     model.save_pretrained(folder)
 
 
 def write_hpsv2(state: State, folder: Path) -> None:
+    """open_clip's ViT-H/14."""
     from transformers import CLIPModel
 
     model = CLIPModel(convert.vit_h_config())
@@ -61,6 +62,7 @@ def write_hpsv2(state: State, folder: Path) -> None:
 
 
 def write_image_reward(state: State, folder: Path) -> None:
+    """BLIP's two towers and the head on them."""
     from transformers import BlipTextModel, BlipVisionModel
 
     vision_state, text_state, head = convert.image_reward_to_transformers(state)
@@ -74,6 +76,7 @@ def write_image_reward(state: State, folder: Path) -> None:
 
 
 def write_aesthetic(state: State, folder: Path) -> None:
+    """LAION's layers without nonlinearity, multiplied into one."""
     layers = {name.removeprefix("layers."): tensor for name, tensor in state.items()}
     save_file(convert.collapse_linear(layers), folder / HEAD_FILE)
 
@@ -119,7 +122,7 @@ def load(model: torch.nn.Module, state: State, *, may_miss: str = "\0") -> None:
     missing, unexpected = model.load_state_dict(dict(state), strict=False)
     missing = [name for name in missing if may_miss not in name]
     if missing or unexpected:
-        raise SystemExit(
+        raise ValueError(
             f"this is not the expected checkpoint: {len(missing)} parameters missing, such as {missing[:3]}; "
             f"{len(unexpected)} unknown, such as {unexpected[:3]}"
         )
@@ -128,7 +131,7 @@ def load(model: torch.nn.Module, state: State, *, may_miss: str = "\0") -> None:
 def read(checkpoint: Path) -> State:
     """The state dict inside a checkpoint, at whatever depth trainers usually put it."""
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    return stored.get("state_dict", stored)
+    return cast(State, stored.get("state_dict", stored))
 
 
 def check(checkpoint: Path, expected: str) -> str:
@@ -136,13 +139,20 @@ def check(checkpoint: Path, expected: str) -> str:
     with checkpoint.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if not found.startswith(expected):
-        raise SystemExit(f"{checkpoint}: SHA-256 is {found}, expected {expected}...; not used")
+        raise ValueError(f"{checkpoint}: SHA-256 is {found}, expected {expected}...; not used")
     print(f"SHA-256 {found}" + ("" if expected else " (none is on record yet: compare with its publisher)"))
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> None:
+    """Command line of `rlt2i reward convert`.
+
+    Raises:
+        ValueError: when the file is not the expected one.
+    """
+    parser = argparse.ArgumentParser(
+        prog="rlt2i reward convert", description="make a reward's released weights loadable"
+    )
     parser.add_argument("name", choices=sorted(RELEASES))
     parser.add_argument("--checkpoint", type=Path, help="a file that is already here, instead of a download")
     parser.add_argument("--sha256", help="what the file must have, instead of what is on record")
@@ -162,7 +172,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source = {"url": release.url, "sha256": found, "licence": release.licence}
     (folder / SOURCE_FILE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {folder} (licence of the weights: {release.licence})")
-
-
-if __name__ == "__main__":
-    main()

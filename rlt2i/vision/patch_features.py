@@ -1,0 +1,45 @@
+"""Patch features of images, for credit that follows what stands out and for measures of diversity."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+
+@functools.lru_cache(maxsize=2)
+def _load(model: str, resolution: int, device: str) -> tuple[Any, Tensor, Tensor]:
+    """A frozen transformer, and the mean and standard deviation [3, 1, 1] of the images it knows."""
+    import timm
+
+    name = f"local-dir:{model}" if Path(model).is_dir() else model
+    network = timm.create_model(name, pretrained=True, num_classes=0, img_size=resolution)
+    network = network.eval().requires_grad_(False).to(device)
+    config: dict[str, Any] = network.pretrained_cfg
+    mean, std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+    return network, mean, std
+
+
+def patch_features(images: Tensor, model: str, resolution: int = 224) -> Tensor:
+    """[N, 3, H, W] uint8 images -> [N, h, w, D] tokens of a frozen transformer, class and register tokens left out.
+
+    Args:
+        model: a vision transformer's name in timm, or a folder with one (config.json and model.safetensors).
+        resolution: pixels a side of what it sees; a multiple of its patch size.
+
+    Raises:
+        ValueError: when the model has no patch tokens.
+    """
+    network, mean, std = _load(model, resolution, str(images.device))
+    seen = interpolate(
+        images.float() / 255, size=(resolution, resolution), mode="bicubic", align_corners=False, antialias=True
+    ).clamp(0, 1)
+    with torch.no_grad():
+        tokens = network.forward_features((seen - mean) / std)
+    if tokens.ndim != 3 or not hasattr(network, "patch_embed"):
+        raise ValueError(f"model={model!r}: no patch tokens. Use a plain vision transformer.")
+    return tokens[:, network.num_prefix_tokens :].unflatten(1, tuple(network.patch_embed.grid_size))
