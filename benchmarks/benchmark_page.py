@@ -57,6 +57,8 @@ def _comparisons(results: Results, comparisons: Sequence[Comparison], what: str)
 
 def lab_block() -> list[str]:
     """Theory against measurement."""
+    if not (TABLES / "lab" / "lab.csv").is_file():
+        return ["Not run yet."]
     rows = [
         (r["objective"], f"{r['tokens']}/16", r["mix"], r["credit"], f"{float(r['theory']):.2f}",
          f"{float(r['gain']):.2f} ± {float(r['gain_error']):.2f}")
@@ -69,6 +71,8 @@ def lab_block() -> list[str]:
 
 def lab_training_block() -> list[str]:
     """What the gains come to in training."""
+    if not (TABLES / "lab" / "lab_training.csv").is_file():
+        return ["Not run yet."]
     rows = read_table(TABLES / "lab" / "lab_training.csv")
     lines = []
     for tokens in dict.fromkeys(row["tokens"] for row in rows):
@@ -103,7 +107,6 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "lab": lab_block,
     "lab-training": lab_training_block,
     "probe-cells-clipped": probe_block("cells-clipped"),
-    "probe-cells-nft": probe_block("cells-nft"),
 }
 
 

@@ -141,6 +141,11 @@ def parser() -> argparse.ArgumentParser:
         "--baseline", default="uniform", help="arm that the others are compared with (default uniform)"
     )
     compare.add_argument("--metric", default="eval/strict", help="default eval/strict")
+    compare.add_argument(
+        "--reference",
+        metavar="RECIPE",
+        help="instead: is RUN inside the band of several seeds of a recipe, and where not",
+    )
     compare.add_argument("--out", type=Path, default=Path("comparison"), help="folder to write (default comparison)")
 
     bench = add("bench", _bench, "compare credits by a plan: paired seeds, controls, intervals, verdicts")
@@ -419,6 +424,12 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    if options.reference:
+        from rlt2i.bench.reference import compare_with_band, load_band
+
+        band = load_band(options.reference)
+        print("\n\n".join(compare_with_band(Path(run), band) for run in options.arms))
+        return
     from rlt2i.report import compare_runs
 
     arms: dict[str, list[Path]] = {}

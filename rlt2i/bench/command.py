@@ -14,8 +14,9 @@ from rlt2i.bench.folder import csv_text
 from rlt2i.bench.lab import run_lab
 from rlt2i.bench.page import write_results
 from rlt2i.bench.plan import load_plan
-from rlt2i.bench.probe import COLUMNS as PROBE_COLUMNS
-from rlt2i.bench.probe import Probe, table
+from rlt2i.bench.probe import Probe
+from rlt2i.bench.probe_rows import COLUMNS as PROBE_COLUMNS
+from rlt2i.bench.probe_rows import table
 from rlt2i.bench.publish import publish
 from rlt2i.bench.runner import BenchFailed, run_bench
 from rlt2i.recipes.recipe import load_recipe
@@ -99,6 +100,7 @@ def _plan(name: str, words: Sequence[str]) -> int:
     look.add_argument(
         "--publish", type=Path, metavar="DIR", help="run nothing; write small tables fit for a repository"
     )
+    parser.add_argument("--bands", type=Path, metavar="DIR", help="with --publish: also write reference bands there")
     options = parser.parse_args(words)
     overrides = [*options.set, *([f"seeds={options.seeds}"] if options.seeds else [])]
     plan = load_plan(name, overrides)
@@ -115,7 +117,7 @@ def _plan(name: str, words: Sequence[str]) -> int:
         print(write_results(out, plan))
         return 0
     if options.publish:
-        print(publish(out, plan, options.publish))
+        print(publish(out, plan, options.publish, bands=options.bands))
         return 0
     try:
         print(run_bench(plan, out, jobs=options.jobs))

@@ -8,16 +8,20 @@ from rlt2i.bench.analysis import read_results
 from rlt2i.bench.folder import PLAN, csv_text, read_table
 from rlt2i.bench.page import write_results
 from rlt2i.bench.plan import Plan
+from rlt2i.bench.reference import write_bands
 from rlt2i.bench.trial import SCORES, TIMING
 from rlt2i.config import dump_yaml, to_mapping
 from rlt2i.runs.files import replace_text
 
 
-def publish(source: Path, plan: Plan, out: Path) -> str:
+def publish(source: Path, plan: Plan, out: Path, *, bands: Path | None = None) -> str:
     """Write the reduced tables, figure and sentence of a benchmark, finished or not; returns the sentence.
 
     Kept are all held-out means, the scores by prompt of the plan's metric after the last iteration, and the seconds of
     each trial by phase; left out are the training log and the page.
+
+    Args:
+        bands: folder for the reference bands of the arms, see `rlt2i.bench.reference`.
     """
     results = read_results(source, plan)
     out.mkdir(parents=True, exist_ok=True)
@@ -33,4 +37,6 @@ def publish(source: Path, plan: Plan, out: Path) -> str:
     replace_text(out / "timing.csv", csv_text(TIMING, ((*key, value) for key, value in seconds.items())))
     text = write_results(out, plan)
     (out / "index.html").unlink()
+    if bands is not None:
+        write_bands(results, bands)
     return text

@@ -15,6 +15,7 @@ import pytest
 from rlt2i.bench.analysis import read_results
 from rlt2i.bench.folder import TABLES, BenchFolder, read_table
 from rlt2i.bench.plan import Arm, Plan, load_plan, shipped_plans
+from rlt2i.bench.publish import publish
 from rlt2i.config import ConfigError, dump_yaml, to_mapping
 
 TOY = "tests.helpers.toy_recipe:clipped"
@@ -145,3 +146,13 @@ def test_plans_refuse_early(tmp_path: Path):
 def test_shipped_plans_have_arms_that_can_be_paired(name: str):
     recipes = load_plan(name).recipes()
     assert len({recipe.hash for recipe in recipes.values()}) == len(recipes)
+
+
+@pytest.mark.slow
+def test_published_tables_say_the_same_as_the_whole(undisturbed: Path, tmp_path: Path):
+    said = publish(undisturbed, toy_plan(), tmp_path / "published")
+    assert said + "\n" == (undisturbed / "sentence.txt").read_text()
+    assert (tmp_path / "published" / "differences.csv").read_bytes() == (undisturbed / "differences.csv").read_bytes()
+    whole, kept = read_results(undisturbed, toy_plan()), read_results(tmp_path / "published", toy_plan())
+    assert kept.scores == whole.scores
+    assert kept.seconds == pytest.approx(whole.seconds, rel=1e-4)
