@@ -24,7 +24,15 @@ EXTRAS = {
     "uvicorn": "serve",
     "httpx": "serve",
 }
-_SAYS_ENOUGH = ("CheckpointError", "OtherProcessFailed", "RunDirectoryError", "RunStopped", "UpdateRefused")
+_SAYS_ENOUGH = (
+    "CheckpointError",
+    "LaunchError",
+    "OtherProcessFailed",
+    "ProcessLost",
+    "RunDirectoryError",
+    "RunStopped",
+    "UpdateRefused",
+)
 """Errors whose message is written for the user; by name, because importing them costs seconds."""
 _WEIGHTS = ("best", "online", "ema", "base")
 

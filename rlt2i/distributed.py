@@ -2,21 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
 import torch
 from torch import Tensor
+
+TIMEOUT = 1800.0
+"""Seconds that a process waits for the others, unless the recipe says otherwise."""
+
+
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where torchrun and the MPI launchers say how many processes there are."""
+
+
+class LaunchError(RuntimeError):
+    """The processes of a run did not find each other."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of this run has ended, or did not answer in time."""
+
+
+def processes_launched() -> int:
+    """How many processes the launcher says that it started; 1 without a launcher.
+
+    Raises:
+        LaunchError: when `accelerate launch` was asked for several and started one, as it does on the CPU.
+    """
+    sizes = [int(os.environ[name]) for name in _SIZES if os.environ.get(name)]
+    if not sizes and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        raise LaunchError(
+            "accelerate launch was asked for several processes and started one: without accelerators it needs mpirun "
+            "(--mpirun_hostfile). Use `torchrun --nproc-per-node N -m rlt2i train ...`, or `accelerate launch "
+            "--multi_gpu --num_processes N -m rlt2i train ...`, which joins processes on the CPU too."
+        )
+    return max(sizes, default=1)
 
 
 class Processes:
     """Rank, device and the few collectives that training needs.
 
-    Launch several with `accelerate launch` or `torchrun`; gradients are summed once per optimiser step, whatever the
-    number of backward passes, because the losses of all processes are shares of one mean.
+    Launch several with `torchrun`, `accelerate launch` or `rlt2i train --on ray`; gradients are summed once per
+    optimiser step, whatever the number of backward passes, because the losses of all processes are shares of one mean.
+
+    Args:
+        timeout: seconds to wait for the others in a collective; one that died ends the wait at once.
+
+    Raises:
+        LaunchError: when a launcher started several processes and they did not become one group.
     """
 
-    def __init__(self) -> None:
-        from accelerate import Accelerator
+    def __init__(self, *, timeout: float = TIMEOUT) -> None:
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
-        self._accelerator = Accelerator()
+        launched = processes_launched()
+        # accelerate joins no group on the CPU unless it is told to use the CPU; on a machine without an accelerator
+        # every process of torchrun would otherwise be a run of its own.
+        self._accelerator = Accelerator(
+            cpu=launched > 1 and not torch.accelerator.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
+        )
+        if launched != self.world_size:
+            raise LaunchError(
+                f"{launched} processes were launched, but this one is in a group of {self.world_size}: they would "
+                "train side by side and write over one another. Start them with `torchrun --nproc-per-node N -m rlt2i "
+                "train ...`, or unset WORLD_SIZE for a single process."
+            )
+        self._timeout = timeout
 
     @property
     def rank(self) -> int:
@@ -35,20 +90,29 @@ class Processes:
         return self._accelerator.device
 
     def wait(self) -> None:
-        """Until every process is here."""
-        self._accelerator.wait_for_everyone()
+        """A barrier.
+
+        Raises:
+            ProcessLost: like every collective below, when another process has ended or does not answer.
+        """
+        with self._together():
+            self._accelerator.wait_for_everyone()
 
     def gather(self, tensor: Tensor) -> Tensor:
         """[B, ...] of every process, concatenated in the order of ranks; B must be the same everywhere."""
         if self.world_size == 1:
             return tensor
-        if tensor.dtype is torch.bool:
-            return self._accelerator.gather(tensor.to(torch.uint8)).bool()
-        return self._accelerator.gather(tensor)
+        with self._together():
+            if tensor.dtype is torch.bool:
+                return self._accelerator.gather(tensor.to(torch.uint8)).bool()
+            return self._accelerator.gather(tensor)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over processes, element by element."""
-        return tensor if self.world_size == 1 else self._accelerator.reduce(tensor, reduction="sum")
+        if self.world_size == 1:
+            return tensor
+        with self._together():
+            return self._accelerator.reduce(tensor, reduction="sum")
 
     def mean(self, values: Tensor) -> float:
         """Mean over the finite elements of all processes; nan where there are none."""
@@ -61,3 +125,17 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
         return flag if self.world_size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # gloo's connections and torch.distributed's own errors alike
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ProcessLost(
+                f"process {self.rank} of {self.world_size} cannot go on: another process has ended, or did not answer "
+                f"for {self._timeout:g} seconds ({why}). Look for the first error among the outputs of all processes; "
+                "then start again with --resume, which goes on from the last checkpoint."
+            ) from error

@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Literal
 import attrs
 from attrs.validators import ge, gt, le, lt, optional
 
+from rlt2i.config import neutral
+from rlt2i.distributed import TIMEOUT
+
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -38,6 +41,7 @@ class TrainConfig:
         keep_checkpoints: how many of the newest are kept.
         max_invalid_share: of rollouts whose reward failed; beyond it the run stops instead of learning from the rest.
         trackers: where metrics go besides metrics.jsonl.
+        process_timeout: seconds that a process waits for the others before the run ends; one that died ends it at once.
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {
@@ -74,6 +78,7 @@ class TrainConfig:
     keep_checkpoints: int = attrs.field(default=2, validator=ge(1))
     max_invalid_share: float = attrs.field(default=0.25, validator=[ge(0), le(1)])
     trackers: tuple[Tracker, ...] = ("tensorboard",)
+    process_timeout: float = neutral(TIMEOUT, validator=gt(0))
 
     @betas.validator
     def _check_betas(self, _: Any, value: tuple[float, float]) -> None:

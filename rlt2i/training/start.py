@@ -41,8 +41,8 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
         ValueError: when recipe, batch arithmetic or task do not work out; nothing has been loaded then.
         RunStopped: when training cannot go on; what was learned is saved.
     """
-    processes = Processes()
     train = recipe.train
+    processes = Processes(timeout=train.process_timeout)
     recipe.algorithm().check_group_size(train.group_size)
     check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
     recipe.task.check_image_size(train.image_size)
