@@ -67,6 +67,19 @@ class Policy(ABC):
         """
         return {}
 
+    def encode_with_negative(self, prompts: Prompts, negative: str) -> Conditioning:
+        """What `encode` gives, and behind the prompts' rows one of a negative prompt that no rollout refers to."""
+        encoded = self.encode(
+            attrs.evolve(
+                prompts,
+                texts=(*prompts.texts, negative),
+                metadata=(*prompts.metadata, {}),
+                core=(*prompts.core, ()),
+                draws=(*prompts.draws, -1),
+            )
+        )
+        return attrs.evolve(encoded, rows=encoded.rows[: prompts.num_rollouts])
+
     @abstractmethod
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """v(x_sigma, sigma | prompt); gradients flow.

@@ -56,6 +56,8 @@ _IN_NO_HASH = (
     ("about",),
     ("evidence",),
     ("heldout",),
+    ("policy", "text_cache"),
+    ("policy", "text_encoders"),
     ("train", "trackers"),
     ("train", "checkpoint_every"),
     ("train", "keep_checkpoints"),

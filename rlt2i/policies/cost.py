@@ -192,17 +192,14 @@ def _count(
     if mixed:
         cast(network, spec.compute_dtype)
 
-    guided = spec.guidance_scale != 1.0
-    rollout_rows, update_rows = (
-        rollout_batch_size * (1 + guided),
-        micro_batch_size * (1 + (guided and spec.uncond_grad)),
-    )
+    guided = spec.guided
+    update_rows = micro_batch_size * (1 + (guided and spec.uncond_grad))  # other negative passes keep no activations
     with fused_attention():
         # Counting takes some operations apart, which moves the peak of a pass without gradient: two passes for these.
         forward = forward_flops(policy, image_size)
         decode_flops = count_operations(lambda: _decode(policy, image_size, 1))
         with torch.no_grad(), PeakMemory(network) as denoise:
-            _velocity(policy, image_size, rollout_rows)
+            _velocity(policy, image_size, rollout_batch_size)
         with PeakMemory(vae) as decode:
             _decode(policy, image_size, rollout_batch_size)
         with PeakMemory(network) as update:

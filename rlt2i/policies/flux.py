@@ -41,7 +41,7 @@ class FluxPolicy(PretrainedPolicy):
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         n, c, h, w = latents.shape
         embeddings = conditioning["embeddings"]
-        guidance = sigma.new_full((n,), self.spec.guidance) if self.network.config.guidance_embeds else None
+        guidance = sigma.new_full((n,), self.spec.embedded_guidance) if self.network.config.guidance_embeds else None
         output = self.network(
             hidden_states=self.pipe._pack_latents(latents, n, c, h, w),
             encoder_hidden_states=embeddings,
@@ -61,12 +61,13 @@ class Flux(PretrainedSpec):
     """A FLUX.1 pipeline to train: FLUX.1-dev, or a model of its layout.
 
     Attributes:
-        guidance: the scale that a guidance-distilled model reads as an input.
+        embedded_guidance: the scale that a guidance-distilled model reads as an input. `guidance_scale` is another,
+            true classifier-free guidance, which FLUX.1-dev needs no more.
         max_sequence_length: T5 tokens.
     """
 
     path: str = attrs.field(default="black-forest-labs/FLUX.1-dev", validator=attrs.validators.min_len(1))
-    guidance: float = attrs.field(default=3.5, validator=attrs.validators.ge(0))
+    embedded_guidance: float = attrs.field(default=3.5, validator=attrs.validators.ge(0))
     max_sequence_length: int = attrs.field(default=512, validator=attrs.validators.ge(1))
 
     pipeline: ClassVar = "FluxPipeline"

@@ -1,35 +1,168 @@
-"""Classifier-free guidance around any policy."""
+"""Classifier-free guidance around any policy: how a velocity and that of a negative prompt become one."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import attrs
 import torch
+from attrs import validators
 from torch import Tensor
 
 from rlt2i.interfaces import Policy
 from rlt2i.types import Conditioning, ImageSize, Prompts
 
-_IS_EMPTY = "guidance/is_empty_prompt"
+_IS_NEGATIVE = "guidance/is_negative_prompt"
+EXTRA = "extra/"
+"""Tensors of a conditioning whose names begin so are no text: under guidance each row keeps its own."""
+
+
+# ----------------------------------------------------------------------------------------------------------- formulas
+
+
+class GuidanceForm(ABC):
+    """The formula of guidance.
+
+    Class attributes:
+        neutral: the scale at which it gives the velocity of the prompt itself.
+    """
+
+    neutral: ClassVar[float] = 1.0
+
+    @abstractmethod
+    def combine(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """[N, C, H, W] from the velocities of the prompt and of the negative prompt; gradients flow."""
+
+    def active(self, sigma: Tensor) -> Tensor | None:
+        """[N] bool, the rows that are guided at these levels; None is all of them."""
+        return None
+
+
+@attrs.frozen(kw_only=True)
+class LinearGuidance(GuidanceForm):
+    """v_neg + scale (v_pos - v_neg) (Ho and Salimans, arXiv 2207.12598)."""
+
+    def combine(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        return negative + scale * (positive - negative)
+
+
+@attrs.frozen(kw_only=True)
+class OffsetGuidance(GuidanceForm):
+    """v_pos + scale (v_pos - v_neg), as Z-Image and Krea count their scale: linear guidance of 1 + scale."""
+
+    neutral: ClassVar[float] = 0.0
+
+    def combine(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        return positive + scale * (positive - negative)
+
+
+@attrs.frozen(kw_only=True)
+class RescaledGuidance(GuidanceForm):
+    """A guided velocity brought back to the norm of v_pos.
+
+    Attributes:
+        of: the formula whose result is rescaled.
+        over: what a norm is taken of: an image "token" (all channels of its patch, Qwen-Image), a "row" of latents in
+            one channel (Lumina-2), or the whole "image" (Z-Image).
+        patch: latents per side of a token.
+        limit: None always restores the norm of v_pos; otherwise a norm is only cut to `limit` times that of v_pos.
+    """
+
+    of: GuidanceForm = attrs.field(factory=LinearGuidance)
+    over: Literal["token", "row", "image"] = attrs.field(
+        default="token", validator=validators.in_(("token", "row", "image"))
+    )
+    patch: int = attrs.field(default=2, validator=validators.ge(1))
+    limit: float | None = attrs.field(default=None, validator=validators.optional(validators.gt(0)))
+
+    @property
+    def neutral(self) -> float:  # type: ignore[override]
+        return self.of.neutral
+
+    def combine(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        combined = self.of.combine(positive, negative, scale)
+        factor = self._norm(positive) / self._norm(combined)
+        if self.limit is not None:
+            factor = (self.limit * factor).clamp(max=1)
+        return combined * factor
+
+    def active(self, sigma: Tensor) -> Tensor | None:
+        return self.of.active(sigma)
+
+    def _norm(self, velocity: Tensor) -> Tensor:
+        """Norms, shaped to multiply a velocity."""
+        if self.over == "row":
+            return torch.linalg.vector_norm(velocity, dim=-1, keepdim=True)
+        if self.over == "image":
+            return torch.linalg.vector_norm(velocity, dim=(1, 2, 3), keepdim=True)
+        n, c, h, w = velocity.shape
+        p = self.patch
+        tokens = velocity.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        norms = torch.linalg.vector_norm(tokens, dim=-1)
+        return norms.repeat_interleave(p, dim=1).repeat_interleave(p, dim=2)[:, None]
+
+
+@attrs.frozen(kw_only=True)
+class IntervalGuidance(GuidanceForm):
+    """Guidance at some noise levels only (Kynkaanniemi et al., arXiv 2404.07724); truncation is an interval too.
+
+    Outside of it, where no row of a batch is inside, the negative prompt costs nothing.
+
+    Attributes:
+        low, high: guided where low <= sigma <= high.
+        of: the formula inside.
+    """
+
+    low: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.le(1)])
+    high: float = attrs.field(default=1.0, validator=[validators.ge(0), validators.le(1)])
+    of: GuidanceForm = attrs.field(factory=LinearGuidance)
+
+    def __attrs_post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError(
+                f"IntervalGuidance(low={self.low:g}, high={self.high:g}): nothing lies between; sigma falls from 1 to "
+                "0 in a rollout, so guide early steps with low=0.6, high=1.0."
+            )
+
+    @property
+    def neutral(self) -> float:  # type: ignore[override]
+        return self.of.neutral
+
+    def combine(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        return self.of.combine(positive, negative, scale)
+
+    def active(self, sigma: Tensor) -> Tensor:
+        inside = (sigma >= self.low) & (sigma <= self.high)
+        within = self.of.active(sigma)
+        return inside if within is None else inside & within
+
+
+# ------------------------------------------------------------------------------------------------------------- policy
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Guided(Policy):
-    """v = v_0 + scale (v_c - v_0), where v_0 is the velocity under the empty prompt; captures come from v_c alone.
+    """A policy under guidance; captures come from the prompt's own pass.
 
-    Without gradient (or with `uncond_grad`) both branches share one forward pass of 2N rows. Otherwise the
-    unconditional branch runs on its own without gradient, which halves the memory of the backward pass.
+    Both prompts run in passes of their own, of the same N rows, with gradient and without: so a rollout, its replay
+    and an update compute every number in the same geometry, whatever the kernels do.
 
     Attributes:
-        policy: the conditional policy.
-        scale: 1 gives the conditional velocity itself.
-        uncond_grad: whether gradients flow through the unconditional branch.
+        policy: the policy without guidance.
+        scale: of the form; at `form.neutral` it is the policy itself.
+        form: the formula.
+        negative_prompt: usually empty.
+        uncond_grad: whether gradients flow through the negative prompt's pass; without, its activations are not kept,
+            which halves the memory of the backward pass.
     """
 
     policy: Policy
     scale: float
+    form: GuidanceForm = attrs.field(factory=LinearGuidance)
+    negative_prompt: str = ""
     uncond_grad: bool = False
 
     @property
@@ -37,62 +170,51 @@ class Guided(Policy):
         return self.policy.offers
 
     def encode(self, prompts: Prompts) -> Conditioning:
-        """The prompts' rows, then one of the empty prompt that no rollout refers to."""
-        if self.scale == 1.0:
+        """The prompts' rows, then one of the negative prompt that no rollout refers to."""
+        if self.scale == self.form.neutral:
             return self.policy.encode(prompts)
-        with_empty = attrs.evolve(
-            prompts,
-            texts=(*prompts.texts, ""),
-            metadata=(*prompts.metadata, {}),
-            core=(*prompts.core, ()),
-            draws=(*prompts.draws, -1),
-        )
-        encoded = self.policy.encode(with_empty)
-        is_empty = torch.zeros(len(with_empty.texts), dtype=torch.bool, device=encoded.rows.device)
-        is_empty[-1] = True
-        return attrs.evolve(
-            encoded, tensors={**encoded.tensors, _IS_EMPTY: is_empty}, rows=encoded.rows[: prompts.num_rollouts]
-        )
+        encoded = self.policy.encode_with_negative(prompts, self.negative_prompt)
+        is_negative = torch.zeros(len(prompts.texts) + 1, dtype=torch.bool, device=encoded.rows.device)
+        is_negative[-1] = True
+        return attrs.evolve(encoded, tensors={**encoded.tensors, _IS_NEGATIVE: is_negative})
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        return self._guided(latents, sigma, conditioning, None)[0]
+        if self.scale == self.form.neutral:
+            return self.policy.velocity(latents, sigma, conditioning)
+        return self._guide(self.policy.velocity(latents, sigma, conditioning), latents, sigma, conditioning)
 
     def velocity_with_captures(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, names: frozenset[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._guided(latents, sigma, conditioning, names)
+        positive, captures = self.policy.velocity_with_captures(latents, sigma, conditioning, names)
+        if self.scale == self.form.neutral:
+            return positive, captures
+        return self._guide(positive, latents, sigma, conditioning), captures
 
-    def _guided(
-        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, names: frozenset[str] | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.scale == 1.0:
-            return self._run(latents, sigma, conditioning, names)
-        empty = self._empty(conditioning)
-        if torch.is_grad_enabled() and not self.uncond_grad:
-            with torch.no_grad():
-                unconditional = self.policy.velocity(latents, sigma, empty)
-            conditional, captures = self._run(latents, sigma, conditioning, names)
-        else:
-            both = attrs.evolve(conditioning, rows=torch.cat([empty.rows, conditioning.rows]))
-            velocity, captures = self._run(latents.repeat(2, 1, 1, 1), sigma.repeat(2), both, names)
-            unconditional, conditional = velocity.chunk(2)
-            captures = {name: capture[len(latents) :] for name, capture in captures.items()}
-        return unconditional + self.scale * (conditional - unconditional), captures
+    def _guide(self, positive: Tensor, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        active = self.form.active(sigma)
+        if active is not None and not bool(active.any()):
+            return positive
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.uncond_grad):
+            negative = self.policy.velocity(latents, sigma, self._negative(conditioning))
+        guided = self.form.combine(positive, negative, self.scale)
+        return guided if active is None else torch.where(active[:, None, None, None], guided, positive)
 
-    def _run(
-        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, names: frozenset[str] | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if names is None:
-            return self.policy.velocity(latents, sigma, conditioning), {}
-        return self.policy.velocity_with_captures(latents, sigma, conditioning, names)
-
-    def _empty(self, conditioning: Conditioning) -> Conditioning:
-        if _IS_EMPTY not in conditioning.tensors:
+    def _negative(self, conditioning: Conditioning) -> Conditioning:
+        """The negative prompt for every row, beside what else conditions that row."""
+        if _IS_NEGATIVE not in conditioning.tensors:
             raise ValueError(
-                "Guided: this conditioning has no empty prompt; encode the prompts with the guided policy."
+                "Guided: this conditioning has no negative prompt; encode the prompts with the guided policy."
             )
-        row = conditioning.tensors[_IS_EMPTY].long().argmax()
-        return attrs.evolve(conditioning, rows=row.expand(len(conditioning)))
+        row = conditioning.tensors[_IS_NEGATIVE].long().argmax()
+        if not any(name.startswith(EXTRA) for name in conditioning.tensors):
+            return attrs.evolve(conditioning, rows=row.expand(len(conditioning)))
+        rows = torch.arange(len(conditioning), device=conditioning.rows.device)
+        tensors = {
+            name: conditioning[name] if name.startswith(EXTRA) else tensor[row].expand(len(rows), *tensor.shape[1:])
+            for name, tensor in conditioning.tensors.items()
+        }
+        return attrs.evolve(conditioning, tensors=tensors, rows=rows)
 
     # ------------------------------------------------------------------------------------------------- delegated
 

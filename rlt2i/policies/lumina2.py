@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.policies.guidance import GuidanceForm, RescaledGuidance
 from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
 from rlt2i.types import Conditioning, ImageSize
 
@@ -56,10 +57,12 @@ class Lumina2(PretrainedSpec):
     """A Lumina-Image 2 pipeline to train.
 
     Attributes:
+        guidance: as its pipeline by default: guided velocities keep the norms of the prompt's own.
         max_sequence_length: Gemma tokens, the system prompt included.
     """
 
     path: str = attrs.field(default="Alpha-VLLM/Lumina-Image-2.0", validator=attrs.validators.min_len(1))
+    guidance: GuidanceForm = attrs.field(factory=lambda: RescaledGuidance(over="row"))
     max_sequence_length: int = attrs.field(default=256, validator=attrs.validators.ge(1))
 
     pipeline: ClassVar = "Lumina2Pipeline"

@@ -16,6 +16,12 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "Sana": "rlt2i.policies.sana:Sana",
             "StableDiffusion": "rlt2i.policies.sd:StableDiffusion",
         },
+        "GuidanceForm": {
+            "IntervalGuidance": "rlt2i.policies.guidance:IntervalGuidance",
+            "LinearGuidance": "rlt2i.policies.guidance:LinearGuidance",
+            "OffsetGuidance": "rlt2i.policies.guidance:OffsetGuidance",
+            "RescaledGuidance": "rlt2i.policies.guidance:RescaledGuidance",
+        },
         "Sampler": {
             "BranchSDE": "rlt2i.samplers.branching:BranchSDE",
             "DPM2": "rlt2i.samplers.dpm2:DPM2",

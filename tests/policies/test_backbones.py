@@ -35,17 +35,18 @@ class Case:
     """Calls of scaled_dot_product_attention before the first watched block."""
 
 
+SANA_CALL = {"guidance_scale": 1.0, "use_resolution_binning": False, "negative_prompt": None}
 CASES = {
     "flux": Case(
         Flux, {"max_sequence_length": 24}, {}, {"guidance_scale": 3.5, "max_sequence_length": 24},
         {"prompt_embeds": "embeddings", "pooled_prompt_embeds": "pooled"},
     ),
     "sana": Case(
-        Sana, {"max_sequence_length": 24}, {"qk_norm": None}, {"guidance_scale": 1.0, "use_resolution_binning": False},
+        Sana, {"max_sequence_length": 24}, {"qk_norm": None}, SANA_CALL,
         {"prompt_embeds": "embeddings", "prompt_attention_mask": "mask"},
     ),
     "sana15": Case(
-        Sana, {"max_sequence_length": 24}, {}, {"guidance_scale": 1.0, "use_resolution_binning": False},
+        Sana, {"max_sequence_length": 24}, {}, SANA_CALL,
         {"prompt_embeds": "embeddings", "prompt_attention_mask": "mask"},
     ),
     "lumina2": Case(
@@ -121,6 +122,22 @@ def test_noise_free_rollouts_equal_the_stock_pipeline_bit_for_bit(case, spec, po
     assert torch.equal(watched.latents, trajectory.latents)
     h, w = policy.token_grid(size)
     assert all(capture.shape == (4, STEPS, 4, h, w) for capture in watched.captures.values())
+
+
+def test_guided_rollouts_equal_the_stock_pipeline(case, spec, stock):
+    policy = attrs.evolve(spec, guidance_scale=3.0, negative_prompt="green").load()
+    trajectory = rollout(policy, (32, 96))
+    conditioning = trajectory.conditioning
+    negative = {
+        f"negative_{name}": conditioning.tensors[ours][-1:].expand(4, *conditioning.tensors[ours].shape[1:])
+        for name, ours in case.embeddings.items()
+    }
+    scale = "true_cfg_scale" if case.spec is Flux else "guidance_scale"
+    noise = trajectory.latents[:, 0]
+    expected = stock_latents(case, stock, policy.policy, conditioning, noise, **negative, **{scale: 3.0})
+    torch.testing.assert_close(trajectory.clean_latents, expected, atol=1e-5, rtol=1e-5)
+    unguided = stock_latents(case, stock, policy.policy, conditioning, noise)
+    assert (unguided - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from rlt2i.captures import attention_name
-from rlt2i.policies.guidance import Guided
+from rlt2i.policies.guidance import (
+    Guided,
+    IntervalGuidance,
+    LinearGuidance,
+    OffsetGuidance,
+    RescaledGuidance,
+)
 from rlt2i.policies.sd3 import SD3, SD3Policy
 from rlt2i.types import Prompts
 
@@ -41,6 +47,69 @@ def test_formula(policy, batch, scale):
         conditional, unconditional = branches(policy, batch)
         velocity = guided.velocity(*batch, guided.encode(PROMPTS))
     torch.testing.assert_close(velocity, (1 - scale) * unconditional + scale * conditional, atol=1e-5, rtol=1e-4)
+
+
+def test_forms_by_hand():
+    # Two channels of one 2 x 2 token: v_pos = (3, 0), v_neg = (1, -2) everywhere.
+    positive, negative = (torch.tensor(v).view(1, 2, 1, 1).expand(1, 2, 2, 2) for v in ((3.0, 0.0), (1.0, -2.0)))
+    at = lambda form, scale: form.combine(positive, negative, scale)[0, :, 0, 0].tolist()
+    assert at(LinearGuidance(), 2.0) == [5.0, 2.0]
+    assert at(OffsetGuidance(), 1.0) == [5.0, 2.0]
+    # The token's norm goes from sqrt(4 * 29) back to sqrt(4 * 9).
+    assert at(RescaledGuidance(over="token"), 2.0) == pytest.approx([5 * 3 / 29**0.5, 2 * 3 / 29**0.5])
+    assert at(RescaledGuidance(over="image"), 2.0) == pytest.approx([5 * 3 / 29**0.5, 2 * 3 / 29**0.5])
+    # Rows of one channel: (3, 3) and (5, 5); the second channel of v_pos is 0.
+    assert at(RescaledGuidance(over="row"), 2.0) == pytest.approx([3.0, 0.0])
+    # At most twice the norm 3: 29 ** .5 = 5.4 is left alone; at most once: cut to 3.
+    assert at(RescaledGuidance(over="image", limit=2.0), 2.0) == [5.0, 2.0]
+    assert at(RescaledGuidance(over="image", limit=1.0), 2.0) == pytest.approx([5 * 3 / 29**0.5, 2 * 3 / 29**0.5])
+
+
+def test_an_interval_guides_some_rows_and_costs_nothing_outside(policy, batch):
+    form = IntervalGuidance(low=0.4, high=0.9)
+    guided = Guided(policy=policy, scale=3.0, form=form)
+    conditioning = guided.encode(PROMPTS)
+    with torch.no_grad():
+        mixed = guided.velocity(*batch, conditioning)
+        everywhere = Guided(policy=policy, scale=3.0).velocity(*batch, conditioning)
+        plain = policy.velocity(*batch, conditioning)
+        outside = guided.velocity(batch[0], torch.full((4,), 0.95), conditioning)
+    assert form.active(batch[1]).tolist() == [False, True, True, False]
+    assert torch.equal(mixed, torch.where(form.active(batch[1])[:, None, None, None], everywhere, plain))
+    assert torch.equal(outside, policy.velocity(batch[0], torch.full((4,), 0.95), conditioning))
+    with pytest.raises(ValueError, match="nothing lies between"):
+        IntervalGuidance(low=0.5, high=0.5)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(policy, batch):
+    guided = Guided(policy=policy, scale=3.0, negative_prompt="a blue box")
+    conditioning = guided.encode(PROMPTS)
+    assert [len(spans) for spans in conditioning.token_spans] == [2, 4, 0]  # nobody looks for its words
+    negative = policy.encode(Prompts.of(["a blue box"])).take(torch.zeros(4).long())
+    with torch.no_grad():
+        conditional, away = policy.velocity(*batch, policy.encode(PROMPTS)), policy.velocity(*batch, negative)
+        assert torch.equal(guided.velocity(*batch, conditioning), away + 3 * (conditional - away))
+
+
+def test_each_row_keeps_its_own_extra_conditioning(policy):
+    guided = Guided(policy=policy, scale=3.0)
+    conditioning = guided.encode(PROMPTS)
+    extra = torch.tensor([[1.0], [2.0], [0.0]])
+    conditioning = attrs.evolve(conditioning, tensors={**conditioning.tensors, "extra/size": extra})
+    negative = guided._negative(conditioning)
+    assert negative["extra/size"].flatten().tolist() == [1.0, 1.0, 2.0, 2.0]
+    assert torch.equal(negative["embeddings"], conditioning.tensors["embeddings"][-1:].expand(4, -1, -1))
+
+
+@pytest.mark.parametrize("uncond_grad", [False, True])
+def test_rollout_replay_and_update_agree_to_the_last_bit(policy, batch, uncond_grad):
+    guided = Guided(policy=policy, scale=3.0, form=RescaledGuidance(over="token"), uncond_grad=uncond_grad)
+    conditioning = guided.encode(PROMPTS)
+    with torch.no_grad():
+        rollout = guided.velocity(*batch, conditioning)
+    update = guided.velocity(*batch, conditioning)
+    assert update.requires_grad
+    assert torch.equal(rollout, update)
 
 
 def test_scale_one_is_the_policy_itself(policy, batch):
@@ -83,7 +152,7 @@ def test_gradient_through_both_branches(policy, batch):
     assert any((a - b).abs().max() > 1e-6 for a, b in zip(actual, detached, strict=True))
 
 
-def test_rollouts_never_refer_to_the_empty_prompt(policy, batch):
+def test_rollouts_never_refer_to_the_negative_prompt(policy, batch):
     guided = Guided(policy=policy, scale=3.0)
     conditioning = guided.encode(PROMPTS)
     assert conditioning.rows.tolist() == [0, 0, 1, 1]
@@ -97,7 +166,7 @@ def test_rollouts_never_refer_to_the_empty_prompt(policy, batch):
 
 
 def test_conditioning_of_another_policy_is_refused(policy, batch):
-    with pytest.raises(ValueError, match="no empty prompt"):
+    with pytest.raises(ValueError, match="no negative prompt"):
         Guided(policy=policy, scale=3.0).velocity(*batch, policy.encode(PROMPTS))
 
 

@@ -23,7 +23,7 @@ from rlt2i.policies.pretrained.loading import compile_blocks, prepare, quietly, 
 from rlt2i.policies.pretrained.spec import PretrainedSpec
 from rlt2i.policies.pretrained.text import TextEncoding
 from rlt2i.policies.token_spans import Characters, character_ranges, find_spans, span_tensors
-from rlt2i.types import Conditioning, ImageSize, Prompts, height_and_width
+from rlt2i.types import Conditioning, ImageSize, Prompts, TokenSpan, height_and_width
 
 Order = Literal["text_image", "image_text", "cross"]
 _TOKENS, _MEMBERS = "core_tokens", "core_members"
@@ -205,15 +205,24 @@ class PretrainedPolicy(Policy):
     # ----------------------------------------------------------------------------------------------------------- text
 
     def encode(self, prompts: Prompts) -> Conditioning:
+        return self._encode(prompts, ())
+
+    def encode_with_negative(self, prompts: Prompts, negative: str) -> Conditioning:
+        return self._encode(prompts, (negative,))
+
+    def _encode(self, prompts: Prompts, negatives: tuple[str, ...]) -> Conditioning:
+        """Rows of the prompts, then of the negative prompts, which have no phrases to look for."""
         rows = [self.text.encode(text, self.encode_text) for text in prompts.texts]
-        spans = []
+        rows += [self.text.encode(text, self.encode_text, negative=True) for text in negatives]
+        spans: list[tuple[TokenSpan, ...]] = []
         for text, core in zip(prompts.texts, prompts.core, strict=True):
             streams = self.text_streams(text)
             ranges = {name: found for name, (_, found) in streams.items()}
             spans.append(find_spans(text, core, ranges, {name: start for name, (start, _) in streams.items()}))
+        spans += [()] * len(negatives)
         tokens, members = span_tensors(spans, self.device)
         tensors = {name: _stack([row[name] for row in rows]) for name in rows[0]}
-        prompt_of_rollout = torch.arange(len(rows), device=self.device).repeat_interleave(prompts.group_size)
+        prompt_of_rollout = torch.arange(len(prompts.texts), device=self.device).repeat_interleave(prompts.group_size)
         return Conditioning(
             tensors={**tensors, _TOKENS: tokens, _MEMBERS: members}, rows=prompt_of_rollout, token_spans=tuple(spans)
         )

@@ -14,7 +14,7 @@ from attrs import validators
 
 from rlt2i.captures import DIRECTIONS, Direction, attention_names, parse_attention_name
 from rlt2i.interfaces import Policy, PolicySpec
-from rlt2i.policies.guidance import Guided
+from rlt2i.policies.guidance import GuidanceForm, Guided, LinearGuidance
 
 Dtype = Literal["float32", "bfloat16"]
 Residence = Literal["device", "cpu", "disk"]
@@ -39,8 +39,10 @@ class PretrainedSpec(PolicySpec):
         lora_alpha: scale of the adapter is alpha / rank; default `alpha_per_rank` * rank.
         lora_targets: layers that get an adapter.
         lora_seed: of the adapter's initial weights.
-        guidance_scale: classifier-free guidance in rollout *and* update; 1 is none.
-        uncond_grad: let gradients flow through the unconditional branch too.
+        guidance_scale: classifier-free guidance in rollout, replay, update *and* evaluation; 1 is none.
+        guidance: the formula of guidance.
+        negative_prompt: what guidance leads away from.
+        uncond_grad: let gradients flow through the negative prompt's pass too.
         dtype: of the frozen weights and the computation. What learns is always kept in float32.
         vae_dtype: of the autoencoder; default `dtype`.
         text_encoders: where they stay between prompts. "device" is fastest; "cpu" moves them to the device to encode
@@ -68,6 +70,8 @@ class PretrainedSpec(PolicySpec):
     )
     lora_seed: int = 0
     guidance_scale: float = attrs.field(default=1.0)
+    guidance: GuidanceForm = attrs.field(factory=LinearGuidance)
+    negative_prompt: str = ""
     uncond_grad: bool = False
     dtype: Dtype = attrs.field(default="float32", validator=validators.in_(tuple(_DTYPES)))
     vae_dtype: Dtype | None = attrs.field(default=None, validator=validators.in_((None, *_DTYPES)))
@@ -202,8 +206,19 @@ class PretrainedSpec(PolicySpec):
         """Of the autoencoder."""
         return _DTYPES[self.vae_dtype or self.dtype]
 
+    @property
+    def guided(self) -> bool:
+        """Whether there is a second pass for a negative prompt."""
+        return self.guidance_scale != self.guidance.neutral
+
     def load(self, device: torch.device | str = "cpu") -> Policy:
         policy: Policy = self.policy.load(self, torch.device(device))
-        if self.guidance_scale == 1.0:
+        if not self.guided:
             return policy
-        return Guided(policy=policy, scale=self.guidance_scale, uncond_grad=self.uncond_grad)
+        return Guided(
+            policy=policy,
+            scale=self.guidance_scale,
+            form=self.guidance,
+            negative_prompt=self.negative_prompt,
+            uncond_grad=self.uncond_grad,
+        )
