@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
+
+from rlt2i.inputs.display import VisibleStream
 
 if TYPE_CHECKING:
     from rlt2i.recipes import Recipe
@@ -39,6 +42,14 @@ _WEIGHTS = ("best", "online", "ema", "base")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. 0 when it did what was asked, 2 when the user can mend it, with one message and no traceback."""
+    with (
+        contextlib.redirect_stdout(cast(TextIO, VisibleStream(sys.stdout))),
+        contextlib.redirect_stderr(cast(TextIO, VisibleStream(sys.stderr))),
+    ):
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that a recipe can name `my_module:MyPart`, as `python -m` can
     options = parser().parse_args(arguments)

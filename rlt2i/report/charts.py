@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from rlt2i.inputs.display import visible
 from rlt2i.report.numbers import short
-from rlt2i.report.text import visible
 
 SERIES = ("#0072B2", "#D55E00", "#007A5A", "#A6439A", "#8A6D00", "#4C4C4C")
 """Okabe and Ito's hues, darkened until each has a contrast of 3:1 against white."""

@@ -12,10 +12,10 @@ from pathlib import Path
 import attrs
 from scipy.special import stdtrit
 
+from rlt2i.inputs.display import cell, visible
 from rlt2i.report.charts import Series, line_chart
 from rlt2i.report.numbers import count, signed
 from rlt2i.report.rundir import Run, column, read_run
-from rlt2i.report.text import cell, visible
 
 
 @attrs.frozen(kw_only=True)

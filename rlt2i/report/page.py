@@ -10,6 +10,7 @@ import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.colors import to_hex
 
+from rlt2i.inputs.display import visible
 from rlt2i.report import sections
 from rlt2i.report.atlas import atlas
 from rlt2i.report.charts import SERIES, SERIES_DARK
@@ -17,7 +18,6 @@ from rlt2i.report.gallery import gallery
 from rlt2i.report.pictures import FAILURE, NEUTRAL, SUCCESS
 from rlt2i.report.rundir import EvalImages, MapSample, Run, UnreadableFileError, open_images, open_maps, read_run
 from rlt2i.report.summary import headline, parts, same_prompts
-from rlt2i.report.text import visible
 
 _CONTENTS = (
     ("curve", "Learning curve"),

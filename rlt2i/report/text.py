@@ -1,27 +1,8 @@
-"""Text of others, such as prompts, on its way to a reader."""
+"""Prompts with the phrases that the user cares about."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
-
-T = TypeVar("T")
-
-_BIDIRECTIONAL = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_SPELT = {code: f"\\u{code:04x}" for code in _BIDIRECTIONAL}
-
-
-def visible(value: T) -> T:
-    """A string with its bidirectional controls spelt out, so that nothing is shown in another order than it stands.
-
-    Anything but a string is returned as it is; markup stays markup.
-    """
-    return type(value)(value.translate(_SPELT)) if isinstance(value, str) else value
-
-
-def cell(value: T) -> T | str:
-    """A cell of a CSV file: what a spreadsheet would take for a formula is marked as text; numbers stay numbers."""
-    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")) else value
 
 
 def marked(text: str, phrases: Sequence[str]) -> list[tuple[str, bool]]:

@@ -16,6 +16,8 @@ import torch
 from attrs import validators
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transform
 
 from rlt2i.interfaces import CODE, Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import with_reasons
@@ -47,14 +49,10 @@ def clip_pixels(images: Tensor, side: int, *, rounded: bool) -> Tensor:
     size = [side if edge == short else int(side * edge / short) for edge in (height, width)]
     for step in ([height, size[1]], size) if rounded else (size,):
         if step != list(images.shape[-2:]):
-            images = F.interpolate(images, size=step, mode="bicubic", antialias=True, align_corners=False)
-            images = images.clamp(0, 1)
+            images = transform.resize(images, step, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
         if rounded:
             images = (images * 255).round() / 255
-    top, left = (round((edge - side) / 2) for edge in size)
-    images = images[..., top : top + side, left : left + side]
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (images - mean) / std
+    return transform.normalize(transform.center_crop(images, [side, side]), list(MEAN), list(STD))
 
 
 def _cut_ends(images: Tensor) -> Tensor:

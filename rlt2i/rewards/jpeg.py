@@ -15,7 +15,10 @@ from rlt2i.interfaces import CODE, Reward, RewardBatch, RewardOutput
 
 
 def jpeg_kilobytes(images: Tensor, quality: int) -> Tensor:
-    """[B] float32 sizes in kB (1,000 bytes) of [B, 3, H, W] uint8 RGB; they depend on the libjpeg build."""
+    """[B] float32 sizes in kB (1,000 bytes) of [B, 3, H, W] uint8 RGB; they depend on the libjpeg build.
+
+    Pillow writes them: the encoders of torchvision.io are deprecated since 0.29.
+    """
     sizes = []
     for pixels in images.permute(0, 2, 3, 1).cpu().numpy():
         buffer = io.BytesIO()

@@ -17,6 +17,7 @@ import attrs
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as transform
 
 from rlt2i.rewards.weights import find_weights
 
@@ -62,12 +63,11 @@ def fitted_size(height: int, width: int) -> tuple[int, int]:
 
 def network_input(images: Tensor) -> Tensor:
     """[N, 3, H, W] uint8 RGB to [N, 3, h, w] float32: bilinear, not antialiased; padded grey; normalised."""
-    size = fitted_size(*images.shape[-2:])
-    resized = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False).round()
+    size = list(fitted_size(*images.shape[-2:]))
+    resized = transform.resize(images.float(), size, antialias=False).round()  # whole grey levels, as mmdet's
     pad_h, pad_w = (-edge % STRIDE for edge in size)
-    padded = F.pad(resized, (0, pad_w, 0, pad_h), value=PAD_VALUE)
-    mean, std = (padded.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (padded - mean) / std
+    padded = transform.pad(resized, [0, 0, pad_w, pad_h], fill=PAD_VALUE)
+    return transform.normalize(padded, list(MEAN), list(STD))
 
 
 def instances(

@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from rlt2i.inputs.display import cell
 from rlt2i.report import compare_runs
 from rlt2i.report.compare import Difference
-from rlt2i.report.text import cell
 
 
 @pytest.fixture

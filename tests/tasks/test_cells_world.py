@@ -186,6 +186,7 @@ def test_reward_by_hand():
     plain = CellsReward().score(batch_of(asked, images), want)
     assert plain.scores.tolist() == [1.0, 0.75, 0.5]
     assert plain.components["strict"].tolist() == [1.0, 0.0, 0.0]
+    assert plain.info == [{"wrong": []}, {"wrong": ["above left"]}, {"wrong": ["below right"]}]
     assert CellsReward(strict_weight=0.5).score(batch_of(asked, images)).scores.tolist() == [1.0, 0.375, 0.25]
     assert plain.regions is not None
     assert [[r.credit for r in of_image] for of_image in plain.regions] == [[1.0, 1.0], [0.0, 1.0], [1.0, -1.0]]

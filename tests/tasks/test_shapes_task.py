@@ -74,6 +74,7 @@ def test_maps_and_regions_come_only_when_asked_for():
         assert len(regions) == prompt.count
         assert all(r.credit == 1.0 for r in regions)
         assert map_.sum() == sum(int(r.mask.sum()) for r in regions)
+    assert [seen["seen"] for seen in plain.info] == [[r.label for r in regions] for regions in full.regions]
 
 
 def test_missing_metadata_is_refused_before_anything_runs():

@@ -21,6 +21,8 @@ from rlt2i.types import Region
 class CellsReward(Reward):
     """strict_weight x strict + (1 - strict_weight) x partial of the named cells alone, in [0, 1].
 
+    `info` names the cells that are wrong.
+
     Components: `strict` (0 or 1) and `partial`. Maps mark the named cells, which the prompt fixes before sampling:
     credit from them is an exact oracle of known area. Regions are the same cells, each with the sign of its own
     judgement: 1 where it is right, -1 where it earned nothing.
@@ -45,7 +47,14 @@ class CellsReward(Reward):
             components={"strict": verdict.strict, "partial": verdict.partial},
             maps=verdict.region.float() if "maps" in want else None,
             regions=_regions(verdict, prompts) if "regions" in want else None,
+            info=[{"wrong": _wrong(s, p)} for s, p in zip(verdict.cells, prompts, strict=True)],
         )
+
+
+def _wrong(scores: Tensor, prompt: CellsPrompt) -> list[str]:
+    """The named cells that do not show what was asked for."""
+    pairs = zip(scores.tolist(), prompt.named, strict=True)
+    return [cell_name(prompt.grid, content.cell) for score, content in pairs if score < 1]
 
 
 def _regions(verdict: Verdict, prompts: list[CellsPrompt]) -> list[list[Region]]:

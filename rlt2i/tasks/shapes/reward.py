@@ -18,9 +18,10 @@ from rlt2i.types import Region
 class ShapesReward(Reward):
     """strict_weight x strict + (1 - strict_weight) x partial, in [0, 1].
 
+    `info` says what was seen in each image.
+
     Components: `strict` (0 or 1), `partial`, `objects` (how many are in the image), `objects_asked`. Maps mark the
-        pixels of
-    every coloured object: the ground truth of oracle credit.
+    pixels of every coloured object: the ground truth of oracle credit.
 
     Attributes:
         rule: "exclusive" fails an image with any object that was not asked for. "geneval" ignores extras outside
@@ -50,6 +51,7 @@ class ShapesReward(Reward):
             },
             maps=verdict.region.float() if "maps" in want else None,
             regions=_regions(verdict, prompts) if "regions" in want else None,
+            info=[{"seen": [_label(found) for found in detections]} for detections in verdict.detections],
         )
 
 
@@ -66,5 +68,8 @@ def _region(found: Detection, mask: Tensor, prompt: ShapesPrompt) -> Region:
     rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
     x1, y1, x2, y2 = (edge / CANVAS for edge in box)
-    label = f"{found.colour or 'odd-coloured'} {found.shape or 'blob'}"
-    return Region(box=(x1, y1, x2, y2), credit=1.0 if wanted else -1.0, label=label, mask=mask)
+    return Region(box=(x1, y1, x2, y2), credit=1.0 if wanted else -1.0, label=_label(found), mask=mask)
+
+
+def _label(found: Detection) -> str:
+    return f"{found.colour or 'odd-coloured'} {found.shape or 'blob'}"

@@ -1,0 +1,38 @@
+"""Text of others, such as prompts and names, on its way to a page, a terminal or a spreadsheet."""
+
+from __future__ import annotations
+
+from typing import Any, TextIO, TypeVar
+
+T = TypeVar("T")
+
+_BIDIRECTIONAL = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_SPELT = {code: f"\\u{code:04x}" for code in _BIDIRECTIONAL}
+
+
+def visible(value: T) -> T:
+    """A string with its bidirectional controls spelt out, so that nothing is shown in another order than it stands.
+
+    Anything but a string is returned as it is; markup stays markup.
+    """
+    return type(value)(value.translate(_SPELT)) if isinstance(value, str) else value
+
+
+def cell(value: T) -> T | str:
+    """A cell of a CSV file: what a spreadsheet would take for a formula is marked as text; numbers stay numbers."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")) else value
+
+
+class VisibleStream:
+    """A stream whose text is made `visible`; everything else is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Returns how many characters of `text` were taken: all."""
+        self._stream.write(visible(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
