@@ -101,6 +101,17 @@ def parser() -> argparse.ArgumentParser:
     _add_set(doctor)
     doctor.add_argument("--run-dir", type=Path, metavar="DIR", dest="run", default=Path("runs"))
 
+    rehearse = add(
+        "rehearse", _rehearse, "run a recipe with its own settings on a tiny model: train, kill, resume, export"
+    )
+    rehearse.add_argument("recipe", nargs="*", help="name, YAML file, or module:function")
+    rehearse.add_argument("--all", action="store_true", help="every recipe that the package ships")
+    _add_set(rehearse)
+    rehearse.add_argument("--no-compile", action="store_true", help="leave torch.compile out; saves minutes")
+    rehearse.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep what was written (default: a temporary folder)"
+    )
+
     train = add("train", _train, "train a recipe")
     train.add_argument(
         "recipe",
@@ -270,6 +281,30 @@ def _doctor(options: argparse.Namespace) -> int:
     findings = examine(recipes, folder=options.run, strict=bool(options.recipe))
     print(table(findings))
     return int(any(finding.verdict == "broken" for finding in findings))
+
+
+def _rehearse(options: argparse.Namespace) -> int:
+    import tempfile
+
+    from rlt2i.recipes import list_recipes, load_recipe
+    from rlt2i.rehearsal.acts import rehearse
+
+    names = [entry.name for entry in list_recipes()] if options.all else options.recipe
+    if not names:
+        raise ValueError("rehearse: name a recipe (see `rlt2i list`), or rehearse them --all.")
+    failed = []
+    for name in names:
+        recipe = load_recipe(name, options.set)
+        with tempfile.TemporaryDirectory(prefix="rlt2i-rehearsal-") as place:
+            folder = options.keep / recipe.name if options.keep else Path(place)
+            done = rehearse(recipe, folder.absolute(), compile_blocks=not options.no_compile)
+        print(done.table(), flush=True)
+        failed += [] if done.passed else [name]
+    print(
+        f"{len(names) - len(failed)} of {len(names)} recipes rehearsed"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
+    return int(bool(failed))
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -40,6 +40,7 @@ LAYERS = (
     "learner",
     "policies",
     "training",
+    "rehearsal",
     "bench",
     "bridges",
     "cli",

@@ -27,7 +27,7 @@ from rlt2i.recipes.train_config import TrainConfig
 from rlt2i.tasks.base import Task
 
 Part = TypeVar("Part")
-Evidence = Literal["gated", "curve", "smoke", "unrun"]
+Evidence = Literal["gated", "curve", "smoke", "rehearsed", "unrun"]
 
 
 @attrs.frozen(kw_only=True)
@@ -38,7 +38,8 @@ class Recipe:
         name: of the recipe; run directories start with it.
         about: one line for `rlt2i list`.
         evidence: `gated` (a committed curve that a test re-checks), `curve` (a full run's curve is committed), `smoke`
-            (runs), or `unrun` (never run with its real weights).
+            (runs), `rehearsed` (runs with its own settings on a tiny model of the same classes; `rlt2i rehearse`), or
+            `unrun` (not even that). The last two were never run with their real weights.
         policy, sampler, reward, credit, objective: the five parts of the algorithm.
         heldout: name -> a reward that is never trained on, scored at every evaluation beside the trained one. It shows
             whether the policy got better or only better at the trained reward; it cannot change the training.

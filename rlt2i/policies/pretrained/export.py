@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlt2i.policies.lora import exported_lora, merged_weights
@@ -36,12 +39,22 @@ def export_network(spec: PretrainedSpec, pipe: Any, folder: Path) -> None:
         for name in set(spec.config("")) - {spec.network}:
             if (source / name).is_dir():
                 shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+                _cast(folder / name, next(network.parameters()).dtype)
         shutil.copy(source / "model_index.json", folder)
 
 
-def _without_adapter(network: Any, weights: dict[str, Tensor]) -> Any:
-    import torch
+def _cast(folder: Path, dtype: torch.dtype) -> None:
+    """Give a component the precision of the network: a pipeline of two precisions loads, but cannot draw."""
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = folder / "config.json"
+    if config.is_file() and "dtype" in (fields := json.loads(config.read_text(encoding="utf-8"))):
+        text = json.dumps({**fields, "dtype": str(dtype).removeprefix("torch.")}, indent=2, sort_keys=True)
+        config.write_text(text + "\n", encoding="utf-8")
 
+
+def _without_adapter(network: Any, weights: dict[str, Tensor]) -> Any:
     with torch.device("meta"):
         plain = type(network).from_config(network.config)
     plain.load_state_dict(weights, strict=True, assign=True)

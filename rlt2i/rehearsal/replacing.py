@@ -1,0 +1,264 @@
+"""From a recipe to the same recipe on something small: what was replaced is said, everything else stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torchvision.io import write_png
+
+from rlt2i.interfaces import Reward
+from rlt2i.policies.pretrained import PretrainedSpec
+from rlt2i.policies.tiny import TINY, save_tiny
+from rlt2i.recipes.recipe import Recipe
+from rlt2i.rehearsal.stand_ins import StandInReward, StandInTask
+from rlt2i.tasks.base import Task, TaskPrompt
+from rlt2i.tasks.ocr.task import OCRFileTask, OCRTask
+from rlt2i.tasks.pairs import PairFileTask
+from rlt2i.tasks.pickscore import PickScoreTask
+
+IMAGE_SIZE = 32
+SIZES = {"Lumina2Pipeline": 64}
+"""Pixels a side that tiny pipelines draw; IMAGE_SIZE where nothing is said."""
+NEEDS_NOTHING = frozenset({"JPEGCompressibility", "JPEGIncompressibility", "Function", "StandInReward"})
+"""Rewards that judge without weights, beside those of embedded tasks."""
+_SHRUNK = (
+    "iterations",
+    "prompts_per_iteration",
+    "group_size",
+    "rollout_batch_size",
+    "image_size",
+    "eval_prompts",
+    "eval_steps",
+)
+FEW_STEPS = 10
+FEW_PROMPTS = (2, 3, 4, 6, 8, 12)
+GROUP_SIZES = (2, 3, 4, 6, 8, 9, 12, 16, 24)
+
+
+@attrs.frozen(kw_only=True)
+class Rehearsed:
+    """A recipe made small.
+
+    Attributes:
+        recipe: which the acts run.
+        replaced: what is other than in the recipe, a line each.
+    """
+
+    recipe: Recipe
+    replaced: tuple[str, ...]
+
+
+def make_small(recipe: Recipe, folder: Path, *, compile_blocks: bool = True) -> Rehearsed:
+    """The recipe on a tiny pipeline of its own classes, with few prompts, small groups and stand-ins.
+
+    Args:
+        folder: gets the tiny pipeline, and pairs where the recipe learns from some.
+        compile_blocks: keep `policy.compile`; without, that is one of the replacements.
+
+    Raises:
+        ValueError: when there is no tiny pipeline of the recipe's class, or no small group fits its parts.
+    """
+    said: list[str] = []
+    policy, image_size = _policy(recipe, folder, compile_blocks, said)
+    reward = _reward(recipe.reward, said)
+    heldout = {name: _reward(judge, said) for name, judge in recipe.heldout.items()}
+    small = attrs.evolve(recipe, policy=policy, reward=reward, heldout=heldout)
+    small = attrs.evolve(small, task=_task(recipe.task, folder, image_size, said))
+    small = attrs.evolve(small, credit=_with_known_blocks(small, said))
+    small = _with_few_steps(small, said)
+    return Rehearsed(recipe=attrs.evolve(small, train=_train(small, image_size, said)), replaced=tuple(said))
+
+
+def _policy(recipe: Recipe, folder: Path, compile_blocks: bool, said: list[str]) -> tuple[Any, int]:
+    spec = recipe.policy
+    if not isinstance(spec, PretrainedSpec):
+        return spec, recipe.train.image_size
+    if spec.compile and not compile_blocks:
+        said.append("policy.compile: true -> false")
+        spec = attrs.evolve(spec, compile=False)
+    if spec.path.startswith("embedded:"):
+        return spec, recipe.train.image_size
+    if spec.pipeline not in TINY:
+        raise ValueError(f"rehearse {recipe.name}: there is no tiny {spec.pipeline}. There are {', '.join(TINY)}.")
+    place = folder / f"tiny-{spec.pipeline}"
+    if not (place / "model_index.json").is_file():
+        save_tiny(spec.pipeline, place)
+    said.append(f"policy.path: {spec.path} -> a tiny {spec.pipeline} with random weights")
+    small: dict[str, Any] = {"path": str(place), "revision": None}
+    if getattr(spec, "max_sequence_length", 0) > 32:
+        small["max_sequence_length"] = 32
+        said.append(f"policy.max_sequence_length: {spec.max_sequence_length} -> 32")  # type: ignore[attr-defined]
+    return attrs.evolve(spec, **small), SIZES.get(spec.pipeline, IMAGE_SIZE)
+
+
+def _reward(reward: Reward, said: list[str]) -> Reward:
+    """The reward, with a stand-in for every judge inside it whose weights are not part of the package."""
+    inside = dict(_inner_rewards(reward))
+    if inside:
+        return attrs.evolve(reward, **{name: _replaced(value, said) for name, value in inside.items()})
+    if type(reward).__name__ in NEEDS_NOTHING or type(reward).__module__.startswith("rlt2i.tasks."):
+        return reward
+    if not type(reward).__module__.startswith("rlt2i."):
+        return reward
+    stand_in = StandInReward.for_reward(reward)
+    line = f"reward {stand_in.of} -> a stand-in that reads brightness"
+    said.extend([] if line in said else [line])
+    return stand_in
+
+
+def _inner_rewards(reward: Reward) -> Iterator[tuple[str, Any]]:
+    for field in attrs.fields(type(reward)):
+        value = getattr(reward, field.name)
+        if isinstance(value, Reward) or _holds_rewards(value):
+            yield field.alias or field.name, value
+
+
+def _holds_rewards(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_rewards(item) or isinstance(item, Reward) for item in value.values())
+    return isinstance(value, list | tuple) and any(isinstance(item, Reward) for item in value)
+
+
+def _replaced(value: Any, said: list[str]) -> Any:
+    if isinstance(value, Reward):
+        return _reward(value, said)
+    if isinstance(value, dict):
+        return {key: _replaced(item, said) for key, item in value.items()}
+    return type(value)(_replaced(item, said) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _task(task: Task, folder: Path, image_size: int, said: list[str]) -> Task:
+    if isinstance(task, OCRFileTask):
+        said.append("task OCRFileTask -> OCRTask, whose prompts need no download")
+        return OCRTask()
+    if isinstance(task, PickScoreTask):
+        said.append("task PickScoreTask -> a few prompts of the package")
+        return StandInTask(of="PickScoreTask")
+    if isinstance(task, PairFileTask):
+        said.append(f"task.pairs: {task.pairs} -> pairs of random pictures")
+        inner = StandInTask(of="PairFileTask") if task.evaluation is None else task.evaluation
+        inner = _task(inner, folder, image_size, said)
+        return attrs.evolve(task, pairs=str(_write_pairs(inner, folder / "pairs", image_size)), evaluation=inner)
+    return task
+
+
+def _write_pairs(task: Task, folder: Path, image_size: int, count: int = 8) -> Path:
+    """A pair file of random pictures for the training prompts of a task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for index, prompt in enumerate(task.train_prompts(seed=0, start=0, count=count)):
+        names = {}
+        for role in ("winner", "loser"):
+            picture = torch.randint(256, (3, image_size, image_size), generator=draw, dtype=torch.uint8)
+            write_png(picture, str(folder / f"{role}-{index}.png"))
+            names[role] = f"{role}-{index}.png"
+        rows.append(json.dumps({"prompt": _told_apart(prompt, index), **prompt.metadata, **names}))
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def _told_apart(prompt: TaskPrompt, index: int) -> str:
+    return f"{prompt.text}, picture {index}"
+
+
+def _with_known_blocks(recipe: Recipe, said: list[str]) -> Any:
+    """The credit, with attention blocks that the tiny network has."""
+    offered = recipe.policy.offers
+
+    def walk(part: Any) -> Any:
+        if isinstance(part, tuple):
+            return tuple(walk(item) for item in part)
+        if not attrs.has(type(part)):
+            return part
+        changed = {f.alias or f.name: walk(getattr(part, f.name)) for f in attrs.fields(type(part)) if f.init}
+        blocks, direction = changed.get("blocks"), changed.get("direction")
+        if (
+            isinstance(blocks, str)
+            and direction
+            and blocks != "auto"
+            and f"attention/{direction}/{blocks}" not in offered
+        ):
+            said.append(f"{type(part).__name__}.blocks: {blocks} -> middle")
+            changed["blocks"] = "middle"
+        return type(part)(**changed)
+
+    return walk(recipe.credit)
+
+
+def _with_few_steps(recipe: Recipe, said: list[str]) -> Recipe:
+    """The recipe with a shorter schedule, where none of its parts names steps beyond it."""
+    steps = recipe.sampler.num_steps
+    if steps <= FEW_STEPS:
+        return recipe
+    try:
+        shorter = attrs.evolve(recipe, sampler=attrs.evolve(recipe.sampler, num_steps=FEW_STEPS))  # type: ignore[call-arg]
+        shorter.algorithm()
+    except (ValueError, TypeError):
+        return recipe
+    said.append(f"sampler.num_steps: {steps} -> {FEW_STEPS}")
+    return shorter
+
+
+def _eval_prompts(recipe: Recipe) -> int:
+    """The smallest number of held-out prompts that the task deals."""
+    for count in FEW_PROMPTS:
+        try:
+            recipe.task.eval_prompts(count)
+        except ValueError:
+            continue
+        return count
+    return recipe.train.eval_prompts
+
+
+def _train(recipe: Recipe, image_size: int, said: list[str]) -> Any:
+    train = recipe.train
+    least = 4 if _judged_by_counting(recipe) else 2
+    sizes = [g for g in GROUP_SIZES if least <= g <= train.group_size and _fits(recipe, g)]
+    group = sizes[0] if sizes else train.group_size
+    small = attrs.evolve(
+        train,
+        iterations=2,
+        prompts_per_iteration=max(least, train.optimizer_steps_per_iteration),
+        group_size=group if train.group_size > 1 else 1,
+        rollout_batch_size=max(group, min(train.rollout_batch_size, 8)),
+        image_size=image_size,
+        eval_every=1,
+        eval_prompts=_eval_prompts(recipe),
+        eval_steps=min(train.eval_steps, 2),
+        checkpoint_every=1,
+        trackers=(),
+    )
+    if small.prompts_per_iteration % small.optimizer_steps_per_iteration:
+        small = attrs.evolve(small, prompts_per_iteration=small.optimizer_steps_per_iteration)
+    for name in (
+        "iterations",
+        "prompts_per_iteration",
+        "group_size",
+        "rollout_batch_size",
+        "image_size",
+        "eval_prompts",
+    ):
+        before, after = getattr(train, name), getattr(small, name)
+        if before != after:
+            said.append(f"train.{name}: {before} -> {after}")
+    return small
+
+
+def _judged_by_counting(recipe: Recipe) -> bool:
+    """Whether few images may well have one score: the verifiers of embedded worlds count what is right."""
+    return type(recipe.reward).__module__.startswith("rlt2i.tasks.")
+
+
+def _fits(recipe: Recipe, group_size: int) -> bool:
+    try:
+        recipe.algorithm().check_group_size(group_size)
+    except ValueError:
+        return False
+    return True
