@@ -14,6 +14,8 @@ from rlt2i.bench.folder import read_table
 from rlt2i.bench.plan import Plan
 from rlt2i.bench.statistics import Judged, detectable, judge, seeds_needed
 from rlt2i.evaluation.statistics import Interval, clustered_mean
+from rlt2i.recipes.recipe import Recipe
+from rlt2i.training.dry_run import batch_plan
 
 Trial = tuple[str, int]
 Curve = Mapping[int, float]
@@ -21,7 +23,7 @@ Curve = Mapping[int, float]
 MEASURES = {
     "final": "score after the last iteration",
     "area": "mean score over training (area under the curve)",
-    "equal compute": "score at equal seconds of training",
+    "equal compute": "score at equal numbers of network evaluations (a backward pass counts as two)",
 }
 """What is compared, in the unit of the plan's metric."""
 
@@ -65,6 +67,7 @@ class Results:
         plan: that was run.
         curves: metric -> (arm, seed) -> iteration -> value, on the iterations that all trials evaluated.
         seconds: (arm, seed) -> mean seconds of an iteration, evaluation left out.
+        cost: arm -> network evaluations of an iteration, see `network_evaluations`.
         samples: iteration -> images trained on.
         scores: (arm, seed) -> prompt -> (images, mean), of the plan's metric after the last iteration.
     """
@@ -72,6 +75,7 @@ class Results:
     plan: Plan
     curves: Mapping[str, Mapping[Trial, Curve]]
     seconds: Mapping[Trial, float]
+    cost: Mapping[str, int]
     samples: Mapping[int, int]
     scores: Mapping[Trial, Mapping[int, tuple[int, float]]]
 
@@ -115,9 +119,22 @@ def read_results(path: Path, plan: Plan) -> Results:
         plan=plan,
         curves=curves,
         seconds={trial: sum(values) for trial, values in seconds.items()},
+        cost={arm: network_evaluations(plan.recipe(arm)) for arm in plan.arms},
         samples=samples,
         scores=scores,
     )
+
+
+def network_evaluations(recipe: Recipe) -> int:
+    """Of one iteration, counted in states shown to the network; a backward pass counts as two.
+
+    Rollouts x steps to sample, and for each trained (rollout, step) pair one forward pass, one backward pass, and one
+    more forward pass per further set of weights ("old", "reference") that the objective asks. Completions that some
+    credits ask for, decoding and rewards are not network evaluations and not counted.
+    """
+    batch = batch_plan(recipe, world_size=1)
+    sets = len({"old", "reference"} & recipe.objective.requires)
+    return batch.rollouts * (batch.num_steps + batch.trained_steps * (3 + sets))
 
 
 # ------------------------------------------------------------------------------------------------------ comparisons
@@ -145,9 +162,8 @@ def differences(results: Results, measure: str, arm: str, other: str) -> dict[in
     curves = results.curves.get(measure, results.main)
     shared = [seed for name, seed in curves if name == arm and (other, seed) in curves]
     if measure == "equal compute":
-        pace = {name: _mean([results.seconds[name, seed] for seed in shared]) for name in (arm, other)}
-        budget = min(pace.values()) * results.last  # what the cheaper of the two has spent at the end
-        value = lambda name, seed: at(curves[name, seed], budget / pace[name])
+        budget = min(results.cost[arm], results.cost[other]) * results.last  # what the cheaper has spent at the end
+        value = lambda name, seed: at(curves[name, seed], budget / results.cost[name])
     elif measure == "area":
         value = lambda name, seed: area(curves[name, seed])
     else:
@@ -200,9 +216,10 @@ def _mean(values: Sequence[float]) -> float:
 def sentence(results: Results, comparisons: Sequence[Comparison]) -> str:
     """What may be said, a line per comparison of the final score, then the limits."""
     plan = results.plan
+    tested = sum(c.measure == "final" and c.judged.difference.seeds > 1 for c in comparisons)
     lines = [
         f"{plan.metric} on held-out prompts after iteration {results.last}; differences are paired by seed, p values "
-        f"are Holm-adjusted over {len(plan.comparisons)} comparisons, equivalent means within {plan.margin:g}."
+        f"are Holm-adjusted over {tested} comparison{'s' * (tested != 1)}, equivalent means within {plan.margin:g}."
     ]
     lines += [_line(plan, c) for c in comparisons if c.measure == "final"]
     oracle = next((c for c in comparisons if (c.measure, c.arm, c.other) == ("final", "oracle", plan.reference)), None)

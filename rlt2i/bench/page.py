@@ -153,11 +153,7 @@ def write_results(path: Path, plan: Plan) -> str:
     results = read_results(path, plan)
     comparisons = compare(results)
     text = sentence(results, comparisons)
-    # Seconds differ from run to run, so what rests on them stays out of the table that does not.
-    stable = [c for c in comparisons if c.measure != "equal compute"]
-    timed = [c for c in comparisons if c.measure == "equal compute"]
-    replace_text(path / "differences.csv", csv_text(COLUMNS, comparison_rows(stable)))
-    replace_text(path / "differences_at_equal_compute.csv", csv_text(COLUMNS, comparison_rows(timed)))
+    replace_text(path / "differences.csv", csv_text(COLUMNS, comparison_rows(comparisons)))
     replace_text(path / "curves.svg", curves_svg(results))
     replace_text(path / "sentence.txt", text + "\n")
     write_page(path / "index.html", results, comparisons, text)

@@ -12,11 +12,12 @@ from pathlib import Path
 import attrs
 import pytest
 
-from rlt2i.bench.analysis import read_results
+from rlt2i.bench.analysis import area, at, network_evaluations, read_results
 from rlt2i.bench.folder import TABLES, BenchFolder, read_table
 from rlt2i.bench.plan import Arm, Plan, load_plan, shipped_plans
 from rlt2i.bench.publish import publish
 from rlt2i.config import ConfigError, dump_yaml, to_mapping
+from tests.helpers.toy_recipe import clipped
 
 TOY = "tests.helpers.toy_recipe:clipped"
 SAME_TO_THE_BYTE = ("scores.csv", "evaluations.csv", "training.csv", "differences.csv", "sentence.txt")
@@ -125,6 +126,17 @@ def test_arms_must_share_samples_and_start():
         toy_plan(arms=arms, set={}).recipes()
     with pytest.raises(ConfigError, match=r"arms\.longer: .*learning_rat"):
         toy_plan(arms={**arms, "longer": Arm(recipe=TOY, set={"train.learning_rat": 1})}).recipe("longer")
+
+
+def test_network_evaluations_by_hand():
+    # 16 rollouts of 5 steps; 3 of them are trained: forward, backward as two, and the reference of the penalty.
+    assert network_evaluations(clipped()) == 16 * (5 + 3 * (3 + 1))
+
+
+def test_curves_between_their_points():
+    curve = {0: 0.0, 2: 1.0, 6: 3.0}
+    assert area(curve) == pytest.approx((1.0 + 8.0) / 6)  # trapezoids of 1 and 8 over six iterations
+    assert [at(curve, x) for x in (-1, 1, 4, 9)] == [0.0, 0.5, 2.0, 3.0]
 
 
 def test_seed_major_order():
