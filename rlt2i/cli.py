@@ -10,6 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
+from rlt2i.inputs.arguments import (
+    check_counts,
+    check_file,
+    check_folder,
+    check_picture,
+    examples,
+    home_name,
+    home_path,
+)
 from rlt2i.inputs.display import VisibleStream
 
 if TYPE_CHECKING:
@@ -53,11 +62,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that a recipe can name `my_module:MyPart`, as `python -m` can
     options = parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int | None] = options.command
     if os.environ.get(DEBUG):
-        return command(options) or 0
+        return _run(options)
     try:
-        return command(options) or 0
+        return _run(options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -67,6 +75,12 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         print(f"rlt2i: {message}", file=sys.stderr)
         return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    check_counts(options)
+    command: Callable[[argparse.Namespace], int | None] = options.command
+    return command(options) or 0
 
 
 def _user_message(error: Exception) -> str | None:
@@ -90,40 +104,59 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int | None], about: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        sub = commands.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            epilog=examples(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.set_defaults(command=command)
         return sub
 
-    add("list", _list, "show the recipes and what evidence there is for each")
+    listing = add("list", _list, "show the recipes by model and by the evidence there is for each")
+    listing.add_argument("words", nargs="*", metavar="WORD", help="only recipes that hold every word somewhere")
+    listing.add_argument(
+        "--evidence", action="append", default=[], metavar="LEVEL", help="only this evidence; may be repeated"
+    )
+    listing.add_argument("--flat", action="store_true", help="one line a recipe, without headings")
 
     doctor = add("doctor", _doctor, "look whether this machine can run a recipe, and say what to mend")
-    doctor.add_argument("recipe", nargs="*", help="recipes to look after (default: a survey of all that are shipped)")
+    doctor.add_argument(
+        "recipe", type=home_name, nargs="*", help="recipes to look after (default: a survey of all that are shipped)"
+    )
     _add_set(doctor)
-    doctor.add_argument("--run-dir", type=Path, metavar="DIR", dest="run", default=Path("runs"))
+    doctor.add_argument("--run-dir", type=home_path, metavar="DIR", dest="run", default=Path("runs"))
 
     rehearse = add(
         "rehearse", _rehearse, "run a recipe with its own settings on a tiny model: train, kill, resume, export"
     )
-    rehearse.add_argument("recipe", nargs="*", help="name, YAML file, or module:function")
+    rehearse.add_argument("recipe", type=home_name, nargs="*", help="name, YAML file, or module:function")
     rehearse.add_argument("--all", action="store_true", help="every recipe that the package ships")
     _add_set(rehearse)
     rehearse.add_argument("--no-compile", action="store_true", help="leave torch.compile out; saves minutes")
     rehearse.add_argument(
-        "--keep", type=Path, metavar="DIR", help="keep what was written (default: a temporary folder)"
+        "--keep", type=home_path, metavar="DIR", help="keep what was written (default: a temporary folder)"
     )
 
     train = add("train", _train, "train a recipe")
     train.add_argument(
         "recipe",
+        type=home_name,
         nargs="?",
         help="name, YAML file, run directory, or module:function; not needed with --run-dir and --resume",
     )
     _add_set(train)
     train.add_argument(
-        "--run-dir", type=Path, metavar="DIR", dest="run", help="run directory (default runs/<recipe>-<hash>-s<seed>)"
+        "--run-dir",
+        type=home_path,
+        metavar="DIR",
+        dest="run",
+        help="run directory (default runs/<recipe>-<hash>-s<seed>)",
     )
     train.add_argument(
         "--resume",
+        type=home_name,
         nargs="?",
         const="latest",
         metavar="latest|PATH",
@@ -137,13 +170,18 @@ def parser() -> argparse.ArgumentParser:
     _add_run(sample)
     sample.add_argument("--prompt", action="append", required=True, help="may be repeated")
     sample.add_argument("--count", type=int, default=4, help="images per prompt (default 4)")
+    sample.add_argument(
+        "--separate", action="store_true", help="also write every image by itself, into a folder beside the picture"
+    )
     _add_drawing(sample, "sample.png")
 
     evaluate = add("eval", _eval, "score a policy on held-out prompts, by its own task or by a suite")
     _add_run(evaluate)
     evaluate.add_argument("--prompts", type=int, help="how many (default: as in the recipe, or all of the suite)")
     evaluate.add_argument("--steps", type=int, help="denoising steps (default: as in the suite or recipe)")
-    evaluate.add_argument("--out", type=Path, help="also write the numbers as JSON; with --suite, the folder to use")
+    evaluate.add_argument(
+        "--out", type=home_path, help="also write the numbers as JSON; with --suite, the folder to use"
+    )
     _add_suite(evaluate)
 
     maps = add("maps", _maps, "draw the allocation map of every denoising step over the image")
@@ -153,15 +191,15 @@ def parser() -> argparse.ArgumentParser:
 
     pairs = add("pairs", _pairs, "draw, score and keep the best and the worst image of every prompt, for offline DPO")
     _add_run(pairs)
-    pairs.add_argument("folder", type=Path, help="gets pairs.jsonl and images/; goes on where it was cut off")
+    pairs.add_argument("folder", type=home_path, help="gets pairs.jsonl and images/; goes on where it was cut off")
     pairs.add_argument("--prompts", type=int, default=600, help="how many of the training stream (default 600)")
     pairs.add_argument("--images", type=int, default=4, help="drawn per prompt (default 4)")
     pairs.add_argument("--seed", type=int, default=0)
     pairs.add_argument("--steps", type=int, help="denoising steps (default: those of the recipe's evaluation)")
 
     report = add("report", _report, "write the report of a run, one self-contained HTML page")
-    report.add_argument("run", type=Path, help="run directory")
-    report.add_argument("--out", type=Path, help="file to write (default RUN/report.html)")
+    report.add_argument("run", type=home_path, help="run directory")
+    report.add_argument("--out", type=home_path, help="file to write (default RUN/report.html)")
 
     compare = add("compare", _compare, "compare arms of several seeds at equal numbers of iterations")
     compare.add_argument(
@@ -176,10 +214,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="RECIPE",
         help="instead: is RUN inside the band of several seeds of a recipe, and where not",
     )
-    compare.add_argument("--out", type=Path, default=Path("comparison"), help="folder to write (default comparison)")
+    compare.add_argument("--out", type=home_path, default=Path("comparison"), help="folder (default comparison)")
 
     bench = add("bench", _bench, "compare credits by a plan: paired seeds, controls, intervals, verdicts")
-    bench.add_argument("plan", help="name of a shipped plan, or a YAML file; or: lab, probe")
+    bench.add_argument("plan", type=home_name, help="name of a shipped plan, or a YAML file; or: lab, probe")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="options; try: rlt2i bench PLAN --help")
 
     pretrain = add("pretrain", _pretrain, "train the pipeline of an embedded world")
@@ -189,7 +227,9 @@ def parser() -> argparse.ArgumentParser:
     )
 
     serve = add("serve-reward", _serve_reward, "serve a reward over HTTP")
-    serve.add_argument("name", help="short name, module:Class, file.py:Class, or a YAML file with a reward or a recipe")
+    serve.add_argument(
+        "name", type=home_name, help="short name, module:Class, file.py:Class, or a YAML file with a reward or a recipe"
+    )
     serve.add_argument("rest", nargs=argparse.REMAINDER, help="options; try: rlt2i serve-reward NAME --help")
 
     reward = add("reward", _reward, "test a reward on good and bad pictures, or convert its released weights")
@@ -218,9 +258,9 @@ def _add_set(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_run(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("run", help="run directory, or a recipe for its base weights")
+    sub.add_argument("run", type=home_name, help="run directory, or a recipe for its base weights")
     _add_set(sub)
-    sub.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the newest of the run)")
+    sub.add_argument("--checkpoint", type=home_path, help="checkpoint folder (default: the newest of the run)")
     sub.add_argument(
         "--weights",
         choices=_WEIGHTS,
@@ -235,9 +275,11 @@ def _add_suite(sub: argparse.ArgumentParser) -> None:
         "Draws the images of a suite into a folder, scores them, and reports with intervals. Every stage goes on where "
         "it was cut off. Instead of a run, name the folder of an evaluation to judge its images again.",
     )
-    suite.add_argument("--suite", metavar="NAME", help="a shipped suite, or a YAML file; see docs/evaluation.md")
     suite.add_argument(
-        "--against", type=Path, metavar="DIR", help="evaluation to pair with (default the base's, beside)"
+        "--suite", type=home_name, metavar="NAME", help="a shipped suite, or a YAML file; see docs/evaluation.md"
+    )
+    suite.add_argument(
+        "--against", type=home_path, metavar="DIR", help="evaluation to pair with (default the base's, beside)"
     )
     suite.add_argument(
         "--shard", metavar="I/N", help="this process's share, where independent processes share the work"
@@ -257,19 +299,17 @@ def _add_suite(sub: argparse.ArgumentParser) -> None:
 def _add_drawing(sub: argparse.ArgumentParser, out: str) -> None:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--steps", type=int, help="denoising steps (default: as in the recipe)")
-    sub.add_argument("--out", type=Path, default=Path(out), help=f"picture to write (default {out})")
+    sub.add_argument("--out", type=home_path, default=Path(out), help=f"picture to write (default {out})")
 
 
 # -------------------------------------------------------------------------------------------------------- commands
 
 
-def _list(_: argparse.Namespace) -> None:
-    from rlt2i.recipes import list_recipes
+def _list(options: argparse.Namespace) -> None:
+    from rlt2i.recipes.catalogue import list_recipes, listing
 
-    entries = list_recipes()
-    name, evidence = (max(len(getattr(entry, field)) for entry in entries) for field in ("name", "evidence"))
-    for entry in entries:
-        print(f"{entry.name:<{name}}  {entry.evidence:<{evidence}}  {entry.about}")
+    for line in listing(list_recipes(), words=options.words, evidence=options.evidence, flat=options.flat):
+        print(line)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -346,6 +386,10 @@ def _loaded(options: argparse.Namespace) -> tuple[Recipe, Path | None]:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    check_picture(options.out)
+    apart = options.out.with_suffix("") if options.separate else None
+    if apart is not None:
+        check_folder(apart, "--separate")
     from rlt2i.evaluation.inspection import sample
 
     recipe, folder = _loaded(options)
@@ -358,11 +402,16 @@ def _sample(options: argparse.Namespace) -> None:
         count=options.count,
         num_steps=options.steps,
         seed=options.seed,
+        say=_tell,
+        apart=apart,
     )
     _save_picture(picture, options.out)
+    if apart is not None:
+        print(apart)
 
 
 def _maps(options: argparse.Namespace) -> None:
+    check_picture(options.out)
     from rlt2i.evaluation.inspection import maps
 
     recipe, folder = _loaded(options)
@@ -374,8 +423,14 @@ def _maps(options: argparse.Namespace) -> None:
         weights=options.weights,
         num_steps=options.steps,
         seed=options.seed,
+        say=_tell,
     )
     _save_picture(picture, options.out)
+
+
+def _tell(line: str) -> None:
+    """Beside the results, which may be piped on."""
+    print(f"rlt2i: {line}", file=sys.stderr)
 
 
 def _save_picture(picture: object, out: Path) -> None:
@@ -394,6 +449,8 @@ def _eval(options: argparse.Namespace) -> None:
         raise ValueError(
             f"eval: --{used[0].replace('_', '-')} goes with --suite NAME, or with the folder of an evaluation."
         )
+    if options.out:
+        check_file(options.out)
     import json
 
     from rlt2i.evaluation.inspection import evaluate_run
@@ -430,7 +487,7 @@ def _eval_suite(options: argparse.Namespace) -> None:
     else:
         target, run_dir = _loaded(options)
         suite, score_only = load_suite(options.suite), options.score_only
-        if options.steps:
+        if options.steps is not None:
             suite = attrs.evolve(suite, steps=options.steps)
     report = evaluate_suite(
         target,
@@ -452,6 +509,7 @@ def _eval_suite(options: argparse.Namespace) -> None:
 
 
 def _pairs(options: argparse.Namespace) -> None:
+    check_folder(options.folder, str(options.folder))
     from rlt2i.evaluation.inspection import load_policy
     from rlt2i.evaluation.pairs import PAIRS, make_pairs
 
@@ -472,6 +530,8 @@ def _pairs(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    if options.out:
+        check_file(options.out)
     from rlt2i.report import write_report
 
     print(write_report(options.run, options.out))
@@ -482,8 +542,9 @@ def _compare(options: argparse.Namespace) -> None:
         from rlt2i.bench.reference import compare_with_band, load_band
 
         band = load_band(options.reference)
-        print("\n\n".join(compare_with_band(Path(run), band) for run in options.arms))
+        print("\n\n".join(compare_with_band(home_path(run), band) for run in options.arms))
         return
+    check_folder(options.out, f"--out {options.out}")
     from rlt2i.report import compare_runs
 
     arms: dict[str, list[Path]] = {}
@@ -491,7 +552,7 @@ def _compare(options: argparse.Namespace) -> None:
         arm, equals, runs = word.partition("=")
         if not equals or not arm or not runs:
             raise ValueError(f"compare: {word!r} should read ARM=RUN[,RUN...], for example star=runs/a,runs/b.")
-        arms.setdefault(arm, []).extend(Path(run) for run in runs.split(",") if run)
+        arms.setdefault(arm, []).extend(home_path(run) for run in runs.split(",") if run)
     comparison = compare_runs(arms, options.out, baseline=options.baseline, metric=options.metric)
     print(comparison.sentence)
     print(f"{comparison.csv}\n{comparison.svg}\n{comparison.text}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -11,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from rlt2i import cli
 from rlt2i.config import ConfigError
+from rlt2i.inputs import arguments
 from rlt2i.recipes import list_recipes
 from rlt2i.runs.names import new_run_dir, newest_run_dir, run_dir_of, run_name
+from tests.helpers.toy import SIDE
 from tests.recipes.test_recipes import TOY, toy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,15 +83,6 @@ def test_python_dash_m():
 
 
 # ---------------------------------------------------------------------------------------------------- list, refusals
-
-
-def test_list_shows_every_recipe_with_its_evidence(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(list_recipes())
-    for entry, line in zip(list_recipes(), lines, strict=True):
-        assert line.split()[:2] == [entry.name, entry.evidence]
-        assert line.endswith(entry.about)
 
 
 @pytest.mark.parametrize(
@@ -264,3 +260,126 @@ def test_dry_run_trains_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "4 prompts x 4 rollouts = 16 images" in capsys.readouterr().out
     assert not Path("runs").exists()
     assert "cannot be dealt to 3 processes" in refusal(capsys, "train", "toy.yaml", "--dry-run", "--processes", "3")
+
+
+# ------------------------------------------------------------------------------------------ what people type, refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "runs/toi-123"), "runs/toi-123: no such run directory or recipe file; did you mean 'runs/toy-123'?"),
+        (("train", "toy-123"), "did you mean 'runs/toy-123'?"),
+        (("train", "runs"), "runs: is no run directory, since it has no recipe.yaml. It holds runs: toy-123."),
+        (("sample", "./nowhere", "--prompt", "x"), "nowhere: no such run directory or recipe file"),
+        (("sample", "toy.yaml", "--prompt", "x", "--steps", "0"), "--steps 0: use 1 or more"),
+        (("maps", "toy.yaml", "--prompt", "x", "--steps", "-3"), "--steps -3: use 1 or more"),
+        (("eval", "toy.yaml", "--steps", "0"), "--steps 0: use 1 or more"),
+        (("eval", "toy.yaml", "--prompts", "0"), "--prompts 0: use 1 or more"),
+        (("sample", "toy.yaml", "--prompt", "x", "--count", "0"), "--count 0: use 1 or more"),
+        (("pairs", "toy.yaml", "out", "--prompts", "0"), "--prompts 0: use 1 or more"),
+        (("train", "toy.yaml", "--dry-run", "--processes", "0"), "--processes 0: use 1 or more"),
+        (
+            ("sample", "toy.yaml", "--prompt", "x", "--out", "grid"),
+            "--out grid: it has no suffix; end the name in .png",
+        ),
+        (("maps", "toy.yaml", "--prompt", "x", "--out", "a.txt"), "--out a.txt: no format that can be written"),
+        (("sample", "toy.yaml", "--prompt", "x", "--out", "toy.yaml/a.png"), "toy.yaml is a file, so there can be no"),
+        (("eval", "toy.yaml", "--out", "runs"), "--out runs: is a folder; name a file in it"),
+        (("report", "runs/toy-123", "--out", "runs"), "--out runs: is a folder"),
+        (("compare", "a=b", "--out", "toy.yaml"), "toy.yaml is a file"),
+        (("pairs", "toy.yaml", "toy.yaml"), "toy.yaml is a file"),
+        (("eval", "toy.yaml", "--set", "train.eval_prompts=0"), "so say on how many: --prompts N"),
+        (("compare", "a=runs/toy-123", "b=runs/../runs/toy-123", "--baseline", "a"), "is in 'a' and in 'b'"),
+        (("compare", "a=runs/toy-123,runs/toy-123", "--baseline", "a"), "is twice in 'a'"),
+        (("list", "--evidence", "gatd"), "--evidence gatd; did you mean 'gated'?"),
+        (("list", "nothing-like-it"), "no recipe matches 'nothing-like-it'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(
+    words: tuple[str, ...],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("nothing may be loaded for this")
+
+    monkeypatch.setattr("rlt2i.algorithm.Algorithm.load", never)
+    (folder / "runs" / "toy-123").mkdir(parents=True)
+    (folder / "runs" / "toy-123" / "recipe.yaml").write_text(toy().to_yaml())
+    said = refusal(capsys, *words)
+    assert message in said
+    assert len(said) < 1000
+
+
+def test_a_home_folder_is_one_everywhere(
+    folder: Path, capsys: pytest.CaptureFixture[str], calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(folder))
+    assert cli.main(["train", "~/toy.yaml", "--run-dir", "~/run"]) == 0
+    assert calls[-1][1] == folder / "run"
+    (folder / "run" / "checkpoint-000001").mkdir(parents=True)
+    (folder / "run" / "recipe.yaml").write_text(toy().to_yaml())
+    assert cli.main(["train", "--resume", "~/run/checkpoint-000001"]) == 0
+    assert calls[-1][1:] == (folder / "run", folder / "run" / "checkpoint-000001")
+    for words in (["report", "~/gone"], ["compare", "a=~/gone", "--baseline", "a"], ["eval", "~/gone"]):
+        assert str(folder / "gone") in refusal(capsys, *words)
+    with pytest.raises(SystemExit):
+        cli.main(["report", "~nobody-of-this-name/run"])
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_recipes_are_listed_by_model_and_evidence(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split()[0] for line in lines if line.startswith("    ")]
+    assert sorted(shown) == sorted(entry.name for entry in list_recipes())
+    headings = [line for line in lines if line and not line.startswith(" ")]
+    assert headings[0].startswith("embedded:")
+    assert any(line.startswith("stabilityai/stable-diffusion-3.5-medium (") for line in headings)
+    assert cli.main(["list", "STAR", "shapes", "--evidence", "curve", "--flat"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert "star" in line
+        assert line.split()[1] == "curve"
+
+
+@pytest.mark.parametrize("command", sorted(arguments.EXAMPLES))
+def test_every_command_has_examples_that_it_understands(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    shown = capsys.readouterr().out
+    for example in arguments.EXAMPLES[command]:
+        assert example in shown
+        words = shlex.split(example, comments=True)[1:]
+        if "--help" not in words:
+            assert cli.parser().parse_args(words).command is not None
+
+
+def test_no_command_is_without_examples():
+    (commands,) = (action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction))
+    assert set(commands.choices) == set(arguments.EXAMPLES)
+
+
+def test_samples_by_themselves(folder: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["sample", "toy.yaml", "--prompt", "bright corner", "--prompt", "dark corner", "--count", "2"]
+    assert cli.main([*words, "--out", "out/grid.png", "--separate"]) == 0
+    assert capsys.readouterr().out.split() == ["out/grid.png", "out/grid"]
+    assert sorted(path.name for path in Path("out/grid").iterdir()) == [
+        "01-01.png",
+        "01-02.png",
+        "02-01.png",
+        "02-02.png",
+    ]
+    assert Image.open("out/grid/01-01.png").size == (SIDE, SIDE)
+
+
+def test_pairs_that_are_all_there_say_so(folder: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["pairs", "toy.yaml", "out", "--images", "2", "--steps", "2", "--prompts"]
+    for prompts in ("4", "4", "3"):
+        assert cli.main([*words, prompts]) == 0
+    shown = capsys.readouterr().out
+    assert "going on with prompt" not in shown
+    assert "out: all 4 prompts are drawn already, with 4 pairs" in shown
+    assert "out: all 3 prompts are drawn already, with 4 pairs" in shown

@@ -17,6 +17,7 @@ from attrs.validators import ge, gt, lt
 
 from rlt2i.config import ConfigError, apply_overrides, build, read_yaml
 from rlt2i.config.references import did_you_mean
+from rlt2i.inputs.textfiles import user_path
 from rlt2i.recipes.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parent / "plans"
@@ -189,7 +190,7 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
         ConfigError: when there is no such plan, naming those that ship; or naming the field that is wrong.
     """
     files = shipped_plans()
-    path = files.get(str(name_or_path), Path(name_or_path))
+    path = files.get(str(name_or_path), user_path(name_or_path))
     if not path.is_file():
         raise ConfigError(
             f"{name_or_path}: no such plan{did_you_mean(str(name_or_path), files)} Shipped: {', '.join(files)}. Or "

@@ -31,15 +31,44 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dic
         name, equals, text = override.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"--set {override}: write section.field=value, for example train.seed=1.")
-        try:
-            value = parse_yaml(text)
-        except ConfigError as error:
-            raise ConfigError(f"--set {override}: {error}") from None
+        value = _value(text, override)
         *parents, last = _locate(result, _split(name.strip()), override)
         if last == "type" and parents:
             value = {"type": value}
             *parents, last = parents
         _assign(result, (*parents, last), _Fresh(value) if isinstance(value, dict) else value)
+    return result
+
+
+def _value(text: str, override: str) -> Any:
+    """The value of an override: YAML as people type it on a command line.
+
+    A `#` is part of the value, where a YAML file would begin a comment, and a blank may be missing after the colon of
+    `{type:ODE}`.
+    """
+    plain = text.strip()
+    try:
+        if "#" in plain and plain[:1] not in "\"'[{":
+            value = parse_yaml("'" + plain.replace("'", "''") + "'")
+        else:
+            value = parse_yaml(text)
+    except ConfigError as error:
+        hint = " Put a text with # into quotes." if "#" in text else ""
+        raise ConfigError(f"--set {override}: {error}{hint}") from None
+    return _with_blanks(value)
+
+
+def _with_blanks(value: Any) -> Any:
+    """{"type:ODE": None}, which YAML makes of {type:ODE}, as {"type": "ODE"}; everything else as it is."""
+    if isinstance(value, list):
+        return [_with_blanks(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    result = {}
+    for key, item in value.items():
+        field, colon, text = key.partition(":") if isinstance(key, str) else (key, "", "")
+        missing = item is None and colon and text and field.isidentifier()
+        result[field if missing else key] = parse_yaml(text) if missing else _with_blanks(item)
     return result
 
 

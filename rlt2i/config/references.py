@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from rlt2i.inputs.textfiles import TextFileError, read_text, refuse_surrogates
+from rlt2i.inputs.textfiles import TextFileError, read_text, refuse_surrogates, user_path
 
 
 class ConfigError(ValueError):
@@ -168,9 +168,10 @@ def pin_files(value: Any) -> Any:
 
 def _pin(reference: str) -> str:
     name, _, attribute = reference.rpartition(":")
-    if not name.endswith(".py") or not Path(name).is_file():
+    path = Path(name).expanduser()
+    if not name.endswith(".py") or not path.is_file():
         return reference
-    return f"{Path(name).name}:{attribute}@{hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]}"
+    return f"{path.name}:{attribute}@{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 def _import(name: str, reference: str) -> ModuleType:
@@ -187,7 +188,7 @@ def _import(name: str, reference: str) -> ModuleType:
 
 
 def _load_file(name: str, folder: Path | None) -> ModuleType:
-    places = [Path(name), *([folder / name] if folder else [])]
+    places = [user_path(name), *([folder / name] if folder else [])]
     path = next((place.resolve() for place in places if place.is_file()), None)
     if path is None:
         raise ConfigError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from rlt2i.engine import decode, reward_gradient, rollout
 from rlt2i.evaluation.auto import resolve_auto
@@ -17,6 +18,8 @@ from rlt2i.runs.checkpoint import CheckpointError, latest_checkpoint, load_check
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.seeds import derive_seed, generator
+from rlt2i.tasks.base import TaskPrompt
+from rlt2i.tasks.reading import report_on
 from rlt2i.types import Prompts, Rewards, Trajectory
 
 if TYPE_CHECKING:
@@ -90,15 +93,38 @@ def sample(
     count: int = 4,
     num_steps: int | None = None,
     seed: int = 0,
+    say: Callable[[str], None] = print,
+    apart: Path | None = None,
 ) -> Image:
-    """A grid of `count` images per prompt, drawn by the ODE."""
+    """A grid of `count` images per prompt, drawn by the ODE.
+
+    Args:
+        say: told what a text encoder does not read of the prompts.
+        apart: a folder for every image by itself: <number of the prompt>-<number of the image>.png, both from 1.
+    """
     from rlt2i.report.grids import image_grid
 
     policy = load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=weights)
+    for line in report_on(policy, [TaskPrompt(text=text) for text in texts]).lines():
+        say(line)
     prompts = Prompts.of(texts, group_size=count)
-    trajectory = _draw(policy, recipe, prompts, num_steps or recipe.train.eval_steps, seed, frozenset())
-    images = decode(policy, trajectory.clean_latents, rollout_batch_size=recipe.train.rollout_batch_size)
-    return image_grid(images.cpu(), captions=prompts.per_rollout(prompts.texts), columns=count)
+    trajectory = _draw(policy, recipe, prompts, _steps(num_steps, recipe.train.eval_steps), seed, frozenset())
+    images = decode(policy, trajectory.clean_latents, rollout_batch_size=recipe.train.rollout_batch_size).cpu()
+    if apart is not None:
+        _save_each(images, apart, count=count)
+    return image_grid(images, captions=prompts.per_rollout(prompts.texts), columns=count)
+
+
+def _save_each(images: Tensor, folder: Path, *, count: int) -> None:
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        to_pil_image(image).save(folder / f"{i // count + 1:02d}-{i % count + 1:02d}.png")
+
+
+def _steps(asked: int | None, otherwise: int) -> int:
+    return otherwise if asked is None else asked
 
 
 def maps(
@@ -110,6 +136,7 @@ def maps(
     weights: Weights = "best",
     num_steps: int | None = None,
     seed: int = 0,
+    say: Callable[[str], None] = print,
 ) -> Image:
     """The weight that the recipe's credit gives each place at each denoising step of one rollout.
 
@@ -129,9 +156,11 @@ def maps(
             "not. Use a recipe whose map comes from the policy, such as star-shapes."
         )
     policy = load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=weights)
+    for line in report_on(policy, [TaskPrompt(text=text)]).lines():
+        say(line)
     prompts = Prompts.of([text])
     captures = wanted.captures | {CLEAN_PREDICTIONS}
-    trajectory = _draw(policy, recipe, prompts, num_steps or recipe.sampler.num_steps, seed, captures)
+    trajectory = _draw(policy, recipe, prompts, _steps(num_steps, recipe.sampler.num_steps), seed, captures)
     image_size, per_chunk = recipe.train.image_size, recipe.train.rollout_batch_size
     context = CreditContext(
         prompts=prompts,
@@ -172,7 +201,12 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Scores on held-out prompts with the run's own noise; for a run, also the base and the paired gain."""
     train = recipe.train
-    prompts = recipe.task.eval_prompts(num_prompts or train.eval_prompts)
+    count = train.eval_prompts if num_prompts is None else num_prompts
+    if count < 1:
+        raise ValueError(
+            f"eval: {recipe.name} evaluates on no prompts (train.eval_prompts is 0), so say on how many: --prompts N."
+        )
+    prompts = recipe.task.eval_prompts(count)
 
     def judged(which: Weights) -> Evaluation:
         policy = load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=which)
@@ -180,7 +214,7 @@ def evaluate_run(
             policy,
             recipe.reward,
             prompts,
-            num_steps=num_steps or train.eval_steps,
+            num_steps=_steps(num_steps, train.eval_steps),
             seed=train.eval_seed,
             image_size=train.image_size,
             rollout_batch_size=train.rollout_batch_size,

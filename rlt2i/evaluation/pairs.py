@@ -64,14 +64,16 @@ def make_pairs(
         raise ValueError(f"images={images}: a pair is two images. Use images >= 2; more of them lie further apart.")
     check_metadata(recipe.task, recipe.reward)
     recipe.task.check_image_size(recipe.train.image_size)
-    steps = num_steps or recipe.train.eval_steps
+    steps = recipe.train.eval_steps if num_steps is None else num_steps
     settings = _settings(recipe, images=images, seed=seed, num_steps=steps, weights=weights)
     rows = _begun(folder, settings)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     replace_text(folder / SETTINGS, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     per_batch = max(1, recipe.train.rollout_batch_size // images)
     first = max((row["draw"] for row in rows), default=-1) + 1
-    if first:
+    if first >= prompts:
+        say(f"{folder}: all {prompts} prompts are drawn already, with {len(rows)} pairs")
+    elif first:
         say(f"{folder}: {len(rows)} pairs are there; going on with prompt {first + 1} of {prompts}")
     for start in range(first, prompts, per_batch):
         drawn = recipe.task.train_prompts(seed=seed, start=start, count=min(per_batch, prompts - start))

@@ -199,7 +199,7 @@ def _not_utf8(content: bytes, position: int, name: str | Path, encoding: str) ->
     looks = f"it looks like {encoding}" if encoding else "it is no text, or of an encoding that cannot be guessed"
     source = {"Windows-1252 (cp1252)": "CP1252"}.get(encoding, encoding if encoding.startswith("UTF") else "ENCODING")
     return TextFileError(
-        f"{name}, line {line}: byte {position} (0x{content[position]:02x}) is not UTF-8 text; {looks}. Save it as "
+        f"{name}: byte {position} (0x{content[position]:02x}) on line {line} is not UTF-8 text; {looks}. Save it as "
         f"UTF-8, for example with: iconv -f {source} -t UTF-8 {name} > new{Path(name).suffix}"
     )
 

@@ -113,6 +113,18 @@ class Comparison:
     text: Path
 
 
+def _refuse_repeats(runs: Mapping[str, Sequence[Path]]) -> None:
+    """A directory counts once: twice in an arm it would narrow the interval, in two arms compare a run with itself."""
+    arms: dict[Path, str] = {}
+    for arm, paths in runs.items():
+        for path in paths:
+            there = Path(path).resolve()
+            if there in arms:
+                twice = f"twice in {arm!r}" if arms[there] == arm else f"in {arms[there]!r} and in {arm!r}"
+                raise ValueError(f"compare_runs: {path} is {twice}. Name every run once.")
+            arms[there] = arm
+
+
 def compare_runs(
     runs: Mapping[str, Sequence[Path]], out: Path, *, baseline: str = "uniform", metric: str = "eval/strict"
 ) -> Comparison:
@@ -130,6 +142,7 @@ def compare_runs(
     """
     if baseline not in runs:
         raise ValueError(f"compare_runs(baseline={baseline!r}): not among the arms {sorted(runs)}. Name one of them.")
+    _refuse_repeats(runs)
     opened = {arm: _by_seed(arm, [read_run(path) for path in paths]) for arm, paths in runs.items()}
     curves = {(arm, seed): _curve(run, metric) for arm, seeds in opened.items() for seed, run in seeds.items()}
     common = sorted(set.intersection(*(set(points) for points in curves.values())))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rlt2i.config import Parts, build
 from rlt2i.config.references import ConfigError, parse_yaml, read_yaml
+from rlt2i.inputs.textfiles import has_suffix, user_path
 from rlt2i.interfaces import Reward
 
 
@@ -25,11 +25,11 @@ def named_reward(name: str, fields: Sequence[str] = (), *, parts: Parts | None =
     """
     folder = None
     mapping: dict[str, Any] = {"type": name}
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
+    if has_suffix(name, ".yaml", ".yml"):
+        if not user_path(name).is_file():
             raise ConfigError(f"{name}: no such file.")
-        mapping = read_yaml(Path(name))
-        folder = Path(name).parent
+        mapping = read_yaml(user_path(name))
+        folder = user_path(name).parent
         found = mapping.get("reward", mapping) if "policy" in mapping else mapping
         mapping = {"type": found} if isinstance(found, str) else dict(found)
     for field in fields:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rlt2i.config import ConfigError, build, read_yaml, to_mapping
 from rlt2i.config.references import did_you_mean
 from rlt2i.evaluation.suites.suite import Suite
+from rlt2i.inputs.textfiles import has_suffix, user_path
 from rlt2i.recipes.parts import PARTS
 
 FOLDER = Path(__file__).parent
@@ -24,8 +25,8 @@ def load_suite(name_or_path: str | Path) -> Suite:
         ConfigError: naming the file and the field that is wrong.
     """
     name = str(name_or_path)
-    path = FOLDER / f"{name}.yaml" if name in list_suites() else Path(name)
-    if path.suffix not in {".yaml", ".yml"} or not path.is_file():
+    path = FOLDER / f"{name}.yaml" if name in list_suites() else user_path(name)
+    if not has_suffix(path, ".yaml", ".yml") or not path.is_file():
         near = did_you_mean(name, list_suites())
         raise ConfigError(f"unknown suite {name!r}{near} Shipped: {', '.join(list_suites())}. Or give a YAML file.")
     try:

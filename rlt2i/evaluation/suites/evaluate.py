@@ -31,6 +31,7 @@ from rlt2i.evaluation.suites.generate import Draw, generate
 from rlt2i.evaluation.suites.report import Report
 from rlt2i.evaluation.suites.score import claim_reward, score, share_of
 from rlt2i.evaluation.suites.suite import Drawing, Suite, check_reward_name, drawing_id, drawings, prompts_sha256
+from rlt2i.inputs.textfiles import has_suffix
 from rlt2i.interfaces import Reward
 from rlt2i.parameter_sets import tensors_sha256
 from rlt2i.recipes.parts import PARTS
@@ -133,7 +134,7 @@ def draw_suite(
     policy = load_policy(recipe, checkpoint=path, weights=name, device=job.device)
     draw = Draw(
         seed=suite.seed,
-        num_steps=suite.steps or recipe.train.eval_steps,
+        num_steps=recipe.train.eval_steps if suite.steps is None else suite.steps,
         image_size=suite.image_size or recipe.train.image_size,
         rollout_batch_size=recipe.train.rollout_batch_size,
         device=job.device,
@@ -348,7 +349,7 @@ def named_rewards(words: Sequence[str]) -> dict[str, Reward]:
         name, equals, reference = word.partition("=")
         if not equals:
             reference = word
-            name = Path(word).stem if word.endswith((".yaml", ".yml")) else word.rpartition(":")[2].lower()
+            name = Path(word).stem if has_suffix(word, ".yaml", ".yml") else word.rpartition(":")[2].lower()
         check_reward_name(name)
         if name in found:
             raise ValueError(

@@ -32,6 +32,22 @@ def quietly() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep the libraries from warning of every long prompt; a run and `rlt2i sample` say it once, with what is lost."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    for library, _ in levels:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in levels:
+            library.set_verbosity(level)
+
+
 def read_pipeline(spec: PretrainedSpec) -> Any:
     """The stock pipeline with all its components on the CPU, in their precision; only safetensors are read."""
     import diffusers

@@ -13,6 +13,7 @@ import torch
 from attrs import validators
 
 from rlt2i.captures import DIRECTIONS, Direction, attention_names, parse_attention_name
+from rlt2i.inputs.textfiles import user_path
 from rlt2i.interfaces import Policy, PolicySpec
 from rlt2i.policies.guidance import GuidanceForm, Guided, LinearGuidance
 
@@ -144,7 +145,7 @@ class PretrainedSpec(PolicySpec):
         """
         if self.path.startswith("embedded:") and self.path not in _EMBEDDED:
             raise ValueError(f"{self._name}(path={self.path!r}): the package contains {', '.join(_EMBEDDED)}.")
-        folder = _EMBEDDED.get(self.path, Path(self.path))
+        folder = _EMBEDDED.get(self.path, user_path(self.path))
         if folder.is_dir():
             return folder
         if self.path in _EMBEDDED or folder.is_absolute() or self.path.startswith(".") or self.path.count("/") != 1:

@@ -14,7 +14,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.policies.pretrained.loading import quietly, read_text_encoder
+from rlt2i.policies.pretrained.loading import quietly, read_text_encoder, without_warnings
 from rlt2i.policies.pretrained.spec import PretrainedSpec
 
 _CACHE_BYTES = 2 << 30
@@ -72,7 +72,7 @@ class TextEncoding:
         if encoded is None:
             self._arrive()
             try:
-                with torch.no_grad():
+                with torch.no_grad(), without_warnings():
                     encoded = {name: tensor.detach() for name, tensor in encode(text, negative=negative).items()}
             finally:
                 self._leave()
