@@ -63,9 +63,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         sys.path.append(os.getcwd())  # so that a recipe can name `my_module:MyPart`, as `python -m` can
     options = parser().parse_args(arguments)
     if os.environ.get(DEBUG):
-        return _run(options)
+        return _obey(options)
     try:
-        return _run(options)
+        return _obey(options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -77,7 +77,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 2
 
 
-def _run(options: argparse.Namespace) -> int:
+def _obey(options: argparse.Namespace) -> int:
     check_counts(options)
     command: Callable[[argparse.Namespace], int | None] = options.command
     return command(options) or 0

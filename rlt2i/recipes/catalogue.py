@@ -61,9 +61,9 @@ def listing(
     Raises:
         ConfigError: for a level that does not exist, or when nothing is left.
     """
-    for level in evidence:
-        if level not in EVIDENCE:
-            raise ConfigError(f"--evidence {level}{did_you_mean(level, EVIDENCE)} Levels: {', '.join(EVIDENCE)}.")
+    for word in evidence:
+        if word not in EVIDENCE:
+            raise ConfigError(f"--evidence {word}{did_you_mean(word, EVIDENCE)} Levels: {', '.join(EVIDENCE)}.")
     found = [
         entry
         for entry in entries
@@ -74,9 +74,9 @@ def listing(
         raise ConfigError(
             f"no recipe matches {' '.join([*words, *evidence])!r}. `rlt2i list` shows all {len(entries)}."
         )
-    name, level = (max(len(getattr(entry, field)) for entry in found) for field in ("name", "evidence"))
+    wide, level = (max(len(getattr(entry, field)) for entry in found) for field in ("name", "evidence"))
     if flat:
-        yield from (f"{entry.name:<{name}}  {entry.evidence:<{level}}  {entry.about}" for entry in found)
+        yield from (f"{entry.name:<{wide}}  {entry.evidence:<{level}}  {entry.about}" for entry in found)
         return
     for number, model in enumerate(sorted({entry.model for entry in found}, key=lambda m: (":" not in m, m))):
         members = [entry for entry in found if entry.model == model]
@@ -84,7 +84,7 @@ def listing(
         for word, meaning in EVIDENCE.items():
             group = [entry for entry in members if entry.evidence == word]
             yield from [f"  {word}: {meaning}"] if group else []
-            yield from (f"    {entry.name:<{name}}  {entry.about}" for entry in group)
+            yield from (f"    {entry.name:<{wide}}  {entry.about}" for entry in group)
 
 
 def _no_such_path(name: str) -> str:
