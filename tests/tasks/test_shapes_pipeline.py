@@ -194,6 +194,24 @@ def test_muon_moves_against_the_gradient_by_a_known_amount():
     assert step[0, 1] == step[1, 0] == 0
 
 
+def test_muon_is_torchs_muon_up_to_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((16, 16), (8, 32), (32, 8), (16, 16))
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    start = [p.detach().clone() for p in ours]
+    theirs = [torch.nn.Parameter(p.clone()) for p in start]
+    other = torch.optim.Muon(theirs, lr=0.01, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(ours, momentum=0.95, weight_decay=0.01)
+    for _ in range(3):
+        for one, two in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            two.grad = one.grad.clone()
+        muon.step(0.01)
+        other.step()
+    for one, two, before in zip(ours, theirs, start, strict=True):
+        assert (one - two).detach().norm() < 0.02 * (one - before).detach().norm()
+
+
 def test_pretraining_is_reproducible_and_resumable(tmp_path, monkeypatch):
     whole, again, broken = tmp_path / "whole", tmp_path / "again", tmp_path / "broken"
     pretrain(whole, **TINY)

@@ -13,7 +13,9 @@ class Muon:
     """Momentum orthogonalised by Newton-Schulz iterations, for the matrices of the transformer blocks.
 
     Matrices of one shape are updated in one batched product. An update has the root-mean-square of an AdamW
-    update (0.2), so both optimisers share a learning rate.
+    update (0.2), so both optimisers share a learning rate. The same algorithm as `torch.optim.Muon` with
+    adjust_lr_fn="match_rms_adamw", which multiplies matrix by matrix in bfloat16: on a CPU it needs 1.8 s for a step of
+    32 matrices that takes 0.15 s here.
     """
 
     def __init__(self, parameters: Iterable[Tensor], *, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
