@@ -28,6 +28,7 @@ def write_evaluation(path: Path, result: Evaluation) -> None:
         "prompts": [p.text for p in result.prompts],
         "categories": [p.category for p in result.prompts],
         "scores": [float(v) for v in headline],
+        "notes": list(result.notes),
     }
     tensors = {"images": result.images, "scores": result.scores, "valid": result.valid}
     tensors |= {f"component/{name}": values for name, values in result.components.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlt2i.engine import decode, rollout
 from rlt2i.evaluation.statistics import Interval, clustered_mean, paired_difference
 from rlt2i.interfaces import Policy, Reward, RewardBatch
-from rlt2i.rewards.agreement import FailureCounts, with_same_components
+from rlt2i.rewards.agreement import FailureCounts, all_gather_notes, with_same_components
 from rlt2i.rewards.validity import score_safely
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import derive_seed
@@ -43,6 +43,7 @@ class Evaluation:
         components: name -> [N].
         heldout: name -> what a reward said that is never trained on.
         reasons: why images are invalid -> how many.
+        notes: N lines, what the reward told of each image; or none.
     """
 
     prompts: Sequence[TaskPrompt]
@@ -52,6 +53,7 @@ class Evaluation:
     components: Mapping[str, Tensor]
     heldout: Mapping[str, Scores] = attrs.field(factory=dict)
     reasons: Mapping[str, int] = attrs.field(factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def headline(self) -> str:
@@ -166,4 +168,5 @@ def evaluate(
         components={name: whole(values) for name, values in components.items()},
         heldout={name: other(held_out) for name, held_out in (heldout or {}).items()},
         reasons=FailureCounts.of(output).together(gather, device).reasons,
+        notes=all_gather_notes(output, gather, device)[: len(prompts)],
     )

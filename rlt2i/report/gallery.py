@@ -108,12 +108,15 @@ def _pair(before: EvalImages, after: EvalImages, i: int, *, marked: bool) -> Map
         "scores": "" if plain else f"{short(before.scores[i])} → {short(after.scores[i])}",
         "before": _framed(before, i, a),
         "after": _framed(after, i, b),
-        "reasons": [
-            f"{when}: {evaluation.reasons[i]}"
-            for when, evaluation, passed in (("before", before, a), ("now", after, b))
-            if passed is False and evaluation.reasons[i] and (when == "now" or b is True)
-        ],
+        "notes": _notes(before.notes[i], after.notes[i], a, b),
     }
+
+
+def _notes(before: str, after: str, passed_before: bool | None, passes: bool | None) -> list[str]:
+    """Why an image fails: what the reward told of the newest one that does."""
+    if passes is False:
+        return [after] if after else []
+    return [f"before, {before}"] if passed_before is False and before else []
 
 
 def _framed(images: EvalImages, i: int, verdict: bool | None) -> Mapping[str, Any]:

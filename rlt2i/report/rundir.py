@@ -166,14 +166,14 @@ def has_pass_mark(scores: Sequence[float]) -> bool:
 
 @attrs.frozen(kw_only=True, eq=False)
 class EvalImages:
-    """The images of one evaluation, opened but not loaded; `reasons`: what the reward saw in each, "" where unknown."""
+    """The images of one evaluation, opened but not loaded; `notes`: what the reward told of each, "" where unknown."""
 
     path: Path
     step: int
     prompts: Sequence[str]
     scores: Sequence[float]
     categories: Sequence[str]
-    reasons: Sequence[str] = attrs.field(default=attrs.Factory(lambda self: [""] * len(self.prompts), takes_self=True))
+    notes: Sequence[str] = attrs.field(default=attrs.Factory(lambda self: [""] * len(self.prompts), takes_self=True))
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -223,6 +223,7 @@ def open_images(path: Path, step: int) -> EvalImages:
         prompts=_fill(info.get("prompts"), count, "(prompt not recorded)", str),
         scores=_fill(info.get("scores"), count, math.nan, _number),
         categories=_fill(info.get("categories"), count, "all", str),
+        notes=_fill(info.get("notes"), count, "", str),
     )
 
 

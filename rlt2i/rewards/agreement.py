@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import attrs
 import torch
@@ -18,6 +19,8 @@ Gather = Callable[[Tensor], Tensor]
 
 SAID = 20
 """Reasons that a process tells the others, the most frequent first."""
+NOTE = 200
+"""Characters of what a reward told of one image."""
 SHOWN = 3
 """Reasons in a message."""
 
@@ -78,6 +81,25 @@ class FailureCounts:
         shown = [f"{count} x {reason}" for reason, count in self.reasons.most_common(SHOWN)]
         more = len(self.reasons) - len(shown)
         return "; ".join([*shown, *([f"and {more} other reasons"] if more else [])])
+
+
+def note(details: Mapping[str, Any]) -> str:
+    """What a reward told of one image, in one line of at most `NOTE` characters: "seen: red circle, blue square"."""
+    parts = []
+    for key, value in details.items():
+        if isinstance(value, Mapping):
+            parts.append(f"{key}: {note(value)}")
+        else:
+            told = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            parts.append(f"{key}: {told or 'nothing'}")
+    line = " ".join("; ".join(parts).split())
+    return line if len(line) <= NOTE else f"{line[: NOTE - 1]}…"
+
+
+def all_gather_notes(output: RewardOutput, gather: Gather, device: torch.device | str = "cpu") -> list[str]:
+    """What the reward told of every image, of all processes in the order of ranks; "" where it told nothing."""
+    mine = [note(details) for details in output.info] if output.info else [""] * len(output.valid)
+    return [line for text in all_gather_text(json.dumps(mine), gather, device) for line in json.loads(text)]
 
 
 def all_gather_text(text: str, gather: Gather, device: torch.device | str = "cpu") -> list[str]:

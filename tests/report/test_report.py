@@ -345,6 +345,19 @@ def test_the_time_of_an_evaluation_is_no_time_of_training(tmp_path):
     assert re.search(r'<div class="value">20 s</div><div class="label">training time, without evaluations', text)
 
 
+def test_a_failed_image_says_what_the_verifier_saw(make_run):
+    run = make_run()
+    for path in run.glob("images/*"):
+        when = "first" if "000000" in path.name else "last"
+        rewrite(path, notes=[f"seen: {when} <b>{i}</b>" for i in range(48)])
+    text, _ = check(write_report(run))
+    pairs = re.findall(r'<figure class="pair (\w+)">(.*?)</figure>', text, flags=re.DOTALL)
+    assert {kind for kind, _ in pairs} == {"right", "fixed", "broken", "wrong"}
+    for kind, body in pairs:
+        told = re.findall(r'<span class="saw">(before, )?seen: (first|last) &lt;b&gt;', body)
+        assert told == {"right": [], "fixed": [("before, ", "first")]}.get(kind, [("", "last")])
+
+
 def test_one_image_is_no_images(make_run):
     text, _ = check(write_report(make_run(per_category=1)))
     assert "<small>1 image: " in text
