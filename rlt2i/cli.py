@@ -35,12 +35,14 @@ EXTRAS = {
     "starlette": "serve",
     "uvicorn": "serve",
     "httpx": "serve",
+    "ray": "ray",
 }
 _SAYS_ENOUGH = (
     "CheckpointError",
     "LaunchError",
     "OtherProcessFailed",
     "ProcessLost",
+    "RayRunError",
     "RunDirectoryError",
     "RunStopped",
     "UpdateRefused",
@@ -165,6 +167,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print batches, sizes and memory; train nothing")
     train.add_argument("--processes", type=int, default=1, help="with --dry-run: on how many devices (default 1)")
     train.add_argument("--report", action="store_true", help="write the HTML report at the end")
+    _add_ray(train)
 
     sample = add("sample", _sample, "draw images with a trained policy")
     _add_run(sample)
@@ -255,6 +258,14 @@ class _Version(argparse.Action):
 
 def _add_set(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field; may be repeated")
+
+
+def _add_ray(sub: argparse.ArgumentParser) -> None:
+    ray = sub.add_argument_group("Ray", "Train on the workers of a Ray cluster; see docs/scaling.md.")
+    ray.add_argument("--on", choices=["ray"], help="join the cluster of RAY_ADDRESS, or start one on this machine")
+    ray.add_argument("--workers", type=int, help="with --on ray: processes, one device each")
+    ray.add_argument("--gpus-per-worker", type=float, default=0, help="with --on ray: default 0, which trains on CPUs")
+    ray.add_argument("--max-failures", type=int, default=3, help="with --on ray: lost workers to survive (default 3)")
 
 
 def _add_run(sub: argparse.ArgumentParser) -> None:
@@ -368,13 +379,37 @@ def _train(options: argparse.Namespace) -> None:
         return
     if folder is None:
         folder = newest_run_dir(recipe) if resume else new_run_dir(recipe)
-    from rlt2i.training.start import train
+    if options.on == "ray":
+        _train_on_ray(options, folder, resume)
+    else:
+        from rlt2i.training.start import train
 
-    train(recipe, folder, resume=resume if resume in (None, "latest") else Path(resume))
+        train(recipe, folder, resume=resume if resume in (None, "latest") else Path(resume))
     if options.report and os.environ.get("RANK", "0") == "0":
         from rlt2i.report import write_report
 
         print(f"report: {write_report(folder)}")
+
+
+def _train_on_ray(options: argparse.Namespace, folder: Path, resume: str | None) -> None:
+    from rlt2i.training.on_ray import RayRun
+
+    if options.workers is None:
+        raise ValueError("train --on ray: how many processes? Give --workers N.")
+    if resume not in (None, "latest"):
+        raise ValueError(
+            f"train --on ray --resume {resume}: on Ray a run goes on from its newest checkpoint, whenever a worker was "
+            "lost. Use --resume alone."
+        )
+    RayRun(
+        recipe=options.recipe or str(folder),
+        overrides=options.set,
+        run_dir=folder,
+        resume=resume,
+        workers=options.workers,
+        gpus_per_worker=options.gpus_per_worker,
+        max_failures=options.max_failures,
+    ).start()
 
 
 def _loaded(options: argparse.Namespace) -> tuple[Recipe, Path | None]:

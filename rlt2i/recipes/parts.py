@@ -55,6 +55,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "OnDevice": "rlt2i.rewards.sharded:OnDevice",
             "PickScore": "rlt2i.rewards.pickscore:PickScore",
             "Pooled": "rlt2i.rewards.pooled:Pooled",
+            "RayReward": "rlt2i.serve.on_ray:RayReward",
             "RemoteReward": "rlt2i.serve.client:RemoteReward",
             "RubricJudge": "rlt2i.rewards.judge:RubricJudge",
             "Sharded": "rlt2i.rewards.sharded:Sharded",

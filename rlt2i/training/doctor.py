@@ -33,6 +33,7 @@ _EXTRA_OF = {
     "trackio": "trackio",
     "OCRReward": "ocr",
     "FeatureSaliency": "dino",
+    "RayReward": "ray",
     "RemoteReward": "serve",
 }
 """A tracker, or the name of a part -> the extra of the package that it needs."""
@@ -42,6 +43,7 @@ _MODULES_OF = {
     "trackio": ("trackio",),
     "ocr": ("rapidocr", "onnxruntime"),
     "dino": ("timm",),
+    "ray": ("ray",),
     "serve": ("starlette", "uvicorn", "httpx"),
 }
 
