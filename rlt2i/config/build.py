@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import typing
 from abc import ABCMeta
 from collections.abc import Mapping
@@ -51,6 +52,9 @@ Part = TypeVar("Part")
 Parts = Mapping[str, Mapping[str, str]]
 """Name of an abstract part -> short name -> "module:Class"."""
 
+_LARGEST = 2**63 - 1
+"""Of whole numbers: what a tensor of integers holds."""
+_EXACT = 10**300
 _NEUTRAL = "rlt2i.neutral"
 _IN_NO_HASH = (
     ("about",),
@@ -229,7 +233,13 @@ class _Builder:
         if origin in (Union, UnionType):
             return self.union(value, args, path, expects)
         if hint is float and type(value) is int:
-            return float(value)
+            value = float(value) if abs(value) <= _EXACT else math.inf
+        if hint is float and type(value) is float and not math.isfinite(value):
+            raise ConfigError(f"{path}: got {value!r}, expected {expects}: a finite number.")
+        if hint is int and type(value) is int and abs(value) > _LARGEST:
+            raise ConfigError(f"{path}: got a number of {len(str(abs(value)))} digits, expected {expects}.")
+        if hint is float and type(value) is float:
+            return value
         if hint is Path and isinstance(value, str):
             return Path(value)
         if accepts(hint, value):

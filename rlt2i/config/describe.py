@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ _WORDS = {
     Any: "any value",
     Path: "a path",
 }
+_LONGEST, _FEW = 200, 8
 _YAML_NAMES = {"NoneType": "null", "dict": "mapping"}
 _LISTS = (tuple, list, frozenset, set, typing.get_origin(typing.Sequence))
 
@@ -29,7 +31,23 @@ def mismatch(path: str, value: Any, expects: str) -> ConfigError:
     """The error of a value that is not what its field expects."""
     name = type(value).__name__
     quotes = "; put it in quotes" if expects.startswith("str") and isinstance(value, bool | int | float) else ""
-    return ConfigError(f"{path or 'recipe'}: got {value!r} ({_YAML_NAMES.get(name, name)}), expected {expects}{quotes}")
+    return ConfigError(
+        f"{path or 'recipe'}: got {shown(value)} ({_YAML_NAMES.get(name, name)}), expected {expects}{quotes}"
+    )
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: at most a line, however large it is."""
+    if isinstance(value, int) and abs(value) >= 10**_LONGEST:
+        return f"a number of more than {_LONGEST} digits"
+    if isinstance(value, str):
+        value = value[: _LONGEST + 1]
+    elif isinstance(value, list | tuple):
+        value = type(value)(shown(item) if isinstance(item, list | dict | str) else item for item in value[:_FEW])
+    elif isinstance(value, dict):
+        value = {key: shown(item) for key, item in itertools.islice(value.items(), _FEW)}
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def accepts(hint: Any, value: Any) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import attrs
 import yaml
 
 from rlt2i.inputs.textfiles import TextFileError, read_text, refuse_surrogates, user_path
@@ -98,9 +99,65 @@ def parse_yaml(text: str) -> Any:
         ConfigError: when the text is not YAML, or a key appears twice.
     """
     try:
+        _check_structure(text)
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {error}") from None
+    except (TypeError, RecursionError):
+        raise ConfigError("not a recipe: a key is no word, or the nesting never ends.") from None
+
+
+_DEEPEST, _MOST_VALUES = 40, 100_000
+
+
+@attrs.define(kw_only=True)
+class _Open:
+    """A mapping or a list that is being read: its values so far, and whether a key comes next."""
+
+    anchor: str = ""
+    is_mapping: bool = False
+    wants_key: bool = False
+    values: int = 1
+
+
+def _check_structure(text: str) -> None:
+    """Refuse, before anything is built, what no recipe needs and what could fill the memory.
+
+    Explicit tags (`!!bool maybe`) and keys that are lists or mappings have no meaning here; a value named by aliases
+    again and again ("billion laughs") grows with every level.
+    """
+    sizes: dict[str, int] = {}
+    open_nodes: list[_Open] = [_Open()]
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line, inside = event.start_mark.line + 1, open_nodes[-1]
+        opens = isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent)
+        if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+            closed = open_nodes.pop()
+            sizes[closed.anchor] = closed.values
+            open_nodes[-1].values += closed.values
+        elif opens or isinstance(event, yaml.ScalarEvent | yaml.AliasEvent):
+            if getattr(event, "tag", None) not in (None, "!"):
+                raise ConfigError(
+                    f"line {line}: the tag {event.tag!r} means nothing in a recipe; write the value alone."
+                )
+            if opens and inside.wants_key:
+                raise ConfigError(f"line {line}: a key must be a word, not a list or a mapping.")
+            if inside.is_mapping:
+                inside.wants_key = not inside.wants_key
+            if opens:
+                is_mapping = isinstance(event, yaml.MappingStartEvent)
+                open_nodes.append(_Open(anchor=event.anchor or "", is_mapping=is_mapping, wants_key=is_mapping))
+            elif isinstance(event, yaml.ScalarEvent):
+                inside.values += 1
+                sizes[event.anchor or ""] = 1
+            elif event.anchor in sizes:
+                inside.values += sizes[event.anchor]
+            else:
+                raise ConfigError(f"line {line}: *{event.anchor} names nothing that is complete before it.")
+        if len(open_nodes) > _DEEPEST:
+            raise ConfigError(f"line {line}: nested deeper than {_DEEPEST} levels; no recipe is.")
+        if open_nodes[-1].values > _MOST_VALUES:
+            raise ConfigError(f"line {line}: more than {_MOST_VALUES} values with aliases written out; no recipe has.")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

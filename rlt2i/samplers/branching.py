@@ -14,6 +14,9 @@ from rlt2i.samplers.rollout import denoise
 from rlt2i.samplers.stochastic import StochasticSampler
 from rlt2i.types import Conditioning, Trajectory
 
+MOST_CHILDREN = 1024
+"""Of one node; a group of that many images is beyond every published one."""
+
 
 @attrs.frozen(kw_only=True)
 class BranchingSampler(StochasticSampler):
@@ -82,7 +85,7 @@ class TreeSDE(BranchingSampler):
     """
 
     splits: tuple[int, ...] = attrs.field(default=(0, 3, 6))
-    width: int = attrs.field(default=2, validator=validators.ge(2))
+    width: int = attrs.field(default=2, validator=[validators.ge(2), validators.le(MOST_CHILDREN)])
     last: int | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -123,7 +126,7 @@ class BranchSDE(BranchingSampler):
     """
 
     steps: tuple[int, int] | None = None
-    branches: int = attrs.field(default=6, validator=validators.ge(2))
+    branches: int = attrs.field(default=6, validator=[validators.ge(2), validators.le(MOST_CHILDREN)])
 
     def __attrs_post_init__(self) -> None:
         first, last = self._steps

@@ -8,7 +8,7 @@ from attrs import validators
 from rlt2i.functional.solvers import dpm_solver_2m
 from rlt2i.interfaces import Policy, RolloutRequest, Sampler
 from rlt2i.samplers.kernels import FlowSDE
-from rlt2i.samplers.rollout import denoise
+from rlt2i.samplers.rollout import MOST_STEPS, denoise
 from rlt2i.types import Conditioning, Trajectory
 
 
@@ -23,7 +23,7 @@ class DPM2(Sampler):
         num_steps: T.
     """
 
-    num_steps: int = attrs.field(default=10, validator=validators.ge(1))
+    num_steps: int = attrs.field(default=10, validator=[validators.ge(1), validators.le(MOST_STEPS)])
 
     def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
         return ()

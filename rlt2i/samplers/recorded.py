@@ -15,7 +15,7 @@ from rlt2i.functional.transitions import clean_prediction
 from rlt2i.inputs.imagefiles import ImageFileError, read_picture
 from rlt2i.interfaces import Policy, RolloutRequest, Sampler
 from rlt2i.samplers.kernels import FlowSDE
-from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
+from rlt2i.samplers.rollout import CLEAN_PREDICTIONS, MOST_STEPS
 from rlt2i.types import Conditioning, Trajectory
 
 ROLES: Final = ("winner", "loser")
@@ -36,7 +36,7 @@ class Recorded(Sampler):
         num_steps: T, the noise levels at which credit can differ; nothing is denoised.
     """
 
-    num_steps: int = attrs.field(default=10, validator=validators.ge(1))
+    num_steps: int = attrs.field(default=10, validator=[validators.ge(1), validators.le(MOST_STEPS)])
 
     offers = frozenset({CLEAN_PREDICTIONS, PREFERENCE})
     metadata_keys = frozenset(ROLES)

@@ -14,6 +14,8 @@ from rlt2i.functional.transitions import clean_prediction, euler
 from rlt2i.interfaces import Policy, RolloutRequest
 from rlt2i.types import Conditioning, Trajectory, TransitionKernel
 
+MOST_STEPS = 10_000
+"""Denoising steps of a rollout: more is a slip of the pen, and would fill the memory before anything else fails."""
 CLEAN_PREDICTIONS = "clean_predictions"
 """Capture [B, T, C, H, W]: the one-step estimate of x_0 before each step (Tweedie)."""
 

@@ -7,7 +7,7 @@ from attrs import validators
 
 from rlt2i.interfaces import Policy, RolloutRequest, Sampler
 from rlt2i.samplers.kernels import FlowSDE
-from rlt2i.samplers.rollout import denoise
+from rlt2i.samplers.rollout import MOST_STEPS, denoise
 from rlt2i.types import Conditioning, Trajectory, TransitionKernel
 
 
@@ -20,7 +20,7 @@ class StochasticSampler(Sampler):
         kernel: the transition of the stochastic steps.
     """
 
-    num_steps: int = attrs.field(default=10, validator=validators.ge(1))
+    num_steps: int = attrs.field(default=10, validator=[validators.ge(1), validators.le(MOST_STEPS)])
     kernel: TransitionKernel = attrs.field(factory=FlowSDE)
 
     def rollout(self, policy: Policy, conditioning: Conditioning, request: RolloutRequest) -> Trajectory:

@@ -24,9 +24,16 @@ _TASKS = Path(__file__).resolve().parents[2] / "tasks"
 _EMBEDDED = {f"embedded:{world}": _TASKS / world / "pipeline" for world in ("shapes", "cells")}
 
 
+_WIDEST = 16384
+"""Rank or scale of an adapter: wider than any layer of these networks."""
+
+
 def _positive(instance: Any, attribute: Any, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{type(instance).__name__}({attribute.name}={value}): must be at least 1, or None.")
+    if value is not None and not 1 <= value <= _WIDEST:
+        raise ValueError(
+            f"{type(instance).__name__}({attribute.name}={value}): must lie from 1 to {_WIDEST}, or be None for no "
+            "adapter."
+        )
 
 
 @attrs.frozen(kw_only=True)
