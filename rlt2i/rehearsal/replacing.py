@@ -200,6 +200,9 @@ def _with_few_steps(recipe: Recipe, said: list[str]) -> Recipe:
     try:
         shorter = attrs.evolve(recipe, sampler=attrs.evolve(recipe.sampler, num_steps=FEW_STEPS))  # type: ignore[call-arg]
         shorter.algorithm()
+        draws = getattr(recipe.objective, "sigmas", None)
+        if draws is not None and draws.steps is not None and draws.steps[1] > FEW_STEPS:
+            return recipe
     except (ValueError, TypeError):
         return recipe
     said.append(f"sampler.num_steps: {steps} -> {FEW_STEPS}")

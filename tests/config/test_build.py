@@ -297,7 +297,7 @@ def test_a_key_twice_is_an_error_that_names_file_and_line(tmp_path: Path):
 def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"bad\.yaml: "):
+    with pytest.raises(ConfigError, match=r"bad\.yaml[:,] "):
         read_yaml(path)
 
 
