@@ -100,9 +100,7 @@ def overheard() -> CreditContext:
     task = ShapesTask()
     held_out = task.eval_prompts(480)
     prompts = as_prompts([held_out[i] for i in PROMPTS], group_size=GROUP)
-    engine = Engine(
-        algorithm=algorithm, image_size=CANVAS, rollout_batch_size=96, seed=0, share_initial_noise=True
-    )
+    engine = Engine(algorithm=algorithm, image_size=CANVAS, rollout_batch_size=96, seed=0, share_initial_noise=True)
     engine.collect(prompts, iteration=0)
     return listener.heard[0]
 
