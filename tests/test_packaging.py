@@ -75,9 +75,22 @@ def test_the_embedded_pipeline_stays_small():
 # -------------------------------------------------------------------------------------------------------------- lock
 
 
+def requirements_without_hashes() -> list[str]:
+    """A line for each pinned package, its hashes taken off."""
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ")
+    return [re.sub(r"\s+--hash=\S+", "", line).strip() for line in text.splitlines()]
+
+
+def test_every_pin_has_its_hashes():
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ")
+    pinned = [line for line in text.splitlines() if line and line[0] != "#"]
+    bare = [line for line in pinned if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", line)]
+    assert not bare, f"run python .ci/lock.py: {bare}"
+
+
 def locked() -> dict[str, str]:
     """Package -> pinned version."""
-    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    lines = requirements_without_hashes()
     pins = [re.fullmatch(r"([A-Za-z0-9._-]+)==([^ ;]+)(?: *;.*)?", line) for line in lines if line and line[0] != "#"]
     assert all(pins), "only name==version, with a marker where the platform matters"
     return {re.sub(r"[-_.]+", "-", pin[1]).lower(): pin[2] for pin in pins if pin}
@@ -98,12 +111,12 @@ def test_the_lock_pins_every_dependency_within_its_range():
 
 
 def test_the_lock_names_no_index_and_no_path():
-    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    text = "\n".join(requirements_without_hashes())
     assert not re.search(r"https?:|file:|--|@ |\+cpu|\+cu", text.replace("# --", ""))
 
 
 def test_platform_packages_carry_markers():
-    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
+    for line in requirements_without_hashes():
         if line.startswith(("nvidia-", "cuda-", "triton")):
             assert "platform_system" in line or "sys_platform" in line, line
 
