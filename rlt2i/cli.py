@@ -403,7 +403,7 @@ def _train_on_ray(options: argparse.Namespace, folder: Path, resume: str | None)
         )
     RayRun(
         recipe=options.recipe or str(folder),
-        overrides=options.set,
+        overrides=tuple(options.set),
         run_dir=folder,
         resume=resume,
         workers=options.workers,

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlt2i.policies.attention import choose_kernel, recording, watch
+from rlt2i.policies.attention.maps import Where
+from rlt2i.policies.attention.recorder import recording
+from rlt2i.policies.attention.watch import watch
 from rlt2i.policies.token_spans import character_ranges, find_spans, span_tensors
 
 
 @contextmanager
 def watched(transformer: Any) -> Iterator[Any]:
-    """The network with watched attention; its own attention processors are back afterwards.
+    """The network with watched attention; it is as it was afterwards.
 
     Args:
         transformer: diffusers' SD3 transformer, bare or inside of PEFT's wrapper.
@@ -30,14 +32,16 @@ def watched(transformer: Any) -> Iterator[Any]:
             f"{type(network).__name__}: inside an engine, attention is read from Stable Diffusion 3's joint attention. "
             "Use an allocation without attention, such as ResidualContrast()."
         )
-    own = [block.attn.processor for block in blocks]
-    weight = network.pos_embed.proj.weight
-    watch(network, choose_kernel(weight.device, weight.dtype, network.config.attention_head_dim))
+    attentions, weight = [block.attn for block in blocks], network.pos_embed.proj.weight
+    own = [vars(attention).get("forward") for attention in attentions]
+    watch(attentions, weight.device, weight.dtype)
     try:
         yield network
     finally:
-        for block, processor in zip(blocks, own, strict=True):
-            block.attn.set_processor(processor)
+        for attention, forward in zip(attentions, own, strict=True):
+            vars(attention).pop("forward", None)
+            if forward is not None:
+                attention.forward = forward
 
 
 @torch.no_grad()
@@ -56,14 +60,14 @@ def attention_maps(
         transformer: as in `watched`.
         forward: runs the network once, on N states and their prompts alone.
         names: of the attention maps.
-        tokens, members: [N, M] and [N, M, K], see `rlt2i.policies.attention.image_to_text`.
+        tokens, members: [N, M] positions in the text sequence and [N, M, K], see `rlt2i.policies.attention.maps.Where`.
         grid: (h, w) of the image tokens.
     """
+    # Stable Diffusion 3 attends to image tokens first and text tokens behind them.
+    where = Where(grid=grid, image=0, tokens=tokens + grid[0] * grid[1], members=members)
     with (
         watched(transformer) as network,
-        recording(
-            names, num_blocks=len(network.transformer_blocks), tokens=tokens, members=members, grid=grid
-        ) as recorder,
+        recording(names, num_blocks=len(network.transformer_blocks), where=where) as recorder,
     ):
         forward()
     return recorder.captures()

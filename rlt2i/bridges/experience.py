@@ -14,7 +14,7 @@ from torch import Tensor
 from rlt2i.credit.algebra import Advantage
 from rlt2i.interfaces import CreditContext, Objective, Policy, RewardGradient, UpdateContext
 from rlt2i.seeds import derive_seed, generator
-from rlt2i.types import Conditioning, Credit, Experience, Prompts, Region, Rewards, Trajectory
+from rlt2i.types import Conditioning, Credit, Experience, ImageSize, Prompts, Region, Rewards, Trajectory
 
 TOKEN_SIDE = 2
 """Latent cells along a side of an image token, as in SD3, FLUX, Qwen-Image and Z-Image."""
@@ -48,13 +48,13 @@ class EnginePolicy(Policy):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         _engines("recording captures")
 
-    def sigmas(self, num_steps: int, image_size: int) -> Tensor:
+    def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
         _engines("the noise schedule")
 
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+    def latent_shape(self, size: ImageSize) -> tuple[int, int, int]:
         _engines("the latents' shape")
 
-    def token_grid(self, image_size: int) -> tuple[int, int]:
+    def token_grid(self, size: ImageSize) -> tuple[int, int]:
         _engines("the token grid")
 
     def encode(self, prompts: Prompts) -> Conditioning:

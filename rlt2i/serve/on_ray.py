@@ -39,7 +39,7 @@ class _State:
     """What one process keeps between calls."""
 
     actors: dict[int, Any] = attrs.field(factory=dict)
-    ready: set[int] = attrs.field(factory=set)
+    ready: dict[int, Any] = attrs.field(factory=dict)
     in_flight: dict[int, int] = attrs.field(factory=dict)
     lock: threading.RLock = attrs.field(factory=threading.RLock)
 
@@ -123,9 +123,11 @@ class RayReward(Wrapper):
         reasons: dict[int, str] = {}
         while True:
             for number in self._by_load(without=useless):
+                actor = None
                 try:
                     with self._counted(number):
-                        actor = self._started(number, within=backoff.left)
+                        actor = self._actor(number)
+                        self._wait_for(number, actor, within=backoff.left)
                         reply = ray.get(actor.score.remote(body), timeout=self.timeout_s)
                     return output_from_bytes(reply[1:], tensors=reply[:1] == b"T", count=count)[0]
                 except ray.exceptions.GetTimeoutError:
@@ -134,10 +136,14 @@ class RayReward(Wrapper):
                 except TimeoutError as error:
                     useless.add(number)
                     reasons[number] = "; ".join(filter(None, (reasons.get(number), str(error))))
+                except WireError:
+                    raise
                 except ray.exceptions.RayTaskError as error:  # bytes that are no batch, say: it would come again
                     raise RayRewardError(str(error.cause or error)) from error
                 except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError, ValueError) as error:
-                    self._forget(number)  # a named actor that just died may still be found by its name: ValueError
+                    self._forget(
+                        number, actor
+                    )  # a named actor that just died may still be found by its name: ValueError
                     if getattr(error, "actor_init_failed", False):
                         raise RayRewardError(f"the reward could not be built: {error}") from error
                     reasons[number] = f"it died: {str(error).splitlines()[0]}"
@@ -147,24 +153,23 @@ class RayReward(Wrapper):
             if not backoff.pause():
                 raise RayRewardError(f"gave up after {self.patience_s:g} s: {said}")
 
-    def _started(self, number: int, *, within: float) -> Any:
-        """The replica, once it has built its reward; starting does not count as the time of a chunk.
+    def _wait_for(self, number: int, actor: Any, *, within: float) -> None:
+        """Until the replica has built its reward; starting does not count as the time of a chunk.
 
         Raises:
             TimeoutError: when it has not started in time.
         """
         import ray
 
-        actor = self._actor(number)
-        if number not in self._state.ready:
-            try:
-                ray.get(actor.ready.remote(), timeout=within)
-            except ray.exceptions.GetTimeoutError:
-                raise TimeoutError(
-                    f"it did not start in time; are {self.cpus:g} CPUs and {self.gpus:g} GPUs of the cluster free?"
-                ) from None
-            self._state.ready.add(number)
-        return actor
+        if self._state.ready.get(number) is actor:
+            return
+        try:
+            ray.get(actor.ready.remote(), timeout=within)
+        except ray.exceptions.GetTimeoutError:
+            raise TimeoutError(
+                f"it did not start in time; are {self.cpus:g} CPUs and {self.gpus:g} GPUs of the cluster free?"
+            ) from None
+        self._state.ready[number] = actor
 
     def _actor(self, number: int) -> Any:
         """The replica of this number in the cluster, started if nobody has started it."""
@@ -183,16 +188,17 @@ class RayReward(Wrapper):
                 )
             return self._state.actors[number]
 
-    def _forget(self, number: int) -> None:
+    def _forget(self, number: int, actor: Any) -> None:
+        """Drop a replica that died, unless another thread has replaced it: an actor without a handle ends."""
         with self._state.lock:
-            self._state.actors.pop(number, None)
-            self._state.ready.discard(number)
+            if self._state.actors.get(number) is actor:
+                self._state.actors.pop(number, None)
 
-    def _by_load(self, *, without: dict[int, str]) -> list[int]:
+    def _by_load(self, *, without: set[int]) -> list[int]:
         """The replicas to ask, the idlest first."""
         with self._state.lock:
             busy = dict(self._state.in_flight)
-        return sorted(set(range(self.replicas)) - set(without), key=lambda number: (busy.get(number, 0), number))
+        return sorted(set(range(self.replicas)) - without, key=lambda number: (busy.get(number, 0), number))
 
     @contextmanager
     def _counted(self, number: int) -> Iterator[None]:

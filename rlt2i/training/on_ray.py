@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 
@@ -19,6 +19,10 @@ REPEAT = 3
 
 class RayRunError(RuntimeError):
     """A run on Ray that ended without its result."""
+
+
+def _absolute(path: Path) -> Path:
+    return path.resolve()
 
 
 @attrs.frozen(kw_only=True)
@@ -36,9 +40,9 @@ class RayRun:
     """
 
     recipe: str
-    overrides: tuple[str, ...] = attrs.field(default=(), converter=tuple)
-    run_dir: Path = attrs.field(converter=lambda path: Path(path).resolve())
-    resume: Literal["latest"] | None = None
+    overrides: tuple[str, ...] = ()
+    run_dir: Path = attrs.field(converter=_absolute)
+    resume: str | None = attrs.field(default=None, validator=attrs.validators.in_((None, "latest")))
     workers: int = attrs.field(validator=attrs.validators.ge(1))
     gpus_per_worker: float = attrs.field(default=0, validator=attrs.validators.ge(0))
     max_failures: int = attrs.field(default=REPEAT, validator=attrs.validators.ge(0))

@@ -190,7 +190,7 @@ def test_attention_is_read_in_the_actor(engine, tiny, monkeypatch):
     import transformers
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny.tokenizer)
-    sharp = lambda mix: TextAttention(blocks="all", mix=mix, sharpness=4.0, blur=0.0, entropy_power=0)
+    sharp = lambda mix: TextAttention(blocks="all", mix=mix, sharpness=4.0, blur=0.0, doubt=0)
     credit = lambda mix: Product(advantage=GroupRelative(), allocations=(sharp(mix),))
     found = {}
     for mix in (0.0, 1.0):

@@ -145,7 +145,7 @@ def test_the_number_stays_and_its_gradient_bends(engine, tiny):
     assert torch.equal(log_prob, plain[0])
     torch.testing.assert_close(gradient, plain[1])
     DiffusionModelBase._registry["StableDiffusion3Pipeline", "flow_grpo"] = SD3FlowGRPO
-    sharp = TextAttention(blocks="all", mix=1.0, sharpness=4.0, blur=0.0, entropy_power=0)
+    sharp = TextAttention(blocks="all", mix=1.0, sharpness=4.0, blur=0.0, doubt=0)
     credited = verl_omni.register_credit("StableDiffusion3Pipeline", sharp)
     log_prob, gradient = gradient_of(credited, tiny)
     assert torch.equal(log_prob, plain[0])
@@ -155,7 +155,7 @@ def test_the_number_stays_and_its_gradient_bends(engine, tiny):
 
 
 def test_on_policy_it_is_the_clipped_surrogate_with_that_map(engine, tiny):
-    allocation = TextAttention(blocks="all", mix=1.0, entropy_power=0)
+    allocation = TextAttention(blocks="all", mix=1.0, doubt=0)
     credited = verl_omni.register_credit("StableDiffusion3Pipeline", allocation)
     _, gradient = gradient_of(credited, tiny)
 
@@ -174,7 +174,7 @@ def test_on_policy_it_is_the_clipped_surrogate_with_that_map(engine, tiny):
         trajectory=trajectory, log_probs=None, trained=trained, keys=torch.arange(NUM), groups=torch.arange(NUM),
         credit=Credit(
             advantage=ADVANTAGE[:, None, None, None],
-            weight=attention_allocation(maps[:, None], mix=1.0, entropy_power=0),
+            weight=attention_allocation(maps[:, None], mix=1.0, doubt=0),
             mask=torch.ones(1, 1, 1, 1, dtype=torch.bool), grid=(SIDE // 2, SIDE // 2),
         ),
     )  # fmt: skip

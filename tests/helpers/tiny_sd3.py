@@ -11,7 +11,9 @@ from torch import Tensor
 
 import rlt2i
 from rlt2i.functional.schedules import even_sigmas
-from rlt2i.policies.attention import recording
+from rlt2i.policies.attention.maps import Where
+from rlt2i.policies.attention.recorder import recording
+from rlt2i.policies.attention.watch import watch
 from rlt2i.samplers.kernels import FlowSDE
 
 TEXTS, GROUP = ("a red circle", "two blue squares"), 2
@@ -76,19 +78,14 @@ class Tiny:
         return torch.stack(states, dim=1), torch.stack(velocities, dim=1), sigmas
 
     def attention(self, states: Tensor, sigma: Tensor, name: str, tokens: Tensor, members: Tensor) -> Tensor:
-        """The map of one pass with the watched processor put in by hand."""
-        from rlt2i.policies.attention import watch
-
-        own = [block.attn.processor for block in self.transformer.transformer_blocks]
-        watch(self.transformer, "cpu")
-        grid = (SIDE // 2, SIDE // 2)
-        with (
-            torch.no_grad(),
-            recording(frozenset({name}), num_blocks=2, tokens=tokens, members=members, grid=grid) as recorder,
-        ):
+        """The map of one pass, watched by hand."""
+        attentions, grid = [block.attn for block in self.transformer.transformer_blocks], (SIDE // 2, SIDE // 2)
+        where = Where(grid=grid, image=0, tokens=tokens + grid[0] * grid[1], members=members)
+        watch(attentions, states.device, states.dtype)
+        with torch.no_grad(), recording(frozenset({name}), num_blocks=2, where=where) as recorder:
             self.velocity(states, sigma, self.embeds, self.pooled)
-        for block, processor in zip(self.transformer.transformer_blocks, own, strict=True):
-            block.attn.set_processor(processor)
+        for attention in attentions:
+            del attention.forward
         return recorder.captures()[name]
 
     def gradient(self) -> Tensor:

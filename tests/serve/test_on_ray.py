@@ -76,7 +76,7 @@ def test_a_chunk_whose_actor_died_is_scored_by_a_new_one(cluster):
 
 def test_an_actor_that_always_dies_leaves_invalid_samples(cluster):
     reward = actors(Brightness(accident="dies", always=True))
-    reward._started(0, within=300)
+    reward._wait_for(0, reward._actor(0), within=300)
     found = attrs.evolve(reward, patience_s=2.0).score(a_batch(2))
     assert not bool(found.valid.any())
     assert bool(torch.isnan(found.scores).all())
@@ -104,5 +104,5 @@ def test_a_replica_that_does_not_answer_is_passed_over(cluster):
     assert Path(mark(cluster)).exists()
     assert bool(found.valid.all())
     alone = actors(Brightness(accident="hangs", always=True), timeout_s=1.0)
-    alone._started(0, within=300)
+    alone._wait_for(0, alone._actor(0), within=300)
     assert "no answer within 1 s" in alone.score(a_batch(1)).info[0]["error"]
