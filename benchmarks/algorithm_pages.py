@@ -34,6 +34,12 @@ SECTIONS = ("Composition", "Parameters", "Logged", "Results", "Differences from 
 KINDS = ("Advantage", "Allocation", "Mask", "Objective", "Sampler", "TransitionKernel")
 WIDTH = 128
 
+BEFORE_ALL_ROLLOUTS = {
+    (recipe, 0) for recipe in ("awm-shapes", "crd-shapes", "dpm2-shapes", "star-nft-shapes", "uniform-nft-shapes")
+}
+"""(recipe, seed) of curves of losses that pull on every rollout, from when those without advantage were left out.
+A curve that is made again leaves this set."""
+
 WHY_NOT = {
     "influence-shapes": "An update measures every rollout with 408 network calls on top of its own 10.",
     "offline-dpo-shapes": "It reads a file of pairs, which `rlt2i pairs dpo-shapes pairs/shapes` makes first.",
@@ -218,6 +224,8 @@ def sentences(recipe: str) -> list[str]:
         )
         if not curve.fresh:
             said.append("The recipe has changed since.")
+        if (recipe, curve.seed) in BEFORE_ALL_ROLLOUTS:
+            said.append("That curve was made before rollouts without advantage took part in this loss.")
     return said
 
 

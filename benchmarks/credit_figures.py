@@ -32,7 +32,7 @@ from rlt2i.credit.sliding_window import SlidingWindow
 from rlt2i.credit.text_attention import TextAttention
 from rlt2i.engine import Engine
 from rlt2i.functional.schedules import sd3_sigmas
-from rlt2i.interfaces import CreditAssigner, CreditContext
+from rlt2i.interfaces import CreditAssigner, CreditContext, Needs
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.policies.sd3 import SD3
 from rlt2i.report.charts import QUIET, SERIES, axes, figure, svg, text
@@ -43,7 +43,6 @@ from rlt2i.samplers.sde import SDE
 from rlt2i.tasks.base import as_prompts
 from rlt2i.tasks.shapes.reward import ShapesReward
 from rlt2i.tasks.shapes.task import ShapesTask
-from rlt2i.tasks.shapes.vocabulary import CANVAS
 from rlt2i.training.observations import weight_statistics
 from rlt2i.types import Credit
 
@@ -79,8 +78,8 @@ class Listener(CreditAssigner):
     heard: list[CreditContext] = attrs.field(factory=list)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"groups"}).union(*(allocation.needs for allocation in self.allocations))
+    def needs(self) -> Needs:
+        return Needs.of_all((Needs(groups=True), *(allocation.needs for allocation in self.allocations)))
 
     def assign(self, context: CreditContext) -> Credit:
         self.heard.append(context)
@@ -100,7 +99,9 @@ def overheard() -> CreditContext:
     task = ShapesTask()
     held_out = task.eval_prompts(480)
     prompts = as_prompts([held_out[i] for i in PROMPTS], group_size=GROUP)
-    engine = Engine(algorithm=algorithm, image_size=CANVAS, rollout_batch_size=96, seed=0, share_initial_noise=True)
+    engine = Engine(
+        algorithm=algorithm, image_size=task.image_size, rollout_batch_size=96, seed=0, share_initial_noise=True
+    )
     engine.collect(prompts, iteration=0)
     return listener.heard[0]
 
@@ -110,7 +111,11 @@ def on_sd3_schedule(context: CreditContext) -> CreditContext:
     trajectory = context.trajectory
     stochastic = torch.arange(trajectory.num_steps) < trajectory.num_steps - 1
     schedule = attrs.evolve(
-        trajectory, sigmas=sd3_sigmas(trajectory.num_steps), stochastic=stochastic, kernel=FlowSDE(noise_level=0.7)
+        trajectory,
+        sigmas=sd3_sigmas(trajectory.num_steps),
+        stochastic=stochastic,
+        noisy=stochastic.expand(trajectory.num_rollouts, -1),
+        kernel=FlowSDE(noise_level=0.7),
     )
     return attrs.evolve(context, trajectory=schedule)
 

@@ -28,7 +28,7 @@ from rlt2i.credit.controls import Inverted, Oracle, Shuffled
 from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.credit.text_attention import TextAttention
 from rlt2i.engine import Engine
-from rlt2i.interfaces import CreditAssigner, Objective, Policy, RewardGradient, Sampler, UpdateContext
+from rlt2i.interfaces import CreditAssigner, Needs, Objective, Policy, RewardGradient, Sampler, UpdateContext
 from rlt2i.learner import informative_rows
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.draws import SigmaDraws
@@ -158,7 +158,7 @@ def probe(
     policy = widest.policy
     assert isinstance(policy, Policy)
     sets = ParameterSets(policy.trainable_parameters())
-    for name in {"old", "reference"} & objective.requires:
+    for name in sorted(objective.needs.parameter_sets):
         sets.add(name)
     # Rollouts of a deterministic sampler that start from the same noise would all be the same.
     shared = bool(sampler.stochastic_steps(0))
@@ -191,8 +191,8 @@ class _Everything(CreditAssigner):
         self.made: dict[str, object] = {}
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset().union(*(credit.needs for credit in self.compared.values()))
+    def needs(self) -> Needs:
+        return Needs.of_all(credit.needs for credit in self.compared.values())
 
     def assign(self, context):
         self.made = {name: credit.assign(context) for name, credit in self.compared.items()}

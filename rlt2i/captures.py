@@ -14,8 +14,7 @@ Direction = Literal["image_to_text", "text_to_image"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 AUTO = "auto"
-ATTENTION_AUTO = "attention/auto"
-"""A map whose direction and block are still to be chosen by measurement (`rlt2i.evaluation.auto`)."""
+"""Stands for a direction or block that is still to be chosen by measurement (`rlt2i.evaluation.auto`)."""
 
 PREFERENCE = "preference"
 """Capture [B, T] of samplers that read pairs: +1 for the winner of a pair, -1 for its loser, at every step."""

@@ -414,6 +414,7 @@ def _concatenate(chunks: list[Trajectory], *, conditioning: Conditioning, group_
         latents=torch.cat([c.latents for c in chunks]),
         log_probs=torch.cat([c.log_probs for c in chunks]) if bool(first.stochastic.any()) else _no_log_probs(chunks),
         captures={name: torch.cat([c.captures[name] for c in chunks]) for name in first.captures},
+        noisy=torch.cat([c.noisy for c in chunks]),
         conditioning=conditioning,
         group_size=group_size,
     )

@@ -7,7 +7,7 @@ Each part is a frozen object whose fields are its configuration. Parts state wha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,66 @@ from rlt2i.axes import Axes
 from rlt2i.config.version import __version__
 from rlt2i.seeds import RolloutNoise, derive_seed
 from rlt2i.types import Conditioning, Credit, Experience, ImageSize, Loss, Prompts, Region, Rewards, Trajectory
+
+# ----------------------------------------------------------------------------------------------------------- needs
+
+Rows = Literal["advantage", "groups", "valid"]
+
+
+def _names(values: Iterable[str]) -> frozenset[str]:
+    return frozenset(values)
+
+
+@attrs.frozen(kw_only=True)
+class Needs:
+    """What a credit or an objective needs of the other parts; checked before any weight is loaded.
+
+    Attributes:
+        captures: names of what rollouts must record, on the policy's side or the sampler's.
+        reward: what the reward must offer besides scores, of {"maps", "regions", "gradient"}.
+        noise: a sampler with stochastic steps; for an objective, because its loss is on their log-probabilities.
+        groups: more than one rollout of a prompt.
+        parameter_sets: named copies of the parameters, of {"old", "reference"}.
+        old_log_probs: log-probabilities of the rollout's own policy, exact to the last bit: they are made again from
+            the second optimizer step of a batch on.
+        rows: which rollouts have a gradient. "advantage": those with some advantage, since the others would add nothing
+            but the cost of their forward pass. "groups": all of a group of which one has some advantage, for losses
+            that compare them. "valid": every rollout that could be judged, for losses that pull on the others too.
+        remedies: name of a capture or of what a reward offers, or "noise" -> what to do where it is missing.
+    """
+
+    captures: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
+    reward: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
+    noise: bool = False
+    groups: bool = False
+    parameter_sets: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
+    old_log_probs: bool = False
+    rows: Rows = "advantage"
+    remedies: Mapping[str, str] = attrs.field(factory=dict, eq=False)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All of them in one set of words, for engines that grant some: captures and parameter sets as they are called,
+        "reward/maps", "noise", "groups", "old_log_probs"."""
+        flags = {name for name in ("noise", "groups", "old_log_probs") if getattr(self, name)}
+        return self.captures | self.parameter_sets | {f"reward/{name}" for name in self.reward} | flags
+
+    @classmethod
+    def of_all(cls, parts: Iterable[Needs]) -> Needs:
+        """What several parts need together."""
+        needs = tuple(parts)
+        order = ("advantage", "groups", "valid")
+        return cls(
+            captures=frozenset().union(*(n.captures for n in needs)),
+            reward=frozenset().union(*(n.reward for n in needs)),
+            noise=any(n.noise for n in needs),
+            groups=any(n.groups for n in needs),
+            parameter_sets=frozenset().union(*(n.parameter_sets for n in needs)),
+            old_log_probs=any(n.old_log_probs for n in needs),
+            rows=max((n.rows for n in needs), key=order.index, default="advantage"),
+            remedies={name: text for n in needs for name, text in n.remedies.items()},
+        )
+
 
 # ---------------------------------------------------------------------------------------------------------- policy
 
@@ -40,7 +100,10 @@ class PolicySpec(ABC):
 class Policy(ABC):
     """The velocity field of one backbone, and its geometry. It never runs a denoising loop."""
 
-    offers: frozenset[str]
+    @property
+    @abstractmethod
+    def offers(self) -> frozenset[str]:
+        """The captures that it can record."""
 
     @abstractmethod
     def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
@@ -162,18 +225,24 @@ class RolloutRequest:
 
 
 class Sampler(ABC):
-    """A transition kernel and where along the trajectory it is stochastic.
-
-    Class attributes:
-        offers: captures that the sampler records itself.
-        metadata_keys: keys of the training prompts, for samplers that read rather than denoise.
-        whole_groups: whether a group must be rolled out in one piece, since its rollouts share steps.
-    """
+    """A transition kernel and where along the trajectory it is stochastic."""
 
     num_steps: int
-    offers: frozenset[str] = frozenset({"clean_predictions"})
-    metadata_keys: frozenset[str] = frozenset()
-    whole_groups: bool = False
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """Captures that the sampler records itself."""
+        return frozenset({"clean_predictions"})
+
+    @property
+    def metadata_keys(self) -> frozenset[str]:
+        """Keys of the training prompts, for samplers that read rather than denoise."""
+        return frozenset()
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether a group must be rolled out in one piece, since its rollouts share steps."""
+        return False
 
     @abstractmethod
     def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
@@ -274,19 +343,27 @@ CODE = f"rlt2i {__version__}"
 
 
 class Reward(ABC):
-    """Judges finished images.
+    """Judges finished images."""
 
-    Class attributes:
-        metadata_keys: of the prompts, checked when the prompts are loaded.
-        offers: of {"maps", "regions"}, what `want` may ask for; "gradient" where `score_tensor` works.
-        span: the documented range of the scores.
-        scope: "group" when scores compare the images of one prompt.
-    """
+    @property
+    def metadata_keys(self) -> frozenset[str]:
+        """Of the prompts, checked when the prompts are loaded."""
+        return frozenset()
 
-    metadata_keys: frozenset[str] = frozenset()
-    offers: frozenset[str] = frozenset()
-    span: tuple[float, float] | None = None
-    scope: Literal["sample", "group"] = "sample"
+    @property
+    def offers(self) -> frozenset[str]:
+        """Of {"maps", "regions"}, what `want` may ask for; "gradient" where `score_tensor` works."""
+        return frozenset()
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """The documented range of the scores."""
+        return None
+
+    @property
+    def scope(self) -> Literal["sample", "group"]:
+        """ "group" when scores compare the images of one prompt."""
+        return "sample"
 
     @abstractmethod
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
@@ -346,7 +423,7 @@ class CreditContext:
         generator: for draws of a whole batch; a function of run and batch, the same on every process.
         score: (latents [N, C, H, W], rollouts [N]) -> scores of the decoded latents under the rollouts' prompts.
         reward_gradient: (latents [N, C, H, W], rollouts [N]) -> the same scores and their gradient; only for credit
-            that needs "reward/gradient".
+            that needs the reward's gradient.
         complete: (latents [N, C, H, W], step, rollouts [N]) -> [N, C, H, W], the deterministic completion from `step`.
         gather: concatenates a [B] tensor over all processes; batch-wide statistics go through it.
         rank: number of this process; its rows come at this place in what `gather` returns.
@@ -376,20 +453,22 @@ class CreditAssigner(ABC):
 
     @property
     @abstractmethod
-    def needs(self) -> frozenset[str]:
-        """Captures, and "reward/maps", "reward/regions", "reward/gradient", "noise" or "groups", that must be there.
-
-        "noise" stands for a sampler with stochastic steps, "groups" for more than one rollout of a prompt.
-        """
+    def needs(self) -> Needs:
+        """What must be there."""
 
     @property
-    def weight_needs(self) -> frozenset[str]:
+    def weight_needs(self) -> Needs:
         """The needs of weight and mask alone, for objectives that leave the advantage aside."""
         return self.needs
 
-    def names(self, need: str) -> str:
-        """Which part of this credit has a need, for messages."""
-        return type(self).__name__
+    @property
+    def needs_by_part(self) -> tuple[tuple[str, Needs], ...]:
+        """The same, by the part that has them: a refusal names it and gives its remedy."""
+        return ((type(self).__name__, self.needs),)
+
+    def who_needs(self, name: str) -> str:
+        """Which of its parts have a need (one of `Needs.names`), for messages."""
+        return ", ".join(part for part, needs in self.needs_by_part if name in needs.names)
 
     def scored_steps(self, num_steps: int) -> tuple[int, ...]:
         """The steps whose clean prediction is to be rewarded, besides the finished image."""
@@ -418,7 +497,7 @@ class UpdateContext:
         on_policy: whether the weights are still those of the rollout; then the ratio is 1 by construction.
         weights: name -> context manager under which the policy carries that set ("old", "reference", "ema").
         reward_gradient: (latents [N, C, H, W], their N prompts) -> scores of the decoded latents and their gradient;
-            only for objectives that require "reward/gradient".
+            only for objectives that need the reward's gradient.
     """
 
     seed: int
@@ -448,25 +527,22 @@ class UpdateContext:
 
 
 class Objective(ABC):
-    """Turns credit into losses: one backward each. It knows nothing of how the credit came about.
-
-    Class attributes:
-        rollout_weights: which parameter set samples ("online" or "old").
-        uses_advantage: whether the loss depends on the advantage. Where it does not, rollouts of tied groups teach as
-            much as any other, and a group of one will do.
-    """
-
-    rollout_weights: Literal["online", "old"] = "online"
-    uses_advantage: bool = True
+    """Turns credit into losses: one backward each. It knows nothing of how the credit came about."""
 
     @property
-    def requires(self) -> frozenset[str]:
-        """What must be there, of {"log_probs", "old_log_probs", "old", "reference", "groups", "reward/gradient"}.
+    def rollout_weights(self) -> Literal["online", "old"]:
+        """Which parameter set samples."""
+        return "online"
 
-        "log_probs" stands for a sampler with stochastic steps, "old_log_probs" for those of the rollout's own policy,
-        exact to the last bit: they are made again from the second update of a batch on.
-        """
-        return frozenset()
+    @property
+    def uses_advantage(self) -> bool:
+        """Whether the loss depends on the advantage. Where it does not, a group of one will do."""
+        return True
+
+    @property
+    def needs(self) -> Needs:
+        """What must be there, and which rollouts have a gradient."""
+        return Needs()
 
     @abstractmethod
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:

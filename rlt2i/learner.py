@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import attrs
 import torch
@@ -20,7 +21,7 @@ from rlt2i.types import Experience
 
 
 class UpdateRefused(RuntimeError):
-    """An update that would have poisoned the weights. The state is as it was before."""
+    """An update that would have poisoned the weights. The state is as it was before the whole batch."""
 
 
 @attrs.define
@@ -48,6 +49,62 @@ class Averages:
 
     def result(self) -> dict[str, float]:
         return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _State:
+    """All that the optimizer steps of a batch change, in host memory.
+
+    Attributes:
+        parameters, sets: tensors by name.
+        optimizer: the optimizer's state of each parameter, and the learning rate of each of its groups.
+        optimizer_step: the learner's own count.
+    """
+
+    parameters: Mapping[str, Any]
+    sets: Mapping[str, Any]
+    optimizer: tuple[list[tuple[Any, dict[str, Any]]], list[float]]
+    optimizer_step: int
+
+    @classmethod
+    def of(cls, learner: Learner) -> _State:
+        changing = {"old", "ema"} & set(learner.sets.names)
+        return cls(
+            parameters={name: _copied(tensor) for name, tensor in learner.policy.trainable_parameters().items()},
+            sets={f"{s}/{name}": _copied(x) for s in changing for name, x in learner.sets.values(s).items()},
+            optimizer=(
+                [(p, {key: _copied(x) for key, x in state.items()}) for p, state in learner.optimizer.state.items()],
+                [group["lr"] for group in learner.optimizer.param_groups],
+            ),
+            optimizer_step=learner.optimizer_step,
+        )
+
+    @torch.no_grad()
+    def restore(self, learner: Learner) -> None:
+        for name, parameter in learner.policy.trainable_parameters().items():
+            parameter.copy_(self.parameters[name])
+        for key, copied in self.sets.items():
+            name, _, parameter_name = key.partition("/")
+            learner.sets.values(name)[parameter_name].copy_(copied)
+        states, rates = self.optimizer
+        known = {id(parameter): state for parameter, state in states}
+        for owner in [p for p in learner.optimizer.state if id(p) not in known]:
+            del learner.optimizer.state[owner]
+        for parameter, state in states:
+            for key, value in state.items():
+                now = learner.optimizer.state[parameter].get(key)
+                if isinstance(now, Tensor):
+                    now.copy_(value)
+                else:
+                    learner.optimizer.state[parameter][key] = value
+        for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        learner.optimizer.zero_grad(set_to_none=True)
+        learner.optimizer_step = self.optimizer_step
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 @attrs.define
@@ -85,7 +142,7 @@ class Learner:
 
     def __attrs_post_init__(self) -> None:
         averaged = {"ema"} if self.ema_decay is not None else set()
-        for name in sorted(({"old", "reference"} & self.objective.requires | averaged) - set(self.sets.names)):
+        for name in sorted((self.objective.needs.parameter_sets | averaged) - set(self.sets.names)):
             self.sets.add(name)
 
     @property
@@ -93,21 +150,34 @@ class Learner:
         return list(self.policy.trainable_parameters().values())
 
     def learn(self, experience: Experience, advance: Callable[[int], None] = lambda count: None) -> dict[str, float]:
-        """All optimiser updates of one rollout batch; `advance` is called after every backward pass.
+        """All optimizer steps of one rollout batch, or none; `advance` is called after every backward pass.
+
+        Where something fails after the first of several steps, weights, optimizer and parameter sets are put back as
+        they were before the batch. Until then a copy of them waits in host memory.
 
         Raises:
-            UpdateRefused: on a NaN or infinite loss or gradient, on every process alike, with weights, optimiser and
-                parameter sets as they were.
+            UpdateRefused: on a NaN or infinite loss or gradient, on every process alike.
         """
         parts = self._split(experience)
-        if len(parts) > 1 and "old_log_probs" in self.objective.requires:
+        if len(parts) == 1:
+            return self._steps(parts, advance)
+        before = _State.of(self)
+        try:
+            return self._steps(parts, advance)
+        except BaseException:
+            before.restore(self)
+            raise
+
+    def _steps(self, parts: list[Experience], advance: Callable[[int], None]) -> dict[str, float]:
+        needs = self.objective.needs
+        if len(parts) > 1 and needs.old_log_probs:
             # The first update is on policy by construction; the later ones need log-probs from the same graph and
             # batches.
             parts = [parts[0]] + [self._replayed(part) for part in parts[1:]]
         averages = Averages()
         for index, part in enumerate(parts):
             averages.add(self._update(part, advance, on_policy=index == 0))
-        if "old" in self.objective.requires:
+        if "old" in needs.parameter_sets:
             self.sets.blend("old", self.objective.old_decay(self.optimizer_step))
         return averages.result()
 
@@ -126,9 +196,10 @@ class Learner:
         return [experience.take(torch.isin(experience.groups, part).nonzero()[:, 0]) for part in shares]
 
     def _informative_rows(self, experience: Experience) -> Tensor:
-        if not self.objective.uses_advantage:
+        rows = self.objective.needs.rows
+        if rows == "valid":
             return experience.rewards.valid.nonzero()[:, 0]
-        return informative_rows(experience, whole_groups="groups" in self.objective.requires)
+        return informative_rows(experience, whole_groups=rows == "groups")
 
     def _context(self, num_rollouts: int, num_groups: int, num_pairs: int = 1, *, on_policy: bool) -> UpdateContext:
         return UpdateContext(
@@ -155,10 +226,8 @@ class Learner:
         for rollouts, steps in self._context(1, 1, on_policy=True).micro_batches(trainable):
             pairs = informative.step_batch(rollouts, steps)
             velocity = self.policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
-            transition = trajectory.kernel.transition(
-                pairs.latents, velocity, pairs.sigma, pairs.sigma_next, sigma_max=trajectory.sigma_max
-            )
-            log_probs[rows[rollouts], steps] = trajectory.kernel.log_prob_map(pairs.next_latents, transition)
+            transition = trajectory.transition(pairs.latents, velocity, pairs.sigma, pairs.sigma_next)
+            log_probs[rows[rollouts], steps] = trajectory.log_prob_map(pairs.next_latents, transition)
         return attrs.evolve(experience, trajectory=attrs.evolve(trajectory, log_probs=log_probs))
 
     def _update(self, experience: Experience, advance: Callable[[int], None], *, on_policy: bool) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from rlt2i.axes import Axes
-from rlt2i.captures import EDGES
 from rlt2i.functional.transitions import Transition
 
 Causality = Literal["state", "action", "outcome", "exogenous"]
@@ -182,8 +181,10 @@ class Trajectory:
         log_probs: [B, T, H, W] float32 at rollout time, channel mean; 0 at deterministic steps. May be a broadcast
             view.
         stochastic: [T] bool; only these steps have a log-probability, and only of the rollouts that are `noisy` there.
+        noisy: [B, T] bool: where a rollout drew noise. By default at all stochastic steps; rollouts that branch at
+            different ones say which.
         captures: name -> [B, T, ...], what the credit asked for, reduced on the fly.
-        kernel: the transition of the stochastic steps.
+        kernel: the transition of the stochastic steps; None where there are none.
         conditioning: of the B rollouts.
         group_size: G; divides B.
     """
@@ -192,10 +193,13 @@ class Trajectory:
     sigmas: Tensor
     log_probs: Tensor
     stochastic: Tensor
-    kernel: TransitionKernel
+    kernel: TransitionKernel | None
     conditioning: Conditioning
     group_size: int
     captures: Mapping[str, Tensor] = attrs.field(factory=dict)
+    noisy: Tensor = attrs.field(
+        default=attrs.Factory(lambda self: self.stochastic.expand(len(self.latents), -1), takes_self=True)
+    )
 
     def __attrs_post_init__(self) -> None:
         axes = Axes("Trajectory")
@@ -203,6 +207,7 @@ class Trajectory:
         axes.check("latents", self.latents, "B T+1 C H W")
         axes.check("log_probs", self.log_probs, "B T H W")
         axes.check("stochastic", self.stochastic, "T")
+        axes.check("noisy", self.noisy, "B T")
         axes.check("conditioning.rows", self.conditioning.rows, "B")
         for name, tensor in self.captures.items():
             axes.check(f"captures[{name!r}]", tensor[..., None].flatten(2), f"B T {name}")
@@ -218,12 +223,6 @@ class Trajectory:
         return self.latents.shape[1] - 1
 
     @property
-    def noisy(self) -> Tensor:
-        """[B, T] bool: where a rollout drew noise; at all stochastic steps, unless they branch at different ones."""
-        everywhere = self.stochastic.expand(self.num_rollouts, -1)
-        return everywhere & (self.captures[EDGES] >= 0) if EDGES in self.captures else everywhere
-
-    @property
     def sigma_max(self) -> float:
         """sigma_1: stands in for 1 in the denominator of Flow-SDE's first step."""
         return float(self.sigmas[1])
@@ -232,6 +231,23 @@ class Trajectory:
     def clean_latents(self) -> Tensor:
         """[B, C, H, W], the end of the trajectory."""
         return self.latents[:, -1]
+
+    def transition(self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Transition:
+        """p(x' | x) of stochastic steps of this trajectory, for any velocity; see `TransitionKernel.transition`."""
+        return self._kernel.transition(latents, velocity, sigma, sigma_next, sigma_max=self.sigma_max)
+
+    def log_prob_map(self, next_latents: Tensor, transition: Transition) -> Tensor:
+        """[N, H, W] log-density of x', averaged over channels only."""
+        return self._kernel.log_prob_map(next_latents, transition)
+
+    @property
+    def _kernel(self) -> TransitionKernel:
+        if self.kernel is None:
+            raise ValueError(
+                "Trajectory: the rollout is deterministic, so its steps have no density. Use a stochastic sampler such "
+                "as SDE."
+            )
+        return self.kernel
 
     def take(self, rows: Tensor) -> Trajectory:
         """Some rollouts; groups need not stay whole, so the group size becomes 1 unless all are taken."""
@@ -243,6 +259,7 @@ class Trajectory:
             conditioning=self.conditioning.take(rows),
             captures={k: v[rows] for k, v in self.captures.items()},
             group_size=self.group_size if whole else 1,
+            noisy=self.noisy[rows],
         )
 
     def to(self, device: torch.device | str) -> Trajectory:
@@ -252,6 +269,7 @@ class Trajectory:
             sigmas=self.sigmas.to(device),
             log_probs=self.log_probs.to(device),
             stochastic=self.stochastic.to(device),
+            noisy=self.noisy.to(device),
             conditioning=self.conditioning.to(device),
             captures={k: v.to(device) for k, v in self.captures.items()},
         )

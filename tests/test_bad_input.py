@@ -285,7 +285,7 @@ def test_credit_from_maps_refuses_a_reward_without_any():
 def differentiating() -> list[str]:
     from benchmarks.compatibility_matrix import part
 
-    return [n for n in PARTS["Objective"] if "reward/gradient" in part("Objective", n).requires]
+    return [n for n in PARTS["Objective"] if "gradient" in part("Objective", n).needs.reward]
 
 
 def test_an_objective_on_the_rewards_gradient_refuses_a_reward_without_any():

@@ -44,9 +44,8 @@ def test_refusals_come_before_any_weight_is_read(cells: list[Cell]):
 def test_only_likelihoods_and_credit_for_noise_or_branches_need_them(cells: list[Cell]):
     # Whatever the credit, an objective that needs no log-probability takes every sampler that the credit takes.
     for cell in cells:
-        if "log_probs" not in objectives()[cell.objective].requires and not (
-            credits()[cell.credit].needs & {"noise", EDGES, PREFERENCE}
-        ):
+        needs = credits()[cell.credit].needs
+        if not (objectives()[cell.objective].needs.noise or needs.noise or needs.captures & {EDGES, PREFERENCE}):
             assert not cell.refusal, cell
 
 

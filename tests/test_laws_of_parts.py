@@ -23,7 +23,7 @@ from rlt2i.captures import PREFERENCE
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.functional import sd3_sigmas
-from rlt2i.interfaces import CreditAssigner, CreditContext, Objective, RewardGradient, RewardOutput, Sampler
+from rlt2i.interfaces import CreditAssigner, CreditContext, Needs, Objective, RewardGradient, RewardOutput, Sampler
 from rlt2i.objectives import draws
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.nft import DiffusionNFT
@@ -76,8 +76,9 @@ class Watched(CreditAssigner):
     seen: list[CreditContext]
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.credit.needs - {PREFERENCE}
+    def needs(self) -> Needs:
+        needs = self.credit.needs
+        return attrs.evolve(needs, captures=needs.captures - {PREFERENCE})
 
     def scored_steps(self, num_steps: int) -> tuple[int, ...]:
         return self.credit.scored_steps(num_steps)
@@ -95,7 +96,7 @@ def context_for(credit: CreditAssigner) -> CreditContext:
     """A context with two groups of rollouts of the toy policy, in which the given credit has all it needs."""
     watched = Watched(credit=credit, seen=[])
     algorithm = fit(watched, DiffusionNFT())
-    size = 2 if PREFERENCE in credit.needs else group_size(algorithm)
+    size = 2 if PREFERENCE in credit.needs.captures else group_size(algorithm)
     collect(toy_engine(algorithm), prompts=2, group_size=size)
     return watched.seen[0]
 
@@ -159,7 +160,7 @@ def test_advantages_are_finite_constants_with_mean_zero(name: str):
         assert not found.requires_grad
         assert torch.isfinite(found).all()
         credit = Product(advantage=advantage).assign(judged)
-        alone = credit.mask.expand_as(credit.advantage) if "edges" in advantage.needs else torch.tensor(False)
+        alone = credit.mask.expand_as(credit.advantage) if "edges" in advantage.needs.captures else torch.tensor(False)
         if not alone.any():  # a step that several rollouts share is judged by those of them that are valid
             assert (found[~torch.tensor(valid)] == 0).all()
         if name not in LABELS:

@@ -133,7 +133,7 @@ def network_evaluations(recipe: Recipe) -> int:
     credits ask for, decoding and rewards are not network evaluations and not counted.
     """
     batch = batch_plan(recipe, world_size=1)
-    sets = len({"old", "reference"} & recipe.objective.requires)
+    sets = len(recipe.objective.needs.parameter_sets)
     return batch.rollouts * (batch.num_steps + batch.trained_steps * (3 + sets))
 
 

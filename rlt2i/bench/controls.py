@@ -42,4 +42,4 @@ def controls_of(recipe: Recipe) -> dict[str, CreditAssigner]:
 
 def _resolves_places(allocation: Allocation) -> bool:
     """Whether an allocation looks at something that has places: captures, regions or gradients."""
-    return bool(allocation.needs - {"noise", "groups", "clean_predictions"})
+    return bool(allocation.needs.names - {"noise", "groups", "clean_predictions"})

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.engine import reward_gradient
-from rlt2i.interfaces import CreditAssigner, CreditContext, Objective, Policy, Reward, UpdateContext
+from rlt2i.interfaces import CreditAssigner, CreditContext, Needs, Objective, Policy, Reward, UpdateContext
 from rlt2i.learner import informative_rows
 from rlt2i.objectives.reduction import trainable_steps
 from rlt2i.parameter_sets import ParameterSets
@@ -45,8 +45,8 @@ class AllCredits(CreditAssigner):
     context: CreditContext | None = None
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.also.union(*(credit.needs for credit in self.credits.values()))
+    def needs(self) -> Needs:
+        return Needs.of_all((Needs(captures=self.also), *(credit.needs for credit in self.credits.values())))
 
     def scored_steps(self, num_steps: int) -> tuple[int, ...]:
         steps = {credit.scored_steps(num_steps) for credit in self.credits.values()}

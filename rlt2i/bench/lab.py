@@ -141,7 +141,7 @@ def measure(objective: str, tokens: int, *, mix: float = 1.0, batches: int = 300
     policy = parts.policy
     assert isinstance(policy, Policy)
     sets = ParameterSets(policy.trainable_parameters())
-    for name in {"old", "reference"} & loss.requires:
+    for name in sorted(loss.needs.parameter_sets):
         sets.add(name)
     found: dict[str, list[Tensor]] = {name: [] for name in credits.credits}
     for batch in range(batches):

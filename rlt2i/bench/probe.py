@@ -110,7 +110,7 @@ class Probe:
             interventions: batches in which steps are completed and noise is redrawn; they cost many rollouts each.
         """
         sets = ParameterSets(self.policy.trainable_parameters())
-        for name in {"old", "reference"} & self.parts.objective.requires:
+        for name in sorted(self.parts.objective.needs.parameter_sets):
             sets.add(name)
         tally = Tally()
         gradients: dict[str, list[Tensor]] = {name: [] for name in self.credits.credits}
@@ -269,10 +269,8 @@ class Probe:
         for step in steps.tolist():
             states = experience.step_batch(rollouts, torch.full_like(rollouts, step))
             velocity = self.policy.velocity(states.latents, states.sigma, states.conditioning)
-            transition = trajectory.kernel.transition(
-                states.latents, velocity, states.sigma, states.sigma_next, sigma_max=trajectory.sigma_max
-            )
-            found.append(trajectory.kernel.log_prob_map(states.next_latents, transition))
+            transition = trajectory.transition(states.latents, velocity, states.sigma, states.sigma_next)
+            found.append(trajectory.log_prob_map(states.next_latents, transition))
         return torch.stack(found, dim=1)
 
 

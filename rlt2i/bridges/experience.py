@@ -246,7 +246,7 @@ def check_objective(objective: Objective, *, engine: str, allowed: frozenset[str
         "old": f"needs the parameters of an old policy beside the current ones, which {engine} does not keep here",
         "reference": f"needs the reference policy, which {engine} does not offer here",
     }
-    for need in sorted(objective.requires - allowed):
+    for need in sorted(objective.needs.names - allowed):
         raise ValueError(
             f"{type(objective).__name__} {reasons.get(need, f'needs {need!r}')}. Use ClippedSurrogate(), or train with "
             "`rlt2i train`."

@@ -47,7 +47,7 @@ from rlt2i.bridges.miles_data import (
 )
 from rlt2i.bridges.versions import extension_points
 from rlt2i.credit.algebra import Allocation, Product
-from rlt2i.interfaces import Objective
+from rlt2i.interfaces import Needs, Objective
 from rlt2i.seeds import derive_seed
 from rlt2i.types import Conditioning, Credit, Rewards, Trajectory
 
@@ -74,18 +74,18 @@ class Hooks:
     credit: Product = attrs.field(factory=lambda: Product(advantage=EngineAdvantage()))
 
     def __attrs_post_init__(self) -> None:
-        allowed = frozenset({"log_probs", "old_log_probs", "reference"})
+        allowed = frozenset({"noise", "old_log_probs", "reference"})
         check_objective(self.objective, engine="miles_diffusion", allowed=allowed)
-        if "log_probs" not in self.objective.requires:
+        if not self.objective.needs.noise:
             raise ValueError(
                 f"{type(self.objective).__name__} works on the forward process: it noises images itself, and "
                 "miles_diffusion's actor has run the network before. Use ClippedSurrogate() or Reinforce()."
             )
-        for need in sorted(self.credit.needs - {"groups", "noise", "clean_predictions", "reward/regions"}):
+        for need in sorted(self.credit.needs.names - {"groups", "noise", "clean_predictions", "reward/regions"}):
             if not need.startswith("attention/") or need.endswith("/auto"):
                 raise ValueError(
-                    f"{self.credit.names(need)} needs {need!r}, which miles_diffusion does not hand to its hooks. Use "
-                    "TextAttention(blocks='middle'), ResidualContrast() or RegionMaps()."
+                    f"{self.credit.who_needs(need)} needs {need!r}, which miles_diffusion does not hand to its hooks. "
+                    "Use TextAttention(blocks='middle'), ResidualContrast() or RegionMaps()."
                 )
 
     # --------------------------------------------------------------------------------- where rollouts are collected
@@ -123,7 +123,7 @@ class Hooks:
         return data
 
     def _allocations(self, *, attention: bool) -> tuple[Allocation, ...]:
-        reads = lambda part: any(need.startswith("attention/") for need in part.needs)
+        reads = lambda part: any(need.startswith("attention/") for need in part.needs.captures)
         return tuple(part for part in self.credit.allocations if reads(part) == attention)
 
     def _context(self, args: Any, samples: Sequence[Any], rewards: Rewards) -> Any:
@@ -134,7 +134,7 @@ class Hooks:
         stochastic = torch.zeros(len(sigmas) - 1, dtype=torch.bool)
         stochastic[list(samples[0].train_metadata["sde_step_indices"])] = True
         captures = {}
-        if "clean_predictions" in self.credit.needs:
+        if "clean_predictions" in self.credit.needs.captures:
             captures["clean_predictions"] = clean_predictions(samples, latents, sigmas)
         trajectory = Trajectory(
             latents=latents,
@@ -143,7 +143,7 @@ class Hooks:
             stochastic=stochastic,
             kernel=kernel_of(args),
             conditioning=Conditioning(tensors={}, rows=torch.arange(len(samples))),
-            group_size=prompt_groups(labels) if "groups" in self.credit.needs else 1,
+            group_size=prompt_groups(labels) if self.credit.needs.groups else 1,
             captures=captures,
         )
         return credit_context(
@@ -202,7 +202,7 @@ class Hooks:
                 pair["log_prob_old"], pair["log_prob_old_map"] = log_prob.mean().cpu(), log_prob.cpu()
             return None
         log_probs = None
-        if not old_log_prob_from_new and "old_log_probs" in self.objective.requires:
+        if not old_log_prob_from_new and self.objective.needs.old_log_probs:
             log_probs = trajectory.log_probs.clone()
             log_probs[rows, steps] = old_log_prob_maps(batch).to(log_probs)
         trained = torch.zeros_like(trajectory.noisy)
@@ -254,7 +254,7 @@ class Hooks:
 
     def _attention_context(self, batch: Sequence[dict[str, Any]], prepared: Any, trajectory: Trajectory) -> Any:
         """The pairs as rollouts of one step, with the attention of one pass of the network."""
-        names = frozenset().union(*(part.needs for part in self._allocations(attention=True)))
+        names = Needs.of_all(part.needs for part in self._allocations(attention=True)).captures
         states = prepared.latents.float()
         stack = lambda key: torch.stack([pair[key] for pair in batch]).to(states.device)
 

@@ -114,10 +114,8 @@ def pairs_as_rollouts(ctx: Any, prepared: Any, steps: Tensor) -> Trajectory:
 def log_prob_maps(trajectory: Trajectory, velocity: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
     """[N, H, W] of the pairs under the given velocities."""
     sigma, sigma_next = trajectory.sigmas[steps], trajectory.sigmas[steps + 1]
-    transition = trajectory.kernel.transition(
-        trajectory.latents[rows, steps], velocity.float(), sigma, sigma_next, sigma_max=trajectory.sigma_max
-    )
-    return trajectory.kernel.log_prob_map(trajectory.latents[rows, steps + 1], transition)
+    transition = trajectory.transition(trajectory.latents[rows, steps], velocity.float(), sigma, sigma_next)
+    return trajectory.log_prob_map(trajectory.latents[rows, steps + 1], transition)
 
 
 def old_log_prob_maps(batch: Sequence[Mapping[str, Any]]) -> Tensor:

@@ -93,13 +93,13 @@ class _StageObjective(StageAlgorithm):  # type: ignore[misc, valid-type]
         self._check()
         # Old log-probabilities, place by place, are no output of any rollout engine: they are made again. An objective
         # that asks for none takes one update per batch, which is on policy by construction.
-        self.recomputes_anchor = self.supports_multi_update = "old_log_probs" in objective.requires
+        self.recomputes_anchor = self.supports_multi_update = objective.needs.old_log_probs
 
     def _check(self) -> None:
-        allowed = {"log_probs", "old_log_probs"}
+        allowed = {"noise", "old_log_probs"}
         if self.backend is not None:
             allowed.add("reference")
-        if self.requires_ema_rollout or "log_probs" in self.objective.requires:
+        if self.requires_ema_rollout or self.objective.needs.noise:
             allowed.add("old")  # the average of the weights; or, on policy, the policy itself
         check_objective(self.objective, engine="UniRL", allowed=frozenset(allowed))
         if self.requires_ema_rollout and not callable(getattr(self._average, "use_shadow", None)):
@@ -107,10 +107,10 @@ class _StageObjective(StageAlgorithm):  # type: ignore[misc, valid-type]
                 f"{type(self).__name__}: the backend keeps no average of its weights. Give the recipe's backend an "
                 "`ema_lora_cfg`, as UniRL's sd3_nft.yaml does."
             )
-        for need in sorted(self.credit.needs - {"groups", "noise", "clean_predictions"}):
+        for need in sorted(self.credit.needs.names - {"groups", "noise", "clean_predictions"}):
             if not need.startswith("attention/") or need.endswith("/auto"):
                 raise ValueError(
-                    f"{self.credit.names(need)} needs {need!r}, which UniRL does not hand to an algorithm. Use "
+                    f"{self.credit.who_needs(need)} needs {need!r}, which UniRL does not hand to an algorithm. Use "
                     "TextAttention(blocks='middle'), ResidualContrast(), or weights over steps such as NoiseAware()."
                 )
 
@@ -135,17 +135,15 @@ class _StageObjective(StageAlgorithm):  # type: ignore[misc, valid-type]
                     *(trajectory.sigmas[at + i] for i in (0, 1)),
                 )
                 velocity = policy.velocity(states, sigma, trajectory.conditioning.take(rollouts))
-                transition = trajectory.kernel.transition(
-                    states, velocity, sigma, sigma_next, sigma_max=trajectory.sigma_max
-                )
-                maps[rollouts, at] = trajectory.kernel.log_prob_map(trajectory.latents[rollouts, at + 1], transition)
+                transition = trajectory.transition(states, velocity, sigma, sigma_next)
+                maps[rollouts, at] = trajectory.log_prob_map(trajectory.latents[rollouts, at + 1], transition)
         segment.log_probs = maps[:, steps]
 
     def prepare_part(self, part: Any) -> Any:
         """The part, its segment with credit beside it."""
         segment, labels = part.segment, list(part.group_ids)
         metadata = [dict(row or {}) for row in part.metadata] or [{} for _ in labels]
-        size = prompt_groups(labels) if "groups" in self.credit.needs else 1
+        size = prompt_groups(labels) if self.credit.needs.groups else 1
         keys = identities(part.sample_ids, segment.latents.device)
         trajectory = self._trajectory(segment, group_size=size)
         captures = self._captures(trajectory, part.conditions, metadata)
@@ -193,7 +191,7 @@ class _StageObjective(StageAlgorithm):  # type: ignore[misc, valid-type]
                 "calls it; another stack of unirl 0.2.0, such as that of unified models, does not."
             )
         trajectory = self._trajectory(segment)
-        reverse = "log_probs" in self.objective.requires
+        reverse = self.objective.needs.noise
         steps = stochastic_steps(segment)
         if reverse and not steps:
             raise ValueError(
@@ -253,15 +251,15 @@ class _StageObjective(StageAlgorithm):  # type: ignore[misc, valid-type]
 
         Steps whose state was not stored repeat the latest one, like the states themselves.
         """
-        attention = frozenset(need for need in self.credit.needs if need.startswith("attention/"))
+        attention = frozenset(need for need in self.credit.needs.captures if need.startswith("attention/"))
         found: dict[str, list[Tensor]] = {}
-        for t in range(trajectory.num_steps) if attention or "clean_predictions" in self.credit.needs else ():
+        for t in range(trajectory.num_steps) if attention or "clean_predictions" in self.credit.needs.captures else ():
             if t and torch.equal(trajectory.latents[:, t], trajectory.latents[:, t - 1]):
                 for values in found.values():
                     values.append(values[-1])
                 continue
             states, sigma = trajectory.latents[:, t], trajectory.sigmas[t].expand(trajectory.num_rollouts)
-            if "clean_predictions" in self.credit.needs:
+            if "clean_predictions" in self.credit.needs.captures:
                 with torch.no_grad():
                     velocity = self._policy(conditions).velocity(states, sigma, trajectory.conditioning)
                 found.setdefault("clean_predictions", []).append(clean_prediction(states, velocity, sigma))

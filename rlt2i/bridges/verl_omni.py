@@ -60,7 +60,7 @@ def register_credit(architecture: str, *allocations: Allocation, algorithm: str 
         since=SINCE,
     )
     for part in allocations:
-        for need in sorted(part.needs - {"noise"}):
+        for need in sorted(part.needs.names - {"noise"}):
             if not need.startswith("attention/") or need.endswith("/auto"):
                 raise ValueError(
                     f"{type(part).__name__} needs {need!r}; verl-omni's adapters see single steps of a micro-batch, "
@@ -90,7 +90,7 @@ def register_advantage(name: str, advantage: Advantage) -> Any:
         ("register_diffusion_adv_est",),
         since=SINCE,
     )
-    more = sorted(advantage.needs - {"groups"})
+    more = sorted(advantage.needs.names - {"groups"})
     if more:
         raise ValueError(
             f"{type(advantage).__name__} needs {more}; verl-omni's estimators see rewards and groups alone. Use "
@@ -122,7 +122,7 @@ def _credited_step(credited: type, allocations: tuple[Allocation, ...]) -> Any:
         scheduler_inputs: Any,
         step: int,
     ) -> tuple[Tensor, ...]:
-        log_prob, mean, *scales = super(credited, cls).forward_and_sample_previous_step(  # type: ignore[misc, arg-type]
+        log_prob, mean, *scales = super(credited, cls).forward_and_sample_previous_step(  # type: ignore[arg-type]
             module, scheduler, model_config, model_inputs, negative_model_inputs, scheduler_inputs, step
         )
         if torch.is_grad_enabled() and log_prob.requires_grad:  # without gradient there is nothing to bend
@@ -160,11 +160,11 @@ def _weight(
     """[B, 1|h, 1|w] expanded to the latents: the product of the allocations at one step."""
     states = micro_batch["all_latents"][:, step].float()
     steps = [int(scheduler.index_for_timestep(t)) for t in micro_batch["all_timesteps"][0]]
-    names = frozenset(need for part in allocations for need in part.needs if need.startswith("attention/"))
+    names = frozenset(need for part in allocations for need in part.needs.captures if need.startswith("attention/"))
     captures = _attention(names, states, module, model_config, model_inputs, micro_batch) if names else {}
     weight = states.new_ones(len(states), 1, 1)
     for part in allocations:
-        if part.needs & names:
+        if part.needs.captures & names:
             found = part.weight(_context(states, scheduler, model_config, [steps[step]], captures))[:, 0]
         else:
             found = part.weight(_context(states, scheduler, model_config, steps, {}))

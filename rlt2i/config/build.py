@@ -178,7 +178,7 @@ class _Builder:
                 for key in unknown
             ]
             raise ConfigError("\n".join([*lines, f"{cls.__name__} has: {', '.join(fields) or 'no fields'}."]))
-        hints = _hints(cls)  # type: ignore[arg-type]
+        hints = _hints(cls)
         values: dict[str, Any] = {}
         for key, field in fields.items():
             expects = describe(hints[field.name], field.validator)
@@ -290,7 +290,7 @@ def _is_abstract(cls: type) -> bool:
 
 
 def _fields(cls: type) -> dict[str, attrs.Attribute[Any]]:
-    fields = {field.alias or field.name: field for field in attrs.fields(cls) if field.init}  # type: ignore[arg-type]
+    fields = {field.alias or field.name: field for field in attrs.fields(cls) if field.init}
     assert "type" not in fields, f"{cls.__name__}: a part cannot have a field called 'type'"
     return fields
 

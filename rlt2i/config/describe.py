@@ -88,7 +88,7 @@ def diagnose(cls: type, values: dict[str, Any], hints: Mapping[str, Any], path: 
             part = cls(**values)
     except (ValueError, TypeError):
         return f"{path or cls.__name__}: {_words(error)}"
-    for field in attrs.fields(cls):  # type: ignore[arg-type]
+    for field in attrs.fields(cls):
         value = getattr(part, field.name)
         try:
             if field.validator is not None:

@@ -13,14 +13,16 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.interfaces import CreditAssigner, CreditContext
+from rlt2i.interfaces import CreditAssigner, CreditContext, Needs
 from rlt2i.types import Causality, Credit, latest_cause
 
 
 class Advantage(ABC):
     """Rewards to a signed quantity per rollout, and per step where the rewards resolve steps."""
 
-    needs: frozenset[str] = frozenset({"groups"})
+    @property
+    def needs(self) -> Needs:
+        return Needs(groups=True)
 
     def scored_steps(self, num_steps: int) -> tuple[int, ...]:
         """The steps whose clean predictions must be rewarded; none by default."""
@@ -39,11 +41,14 @@ class Advantage(ABC):
 class Allocation(ABC):
     """Where and when an advantage applies: a weight of mean one over the axes it resolves."""
 
-    causality: Causality = "exogenous"
+    @property
+    def causality(self) -> Causality:
+        """The latest information that the weight depends on."""
+        return "exogenous"
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset()
+    def needs(self) -> Needs:
+        return Needs()
 
     @abstractmethod
     def weight(self, context: CreditContext) -> Tensor:
@@ -73,16 +78,17 @@ class Product(CreditAssigner):
     masks: tuple[Mask, ...] = ()
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.advantage.needs.union(*(a.needs for a in self.allocations))
+    def needs(self) -> Needs:
+        return Needs.of_all(needs for _, needs in self.needs_by_part)
 
     @property
-    def weight_needs(self) -> frozenset[str]:
-        return frozenset().union(*(a.needs for a in self.allocations))
+    def weight_needs(self) -> Needs:
+        return Needs.of_all(a.needs for a in self.allocations)
 
-    def names(self, need: str) -> str:
+    @property
+    def needs_by_part(self) -> tuple[tuple[str, Needs], ...]:
         parts: tuple[Advantage | Allocation, ...] = (self.advantage, *self.allocations)
-        return ", ".join(type(part).__name__ for part in parts if need in part.needs)
+        return tuple((type(part).__name__, part.needs) for part in parts)
 
     def scored_steps(self, num_steps: int) -> tuple[int, ...]:
         return self.advantage.scored_steps(num_steps)

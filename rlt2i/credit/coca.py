@@ -9,7 +9,7 @@ from torch import Tensor
 from rlt2i.credit.algebra import Advantage
 from rlt2i.functional.advantages import group_relative_advantage
 from rlt2i.functional.step_credit import clean_similarity, coca_advantage, coca_contribution
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 
 
 @attrs.frozen(kw_only=True)
@@ -25,11 +25,13 @@ class CoCA(Advantage):
         eps: added to both standard deviations.
     """
 
-    needs = frozenset({"groups", "clean_predictions"})
-
     alpha: float = attrs.field(default=0.0, validator=[validators.ge(0.0), validators.le(1.0)])
     clip: float = attrs.field(default=5.0, validator=validators.gt(0))
     eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(groups=True, captures={"clean_predictions"})
 
     def advantage(self, context: CreditContext) -> Tensor:
         rewards, trajectory, size = context.rewards, context.trajectory, context.group_size

@@ -10,7 +10,7 @@ from rlt2i.credit.algebra import Advantage
 from rlt2i.credit.completions import completions
 from rlt2i.credit.steps import at_steps
 from rlt2i.functional.advantages import step_gain
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 
 
 @attrs.frozen(kw_only=True)
@@ -27,10 +27,12 @@ class CompletionGain(Advantage):
         eps: added to the standard deviation.
     """
 
-    needs = frozenset({"groups", "noise"})
-
     clip: float = attrs.field(default=5.0, validator=validators.gt(0))
     eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(groups=True, noise=True)
 
     def advantage(self, context: CreditContext) -> Tensor:
         values, valid, steps = completions(context, of="CompletionGain")

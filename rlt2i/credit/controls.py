@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from rlt2i.credit.algebra import Allocation
 from rlt2i.functional.allocation import inverted_map, mean_one
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 from rlt2i.seeds import generator
 from rlt2i.types import Causality
 
@@ -32,11 +32,11 @@ class Shuffled(Allocation):
     allocation: Allocation
 
     @property
-    def causality(self) -> Causality:  # type: ignore[override]
+    def causality(self) -> Causality:
         return self.allocation.causality
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         return self.allocation.needs
 
     def weight(self, context: CreditContext) -> Tensor:
@@ -60,11 +60,11 @@ class TorusShift(Allocation):
     allocation: Allocation
 
     @property
-    def causality(self) -> Causality:  # type: ignore[override]
+    def causality(self) -> Causality:
         return self.allocation.causality
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         return self.allocation.needs
 
     def weight(self, context: CreditContext) -> Tensor:
@@ -88,12 +88,12 @@ class OtherRollout(Allocation):
     allocation: Allocation
 
     @property
-    def causality(self) -> Causality:  # type: ignore[override]
+    def causality(self) -> Causality:
         return self.allocation.causality
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.allocation.needs | {"groups"}
+    def needs(self) -> Needs:
+        return Needs.of_all((self.allocation.needs, Needs(groups=True)))
 
     def weight(self, context: CreditContext) -> Tensor:
         weight = _resolving_places(self, self.allocation.weight(context))
@@ -115,11 +115,11 @@ class Inverted(Allocation):
     allocation: Allocation
 
     @property
-    def causality(self) -> Causality:  # type: ignore[override]
+    def causality(self) -> Causality:
         return self.allocation.causality
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         return self.allocation.needs
 
     def weight(self, context: CreditContext) -> Tensor:
@@ -143,8 +143,8 @@ class Oracle(Allocation):
     floor: float = attrs.field(default=0.02, validator=[validators.gt(0.0), validators.le(1.0)])
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"reward/maps"})
+    def needs(self) -> Needs:
+        return Needs(reward={"maps"})
 
     def weight(self, context: CreditContext) -> Tensor:
         maps = context.rewards.maps

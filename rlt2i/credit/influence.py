@@ -12,7 +12,7 @@ from rlt2i.credit.algebra import Allocation
 from rlt2i.credit.spatial import relative_weight
 from rlt2i.credit.steps import stochastic_steps
 from rlt2i.functional.advantages import group_std
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 from rlt2i.types import Causality
 
 
@@ -41,8 +41,8 @@ class Influence(Allocation):
     floor: float = attrs.field(default=0.02, validator=[validators.gt(0.0), validators.le(1.0)])
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"groups", "noise", "clean_predictions"})
+    def needs(self) -> Needs:
+        return Needs(groups=True, noise=True, captures={"clean_predictions"})
 
     def weight(self, context: CreditContext) -> Tensor:
         steps = stochastic_steps(context, of="Influence", because="there is no noise to draw anew")
@@ -69,7 +69,7 @@ class Influence(Allocation):
         sigma, sigma_next = (trajectory.sigmas[i].expand(len(rows)) for i in (step, step + 1))
         # The velocity of the rollout, from its own clean prediction x - sigma v.
         velocity = (latents - trajectory.captures["clean_predictions"][rows, step]) / sigma[:, None, None, None]
-        transition = trajectory.kernel.transition(latents, velocity, sigma, sigma_next, sigma_max=trajectory.sigma_max)
+        transition = trajectory.transition(latents, velocity, sigma, sigma_next)
         before, could_score = _reward(context, taken, step + 1, rows)
         shape = (self.draws, *latents.shape[1:])
         noise = torch.randn(shape, generator=context.generator).to(latents.device)

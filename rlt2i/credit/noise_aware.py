@@ -8,7 +8,7 @@ from torch import Tensor
 from rlt2i.credit.algebra import Allocation
 from rlt2i.credit.steps import at_steps, stochastic_steps
 from rlt2i.functional.time_weights import noise_aware_weights
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 from rlt2i.types import Causality
 
 
@@ -23,14 +23,14 @@ class NoiseAware(Allocation):
     causality: Causality = attrs.field(default="exogenous", init=False)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"noise"})
+    def needs(self) -> Needs:
+        return Needs(noise=True)
 
     def weight(self, context: CreditContext) -> Tensor:
         trajectory = context.trajectory
         steps = stochastic_steps(context, of="NoiseAware", because="without noise there is no noise to weigh steps by")
         sigmas = trajectory.sigmas
         zeros = sigmas.new_zeros(trajectory.num_steps, 1, 1, 1)  # the std of a kernel depends on the schedule alone
-        transition = trajectory.kernel.transition(zeros, zeros, sigmas[:-1], sigmas[1:], sigma_max=trajectory.sigma_max)
+        transition = trajectory.transition(zeros, zeros, sigmas[:-1], sigmas[1:])
         weight = noise_aware_weights(transition.std.flatten(), mask=trajectory.stochastic)
         return at_steps(weight[None, list(steps)], steps, trajectory.num_steps, elsewhere=1.0)

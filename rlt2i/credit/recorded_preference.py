@@ -8,7 +8,7 @@ from torch import Tensor
 from rlt2i.captures import PREFERENCE
 from rlt2i.credit.algebra import Advantage
 from rlt2i.functional.advantages import recorded_preference
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 
 
 @attrs.frozen(kw_only=True)
@@ -20,7 +20,13 @@ class RecordedPreference(Advantage):
     calls invalid still leaves the loss, and its whole pair with it.
     """
 
-    needs = frozenset({PREFERENCE, "groups"})
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            groups=True,
+            captures={PREFERENCE},
+            remedies={PREFERENCE: "Use the sampler Recorded, with a task of pairs such as PairFileTask."},
+        )
 
     def advantage(self, context: CreditContext) -> Tensor:
         verdict = context.trajectory.captures[PREFERENCE][:, -1].float()

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlt2i.credit.algebra import Allocation
 from rlt2i.credit.spatial import relative_weight, to_grid
 from rlt2i.functional.advantages import group_relative_advantage
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 from rlt2i.types import Causality, Region
 
 _unit = [validators.ge(0.0), validators.le(1.0)]
@@ -41,8 +41,8 @@ class RegionMaps(Allocation):
     floor: float = attrs.field(default=0.02, validator=[validators.gt(0.0), validators.le(1.0)])
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"groups", "reward/regions"})
+    def needs(self) -> Needs:
+        return Needs(groups=True, reward={"regions"})
 
     def weight(self, context: CreditContext) -> Tensor:
         rewards = context.rewards

@@ -11,7 +11,7 @@ from rlt2i.credit.algebra import Allocation
 from rlt2i.credit.spatial import relative_weight, to_grid
 from rlt2i.functional.groups import masked_mean, tied
 from rlt2i.functional.maps import residual_contrast
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 from rlt2i.types import Causality
 
 _unit = [validators.ge(0.0), validators.le(1.0)]
@@ -37,8 +37,8 @@ class ResidualContrast(Allocation):
     floor: float = attrs.field(default=0.02, validator=[validators.gt(0.0), validators.le(1.0)])
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"groups", "clean_predictions"})
+    def needs(self) -> Needs:
+        return Needs(groups=True, captures={"clean_predictions"})
 
     def weight(self, context: CreditContext) -> Tensor:
         trajectory = context.trajectory

@@ -13,7 +13,7 @@ from rlt2i.credit.algebra import Allocation
 from rlt2i.credit.spatial import relative_weight, to_grid
 from rlt2i.functional.maps import blur2d
 from rlt2i.functional.reward_backprop import Saliency, gradient_saliency
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 from rlt2i.types import Causality
 
 
@@ -45,12 +45,12 @@ class RewardSaliency(Allocation):
     floor: float = attrs.field(default=0.02, validator=[validators.gt(0.0), validators.le(1.0)])
 
     @property
-    def causality(self) -> Causality:  # type: ignore[override]
+    def causality(self) -> Causality:
         return "outcome" if self.at == "final" else "state"
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"reward/gradient"} if self.at == "final" else {"reward/gradient", "clean_predictions"})
+    def needs(self) -> Needs:
+        return Needs(reward={"gradient"}, captures=set() if self.at == "final" else {"clean_predictions"})
 
     def weight(self, context: CreditContext) -> Tensor:
         trajectory = context.trajectory

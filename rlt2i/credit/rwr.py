@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlt2i.credit.algebra import Advantage
 from rlt2i.functional.advantages import reward_weights
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 
 
 @attrs.frozen(kw_only=True)
@@ -18,7 +18,9 @@ class RewardWeights(Advantage):
     reward pushes it away from them. Shift the reward with `Affine` where that is not meant.
     """
 
-    needs = frozenset()
+    @property
+    def needs(self) -> Needs:
+        return Needs()
 
     def advantage(self, context: CreditContext) -> Tensor:
         return reward_weights(context.rewards.final, valid=context.rewards.valid).float()[:, None, None, None]

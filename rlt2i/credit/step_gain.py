@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlt2i.credit.algebra import Advantage
 from rlt2i.functional.advantages import step_gain
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 
 
 @attrs.frozen(kw_only=True)
@@ -23,10 +23,12 @@ class StepGain(Advantage):
         eps: added to the standard deviation.
     """
 
-    needs = frozenset({"groups", "clean_predictions"})
-
     clip: float = attrs.field(default=5.0, validator=validators.gt(0))
     eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(groups=True, captures={"clean_predictions"})
 
     def scored_steps(self, num_steps: int) -> tuple[int, ...]:
         return tuple(range(num_steps))

@@ -9,10 +9,10 @@ import attrs
 from attrs import validators
 from torch import Tensor
 
-from rlt2i.captures import ATTENTION_AUTO, AUTO, attention_name
+from rlt2i.captures import AUTO, attention_name
 from rlt2i.credit.algebra import Allocation
 from rlt2i.functional.allocation import attention_allocation
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 from rlt2i.types import Causality
 
 _unit = [validators.ge(0.0), validators.le(1.0)]
@@ -69,12 +69,28 @@ class TextAttention(Allocation):
 
     @property
     def capture(self) -> str:
-        """Name of the recorded map."""
-        return ATTENTION_AUTO if self.blocks == AUTO else attention_name(self.direction, self.blocks)  # type: ignore[arg-type]
+        """Name of the recorded map.
+
+        Raises:
+            ValueError: while the block is still to be chosen.
+        """
+        if self.blocks == AUTO:
+            raise ValueError(
+                "TextAttention(blocks='auto'): the block has not been chosen yet. Resolve the recipe first, as `rlt2i "
+                "train` does, or name the blocks."
+            )
+        return attention_name(self.direction, self.blocks)  # type: ignore[arg-type]
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({self.capture})
+    def needs(self) -> Needs:
+        if self.blocks == AUTO:
+            remedy = (
+                "blocks='auto' compares attention with the regions that the reward judged. Name the blocks ('middle' "
+                "is the choice for large models)."
+            )
+            return Needs(reward={"maps"}, remedies={"maps": remedy})
+        remedy = "Change the credit's blocks or direction, or the policy."
+        return Needs(captures={self.capture}, remedies={self.capture: remedy})
 
     def weight(self, context: CreditContext) -> Tensor:
         return attention_allocation(

@@ -9,7 +9,7 @@ from torch import Tensor
 from rlt2i.captures import EDGES
 from rlt2i.credit.algebra import Advantage
 from rlt2i.functional.branching import distinct_edges, edge_advantage
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 
 
 @attrs.frozen(kw_only=True)
@@ -26,10 +26,18 @@ class TreeAdvantage(Advantage):
         eps: added to the standard deviation.
     """
 
-    needs = frozenset({"groups", EDGES})
-
     clip: float = attrs.field(default=5.0, validator=validators.gt(0))
     eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            groups=True,
+            captures={EDGES},
+            remedies={
+                EDGES: "Use a sampler whose rollouts branch, TreeSDE(...) or BranchSDE(...), or another advantage."
+            },
+        )
 
     def advantage(self, context: CreditContext) -> Tensor:
         rewards, edges = context.rewards, context.trajectory.captures[EDGES]

@@ -11,7 +11,7 @@ from rlt2i.credit.completions import completions
 from rlt2i.credit.steps import at_steps
 from rlt2i.functional.advantages import group_relative_advantage
 from rlt2i.functional.step_credit import balance_turning_points, turning_point_reward, turning_points
-from rlt2i.interfaces import CreditContext
+from rlt2i.interfaces import CreditContext, Needs
 
 
 @attrs.frozen(kw_only=True)
@@ -32,10 +32,12 @@ class TurningPoints(Advantage):
 
     eta: float = attrs.field(default=1.0, validator=validators.gt(0))
     balance: bool = True
-    needs = frozenset({"groups", "noise"})
-
     clip: float = attrs.field(default=5.0, validator=validators.gt(0))
     eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(groups=True, noise=True)
 
     def advantage(self, context: CreditContext) -> Tensor:
         values, valid, steps = completions(context, of="TurningPoints")

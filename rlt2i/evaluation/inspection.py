@@ -148,7 +148,7 @@ def maps(
     if run_dir is None:
         recipe, _ = resolve_auto(recipe)
     wanted = recipe.algorithm()
-    judged = wanted.reward_wants | (wanted.reward.metadata_keys if "reward/gradient" in wanted.credit.needs else set())
+    judged = wanted.reward_wants | (wanted.reward.metadata_keys if "gradient" in wanted.credit.needs.reward else set())
     if judged:
         raise ValueError(
             f"maps: the credit of {recipe.name!r} needs {sorted(judged)} from the reward, which a free "

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlt2i.functional.awm import AWMKLWeighting, AWMWeighting, awm_advantage, awm_kl_map, awm_log_likelihood
 from rlt2i.functional.ema import dgpo_reference_decay
 from rlt2i.functional.surrogate import clipped_surrogate, scaled_clip_range
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import NoisyPairs, noisy_pairs
 from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, share, trainable_steps
@@ -56,8 +56,10 @@ class AWM(Objective):
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"old", "reference"} if self.kl_weight > 0 else {"old"})
+    def needs(self) -> Needs:
+        sets = {"old", "reference"} if self.kl_weight > 0 else {"old"}
+        # Both distances pull on every image, whatever it earned.
+        return Needs(parameter_sets=sets, rows="valid" if self.kl_weight + self.ema_kl_weight > 0 else "advantage")
 
     def old_decay(self, optimizer_step: int) -> float:
         return dgpo_reference_decay(optimizer_step) if self.ema_kl_weight > 0 else 0.0

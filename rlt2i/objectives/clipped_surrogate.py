@@ -9,9 +9,16 @@ import attrs
 from attrs import validators
 
 from rlt2i.functional.surrogate import clipped_surrogate, scaled_clip_range
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, trainable_steps
-from rlt2i.objectives.reverse import KLMap, at_ratio_grid, denoising_step, reference_kl, surrogate_metrics
+from rlt2i.objectives.reverse import (
+    NO_LIKELIHOOD,
+    KLMap,
+    at_ratio_grid,
+    denoising_step,
+    reference_kl,
+    surrogate_metrics,
+)
 from rlt2i.types import Experience, Loss
 
 
@@ -41,8 +48,13 @@ class ClippedSurrogate(Objective):
     kl_map: KLMap = attrs.field(default="uniform", validator=validators.in_(("uniform", "credit", "inverse")))
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"log_probs", "old_log_probs"} | ({"reference"} if self.kl_weight > 0 else set()))
+    def needs(self) -> Needs:
+        return Needs(
+            noise=True,
+            old_log_probs=True,
+            parameter_sets={"reference"} if self.kl_weight > 0 else (),
+            remedies=NO_LIKELIHOOD,
+        )
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         trajectory = experience.trajectory
@@ -53,7 +65,7 @@ class ClippedSurrogate(Objective):
         for rollouts, steps in context.micro_batches(trainable):
             states = experience.step_batch(rollouts, steps)
             now = denoising_step(policy, trajectory, states)
-            log_prob = trajectory.kernel.log_prob_map(states.next_latents, now.transition)
+            log_prob = trajectory.log_prob_map(states.next_latents, now.transition)
             old_log_prob = log_prob.detach() if context.on_policy else states.old_log_probs
 
             log_ratio, weight, noise = at_ratio_grid(log_prob - old_log_prob, states, grid)

@@ -13,7 +13,7 @@ from attrs import validators
 from rlt2i.functional.ema import ramp_decay
 from rlt2i.functional.group_matching import CRDForm, crd_kl_weight, crd_loss, crd_reward_map
 from rlt2i.functional.matching import nft_label
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs, whole_groups
 from rlt2i.objectives.reduction import share, trainable_steps, weight_and_mask
@@ -46,7 +46,7 @@ class CRD(Objective):
     advantage_clip: float = attrs.field(default=5.0, validator=validators.gt(0))
     temperature: float | None = attrs.field(
         default=None,
-        validator=validators.optional(validators.gt(0)),  # type: ignore[arg-type]
+        validator=validators.optional(validators.gt(0)),
     )
     form: CRDForm = attrs.field(default="mse", validator=validators.in_(("mse", "bce")))
     adaptive: bool = True
@@ -63,12 +63,14 @@ class CRD(Objective):
         ramp_decay(0, value)
 
     @property
-    def rollout_weights(self) -> Literal["online", "old"]:  # type: ignore[override]
+    def rollout_weights(self) -> Literal["online", "old"]:
         return self.sample_with
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"old", "groups"} | ({"reference"} if self.kl_weight > 0 else set()))
+    def needs(self) -> Needs:
+        sets = {"old", "reference"} if self.kl_weight > 0 else {"old"}
+        # In a group without advantage all labels are 1/2: its implicit rewards are pulled together.
+        return Needs(parameter_sets=sets, groups=True, rows="valid")
 
     def old_decay(self, optimizer_step: int) -> float:
         return ramp_decay(optimizer_step, self.decay)

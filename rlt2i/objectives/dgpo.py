@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlt2i.functional.ema import dgpo_reference_decay
 from rlt2i.functional.group_matching import dgpo_clipped, dgpo_group_weight, dgpo_loss_map
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import NoisyPairs, noisy_pairs, whole_groups
 from rlt2i.objectives.reduction import on_grid, share, trainable_steps, weight_and_mask
@@ -50,14 +50,15 @@ class DGPO(Objective):
     sample_with: Literal["online", "old"] = attrs.field(default="online", validator=validators.in_(("online", "old")))
 
     @property
-    def rollout_weights(self) -> Literal["online", "old"]:  # type: ignore[override]
+    def rollout_weights(self) -> Literal["online", "old"]:
         return self.sample_with
 
     @property
-    def requires(self) -> frozenset[str]:
-        reference = {"reference"} if self.anchor == "reference" or self.kl_weight > 0 else set()
-        moving = {"old"} if "old" in (self.anchor, self.sample_with) or self.clip_range is not None else set()
-        return frozenset({"groups"} | reference | moving)
+    def needs(self) -> Needs:
+        reference: set[str] = {"reference"} if self.anchor == "reference" or self.kl_weight > 0 else set()
+        moving: set[str] = {"old"} if "old" in (self.anchor, self.sample_with) or self.clip_range is not None else set()
+        pulling = self.kl_weight > 0
+        return Needs(parameter_sets=reference | moving, groups=True, rows="valid" if pulling else "groups")
 
     def old_decay(self, optimizer_step: int) -> float:
         return dgpo_reference_decay(optimizer_step)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import attrs
 from attrs import validators
 
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.preference import preference_losses
 from rlt2i.types import Experience, Loss
@@ -31,8 +31,8 @@ class DiffusionDPO(Objective):
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"reference", "groups"})
+    def needs(self) -> Needs:
+        return Needs(parameter_sets={"reference"}, groups=True, rows="groups")
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         yield from preference_losses(

@@ -9,9 +9,16 @@ from attrs import validators
 
 from rlt2i.functional.gaussian import KLForm, kl_map
 from rlt2i.functional.surrogate import flow_dppo_surrogate, pool_log_ratio
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, trainable_steps
-from rlt2i.objectives.reverse import at_ratio_grid, denoising_step, old_transition, reference_kl, surrogate_metrics
+from rlt2i.objectives.reverse import (
+    NO_LIKELIHOOD,
+    at_ratio_grid,
+    denoising_step,
+    old_transition,
+    reference_kl,
+    surrogate_metrics,
+)
 from rlt2i.types import Experience, Loss
 
 
@@ -36,8 +43,9 @@ class FlowDPPO(Objective):
     kl: KLForm = attrs.field(default="flow_grpo", validator=validators.in_(("flow_grpo", "exact", "v", "x")))
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"log_probs", "old"} | ({"reference"} if self.kl_weight > 0 else set()))
+    def needs(self) -> Needs:
+        sets = {"old", "reference"} if self.kl_weight > 0 else {"old"}
+        return Needs(noise=True, parameter_sets=sets, remedies=NO_LIKELIHOOD)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         trajectory = experience.trajectory
@@ -48,7 +56,7 @@ class FlowDPPO(Objective):
             states = experience.step_batch(rollouts, steps)
             now = denoising_step(policy, trajectory, states)
             old = old_transition(policy, trajectory, states, now, context)
-            density = trajectory.kernel.log_prob_map
+            density = trajectory.log_prob_map
             log_ratio_map = density(states.next_latents, now.transition) - density(states.next_latents, old).detach()
             divergence = pool_log_ratio(kl_map(now.transition.mean.detach(), old.mean, old.std), grid)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlt2i.functional.matching import noised
 from rlt2i.functional.reward_backprop import last_steps, random_depth, scale_gradient
 from rlt2i.functional.transitions import euler
-from rlt2i.interfaces import Objective, Policy, Sampler, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, Sampler, UpdateContext
 from rlt2i.objectives.draws import shared_noise
 from rlt2i.objectives.reduction import share, trainable_steps
 from rlt2i.objectives.reward_backprop import rewarded, scale_credit_gradient
@@ -57,8 +57,8 @@ class DRaFT(Objective):
             )
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"reward/gradient", "reference"} if self.kl_weight > 0 else {"reward/gradient"})
+    def needs(self) -> Needs:
+        return Needs(reward={"gradient"}, parameter_sets={"reference"} if self.kl_weight > 0 else (), rows="valid")
 
     def trained_steps(self, sampler: Sampler) -> int:
         self._check(sampler.num_steps)

@@ -12,9 +12,16 @@ from torch import Tensor
 from rlt2i.functional.gaussian import KLForm, kl_map, log_prob_map
 from rlt2i.functional.surrogate import clipped_surrogate, grpo_guard_log_ratio, scaled_clip_range
 from rlt2i.functional.transitions import Transition
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, trainable_steps
-from rlt2i.objectives.reverse import at_ratio_grid, denoising_step, old_transition, reference_kl, surrogate_metrics
+from rlt2i.objectives.reverse import (
+    NO_LIKELIHOOD,
+    at_ratio_grid,
+    denoising_step,
+    old_transition,
+    reference_kl,
+    surrogate_metrics,
+)
 from rlt2i.types import Experience, Loss
 
 
@@ -43,8 +50,9 @@ class GRPOGuard(Objective):
     kl: KLForm = attrs.field(default="flow_grpo", validator=validators.in_(("flow_grpo", "exact", "v", "x")))
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"log_probs", "old"} | ({"reference"} if self.kl_weight > 0 else set()))
+    def needs(self) -> Needs:
+        sets = {"old", "reference"} if self.kl_weight > 0 else {"old"}
+        return Needs(noise=True, parameter_sets=sets, remedies=NO_LIKELIHOOD)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         trajectory = experience.trajectory

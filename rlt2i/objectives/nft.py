@@ -11,7 +11,7 @@ from attrs import validators
 
 from rlt2i.functional.ema import nft_old_decay
 from rlt2i.functional.matching import nft_label, nft_loss_map
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs
 from rlt2i.objectives.reduction import masked_mean, on_grid, share, trainable_steps
@@ -57,12 +57,13 @@ class DiffusionNFT(Objective):
             )
 
     @property
-    def rollout_weights(self) -> Literal["online", "old"]:  # type: ignore[override]
+    def rollout_weights(self) -> Literal["online", "old"]:
         return self.sample_with
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"old", "reference"} if self.kl_weight > 0 else {"old"})
+    def needs(self) -> Needs:
+        # A rollout without advantage has the label 1/2: it pulls towards the old policy.
+        return Needs(parameter_sets={"old", "reference"} if self.kl_weight > 0 else {"old"}, rows="valid")
 
     def old_decay(self, optimizer_step: int) -> float:
         return nft_old_decay(optimizer_step, int(self.decay)) if self.decay in (0, 1, 2) else float(self.decay)

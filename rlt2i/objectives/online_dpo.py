@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import attrs
 from attrs import validators
 
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.preference import preference_losses
 from rlt2i.types import Experience, Loss
@@ -34,8 +34,8 @@ class OnlineDPO(Objective):
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"old", "groups"})
+    def needs(self) -> Needs:
+        return Needs(parameter_sets={"old"}, groups=True, rows="groups")
 
     def old_decay(self, optimizer_step: int) -> float:
         return 0.0 if self.refresh_every and optimizer_step % self.refresh_every == 0 else 1.0

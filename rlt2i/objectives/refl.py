@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlt2i.functional.reward_backprop import last_steps, refl_loss
 from rlt2i.functional.transitions import clean_prediction
-from rlt2i.interfaces import Objective, Policy, Sampler, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, Sampler, UpdateContext
 from rlt2i.objectives.reduction import share, trainable_steps
 from rlt2i.objectives.reward_backprop import rewarded, scale_credit_gradient
 from rlt2i.seeds import uniform
@@ -47,8 +47,8 @@ class ReFL(Objective):
             raise ValueError(f"ReFL(window={self.window}): 0 <= first < last must hold, last exclusive.")
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"reward/gradient", "reference"} if self.kl_weight > 0 else {"reward/gradient"})
+    def needs(self) -> Needs:
+        return Needs(reward={"gradient"}, parameter_sets={"reference"} if self.kl_weight > 0 else (), rows="valid")
 
     def trained_steps(self, sampler: Sampler) -> int:
         self._window(sampler.num_steps)

@@ -9,9 +9,9 @@ from attrs import validators
 
 from rlt2i.functional.gaussian import KLForm
 from rlt2i.functional.surrogate import reinforce
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.reduction import masked_mean, on_grid, ratio_grid, trainable_steps
-from rlt2i.objectives.reverse import denoising_step, reference_kl
+from rlt2i.objectives.reverse import NO_LIKELIHOOD, denoising_step, reference_kl
 from rlt2i.types import Experience, Loss
 
 
@@ -31,8 +31,8 @@ class Reinforce(Objective):
     kl: KLForm = attrs.field(default="flow_grpo", validator=validators.in_(("flow_grpo", "exact", "v", "x")))
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"log_probs", "reference"} if self.kl_weight > 0 else {"log_probs"})
+    def needs(self) -> Needs:
+        return Needs(noise=True, parameter_sets={"reference"} if self.kl_weight > 0 else (), remedies=NO_LIKELIHOOD)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         if not context.on_policy:
@@ -47,7 +47,7 @@ class Reinforce(Objective):
         for rollouts, steps in context.micro_batches(trainable):
             states = experience.step_batch(rollouts, steps)
             now = denoising_step(policy, trajectory, states)
-            log_prob = trajectory.kernel.log_prob_map(states.next_latents, now.transition)
+            log_prob = trajectory.log_prob_map(states.next_latents, now.transition)
             loss_map = reinforce(log_prob, on_grid(states.advantage, grid), weight=on_grid(states.weight, grid))
             per_pair = masked_mean(loss_map, on_grid(states.mask.float(), grid) > 0)
             metrics = {"loss/reinforce": per_pair.detach(), "log_prob/mean": log_prob.detach().mean(dim=(1, 2))}

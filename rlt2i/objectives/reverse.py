@@ -16,6 +16,11 @@ from rlt2i.interfaces import Policy, UpdateContext
 from rlt2i.objectives.reduction import masked_mean, on_grid
 from rlt2i.types import StepBatch, Trajectory
 
+NO_LIKELIHOOD = {
+    "noise": "Use a stochastic sampler such as SDE(...), or a forward-process objective such as DiffusionNFT()."
+}
+"""The way out for an objective on log-probabilities and a sampler without any."""
+
 KLMap = Literal["uniform", "credit", "inverse"]
 """Where a penalty holds the policy back: everywhere alike, where the credit's weights are high, or where low."""
 
@@ -36,9 +41,7 @@ class Step:
 def denoising_step(policy: Policy, trajectory: Trajectory, states: StepBatch) -> Step:
     """The steps that the policy takes from the states of `states`; gradients flow."""
     velocity = policy.velocity(states.latents, states.sigma, states.conditioning)
-    transition = trajectory.kernel.transition(
-        states.latents, velocity, states.sigma, states.sigma_next, sigma_max=trajectory.sigma_max
-    )
+    transition = trajectory.transition(states.latents, velocity, states.sigma, states.sigma_next)
     return Step(velocity=velocity, transition=transition)
 
 

@@ -8,7 +8,7 @@ import attrs
 from attrs import validators
 
 from rlt2i.functional.matching import weighted_matching_loss_map
-from rlt2i.interfaces import Objective, Policy, UpdateContext
+from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs
 from rlt2i.objectives.reduction import on_grid, share, trainable_steps, weight_and_mask
@@ -33,8 +33,10 @@ class WeightedMatching(Objective):
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"reference"} if self.kl_weight > 0 else ())
+    def needs(self) -> Needs:
+        if self.kl_weight > 0:
+            return Needs(parameter_sets={"reference"}, rows="valid")
+        return Needs()
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         keys = experience.keys

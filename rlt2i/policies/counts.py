@@ -41,7 +41,7 @@ def fused_attention() -> Iterator[None]:
         query, key, value, bias, scale = kernel_inputs(*given, *args, **options)
         return attend(query, key, value, "cpu", bias=bias, scale=scale)[0]
 
-    functional.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = fused
     try:
         yield
     finally:

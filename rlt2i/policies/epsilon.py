@@ -120,12 +120,12 @@ class VPPolicy(Policy):
 
     A subclass says what the network predicts (`predict`) and supplies text, autoencoder and parameters; schedule, start
     and velocity follow.
-
-    Attributes:
-        schedule: of the network.
     """
 
-    schedule: VPSchedule
+    @property
+    @abstractmethod
+    def schedule(self) -> VPSchedule:
+        """Of the network."""
 
     @abstractmethod
     def predict(self, x_vp: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

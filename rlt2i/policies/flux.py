@@ -53,7 +53,7 @@ class FluxPolicy(PretrainedPolicy):
             return_dict=False,
         )[0]
         pixels = self.pixels_per_latent
-        return self.pipe._unpack_latents(output, h * pixels, w * pixels, pixels)  # type: ignore[no-any-return]
+        return self.pipe._unpack_latents(output, h * pixels, w * pixels, pixels)
 
 
 @attrs.frozen(kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import attrs
 import torch
@@ -24,13 +24,12 @@ EXTRA = "extra/"
 
 
 class GuidanceForm(ABC):
-    """The formula of guidance.
+    """The formula of guidance."""
 
-    Class attributes:
-        neutral: the scale at which it gives the velocity of the prompt itself.
-    """
-
-    neutral: ClassVar[float] = 1.0
+    @property
+    def neutral(self) -> float:
+        """The scale at which it gives the velocity of the prompt itself."""
+        return 1.0
 
     @abstractmethod
     def combine(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
@@ -53,7 +52,9 @@ class LinearGuidance(GuidanceForm):
 class OffsetGuidance(GuidanceForm):
     """v_pos + scale (v_pos - v_neg), as Z-Image and Krea count their scale: linear guidance of 1 + scale."""
 
-    neutral: ClassVar[float] = 0.0
+    @property
+    def neutral(self) -> float:
+        return 0.0
 
     def combine(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         return positive + scale * (positive - negative)
@@ -79,7 +80,7 @@ class RescaledGuidance(GuidanceForm):
     limit: float | None = attrs.field(default=None, validator=validators.optional(validators.gt(0)))
 
     @property
-    def neutral(self) -> float:  # type: ignore[override]
+    def neutral(self) -> float:
         return self.of.neutral
 
     def combine(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
@@ -128,7 +129,7 @@ class IntervalGuidance(GuidanceForm):
             )
 
     @property
-    def neutral(self) -> float:  # type: ignore[override]
+    def neutral(self) -> float:
         return self.of.neutral
 
     def combine(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
@@ -166,7 +167,7 @@ class Guided(Policy):
     uncond_grad: bool = False
 
     @property
-    def offers(self) -> frozenset[str]:  # type: ignore[override]
+    def offers(self) -> frozenset[str]:
         return self.policy.offers
 
     def encode(self, prompts: Prompts) -> Conditioning:

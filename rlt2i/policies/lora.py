@@ -45,7 +45,7 @@ def add_lora(transformer: Any, *, rank: int, alpha: int, targets: tuple[str, ...
         transformer.add_adapter(config)
     for module in transformer.modules():
         if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+            module.cast_input_dtype_enabled = False
             for matrices in (module.lora_A, module.lora_B):
                 for name, linear in matrices.items():
                     matrices[name] = _master(linear)

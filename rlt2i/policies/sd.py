@@ -33,7 +33,7 @@ class StableDiffusionPolicy(VPPolicy, PretrainedPolicy):
     order: ClassVar[Order] = "cross"
 
     @functools.cached_property
-    def schedule(self) -> VPSchedule:  # type: ignore[override]
+    def schedule(self) -> VPSchedule:
         schedule = self.spec.schedule
         return attrs.evolve(schedule, alpha_bars=schedule.alpha_bars.to(self.device))
 

@@ -26,7 +26,7 @@ class AestheticTowers(Towers):
     bias: Tensor
 
     @property
-    def side(self) -> int:  # type: ignore[override]
+    def side(self) -> int:
         return self.clip.side
 
     def texts(self, prompts: Sequence[str]) -> Tensor:

@@ -64,13 +64,12 @@ def _cut_ends(images: Tensor) -> Tensor:
 
 
 class Towers(ABC):
-    """A loaded model that encodes images and texts apart from each other, as far as it can.
+    """A loaded model that encodes images and texts apart from each other, as far as it can."""
 
-    Attributes:
-        side: of the square images it takes, in pixels.
-    """
-
-    side: int
+    @property
+    @abstractmethod
+    def side(self) -> int:
+        """Of the square images it takes, in pixels."""
 
     @abstractmethod
     def texts(self, prompts: Sequence[str]) -> Tensor:
@@ -164,7 +163,7 @@ class CLIPTowers(Towers):
     tokenizer: Any
 
     @property
-    def side(self) -> int:  # type: ignore[override]
+    def side(self) -> int:
         return int(self.model.config.vision_config.image_size)
 
     @property

@@ -28,7 +28,7 @@ class CLIPScore(CLIPReward):
     scale: CLIPScale = attrs.field(default="cosine", validator=validators.in_(("cosine", "hessel", "percent")))
 
     @property
-    def span(self) -> tuple[float, float]:  # type: ignore[override]
+    def span(self) -> tuple[float, float]:
         return {"cosine": (-1.0, 1.0), "hessel": (0.0, 2.5), "percent": (0.0, 100.0)}[self.scale]
 
     def of_cosine(self, cosine: Tensor, scale: Tensor) -> Tensor:

@@ -45,17 +45,17 @@ class WeightedSum(Reward):
                 raise ValueError(f"WeightedSum: the weight of {name!r} is {weight}; leave the reward out instead.")
 
     @property
-    def metadata_keys(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata_keys(self) -> frozenset[str]:
         return frozenset().union(*(reward.metadata_keys for reward, _ in self.rewards.values()))
 
     @property
-    def offers(self) -> frozenset[str]:  # type: ignore[override]
+    def offers(self) -> frozenset[str]:
         offers = [reward.offers for reward, _ in self.rewards.values()]
         some, all_of_them = frozenset().union(*offers), frozenset.intersection(*offers)
         return (some - {"gradient"}) | (all_of_them & {"gradient"})
 
     @property
-    def span(self) -> tuple[float, float] | None:  # type: ignore[override]
+    def span(self) -> tuple[float, float] | None:
         ends = []
         for reward, weight in self.rewards.values():
             if reward.span is None:
@@ -64,7 +64,7 @@ class WeightedSum(Reward):
         return sum(low for low, _ in ends), sum(high for _, high in ends)
 
     @property
-    def scope(self) -> Literal["sample", "group"]:  # type: ignore[override]
+    def scope(self) -> Literal["sample", "group"]:
         return "group" if any(reward.scope == "group" for reward, _ in self.rewards.values()) else "sample"
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
@@ -145,7 +145,7 @@ class Affine(Wrapper):
             raise ValueError("Affine(scale=0): every image would score the same, so nothing could be learned from it.")
 
     @property
-    def span(self) -> tuple[float, float] | None:  # type: ignore[override]
+    def span(self) -> tuple[float, float] | None:
         if self.reward.span is None:
             return None
         low, high = sorted(self.scale * end + self.shift for end in self.reward.span)
@@ -187,7 +187,7 @@ class Clip(Wrapper):
             raise ValueError(f"Clip(low={self.low}, high={value}): nothing lies between. Use low < high.")
 
     @property
-    def span(self) -> tuple[float, float]:  # type: ignore[override]
+    def span(self) -> tuple[float, float]:
         low, high = self.reward.span or (self.low, self.high)
         return max(self.low, min(low, self.high)), min(self.high, max(high, self.low))
 

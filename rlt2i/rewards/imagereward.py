@@ -34,7 +34,7 @@ class BLIPTowers(Towers):
     bias: Tensor
 
     @property
-    def side(self) -> int:  # type: ignore[override]
+    def side(self) -> int:
         return int(self.vision.config.image_size)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:

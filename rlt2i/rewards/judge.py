@@ -219,7 +219,7 @@ class RubricJudge(Judge):
         return RUBRICS[self.rubric] if isinstance(self.rubric, str) else self.rubric
 
     @property
-    def span(self) -> tuple[float, float]:  # type: ignore[override]
+    def span(self) -> tuple[float, float]:
         return self._rubric.low, self._rubric.high
 
     def question(self, prompt: str) -> str:

@@ -62,19 +62,19 @@ class Sharded(Reward):
     _agreed: list[dict[str, Any]] = attrs.field(init=False, factory=list, eq=False, repr=False)
 
     @property
-    def metadata_keys(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata_keys(self) -> frozenset[str]:
         return self._first.metadata_keys
 
     @property
-    def offers(self) -> frozenset[str]:  # type: ignore[override]
+    def offers(self) -> frozenset[str]:
         return self._first.offers - {"gradient"}
 
     @property
-    def span(self) -> tuple[float, float] | None:  # type: ignore[override]
+    def span(self) -> tuple[float, float] | None:
         return self._first.span
 
     @property
-    def scope(self) -> Literal["sample", "group"]:  # type: ignore[override]
+    def scope(self) -> Literal["sample", "group"]:
         return self._first.scope
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:

@@ -25,19 +25,19 @@ class Wrapper(Reward):
     reward: Reward
 
     @property
-    def metadata_keys(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata_keys(self) -> frozenset[str]:
         return self.reward.metadata_keys
 
     @property
-    def offers(self) -> frozenset[str]:  # type: ignore[override]
+    def offers(self) -> frozenset[str]:
         return self.reward.offers
 
     @property
-    def span(self) -> tuple[float, float] | None:  # type: ignore[override]
+    def span(self) -> tuple[float, float] | None:
         return self.reward.span
 
     @property
-    def scope(self) -> Literal["sample", "group"]:  # type: ignore[override]
+    def scope(self) -> Literal["sample", "group"]:
         return self.reward.scope
 
     def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:

@@ -9,7 +9,7 @@ from attrs import validators
 
 from rlt2i.captures import EDGES
 from rlt2i.functional.branching import Paths, tree_paths, trunk_paths
-from rlt2i.interfaces import Policy, RolloutRequest, Sampler
+from rlt2i.interfaces import Policy, RolloutRequest
 from rlt2i.samplers.rollout import denoise
 from rlt2i.samplers.stochastic import StochasticSampler
 from rlt2i.types import Conditioning, Trajectory
@@ -31,8 +31,11 @@ class BranchingSampler(StochasticSampler):
         kernel: the transition of the noisy steps.
     """
 
-    offers = Sampler.offers | {EDGES}
     whole_groups = True
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return super().offers | {EDGES}
 
     @property
     @abstractmethod

@@ -7,7 +7,6 @@ from attrs import validators
 
 from rlt2i.functional.solvers import dpm_solver_2m
 from rlt2i.interfaces import Policy, RolloutRequest, Sampler
-from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.rollout import MOST_STEPS, denoise
 from rlt2i.types import Conditioning, Trajectory
 
@@ -32,7 +31,7 @@ class DPM2(Sampler):
         return denoise(
             policy,
             conditioning,
-            kernel=FlowSDE(),  # never consulted: there is no stochastic step
+            kernel=None,
             stochastic_steps=(),
             num_steps=self.num_steps,
             request=request,

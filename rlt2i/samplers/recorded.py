@@ -14,7 +14,6 @@ from rlt2i.captures import PREFERENCE
 from rlt2i.functional.transitions import clean_prediction
 from rlt2i.inputs.imagefiles import ImageFileError, read_picture
 from rlt2i.interfaces import Policy, RolloutRequest, Sampler
-from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS, MOST_STEPS
 from rlt2i.types import Conditioning, Trajectory
 
@@ -68,7 +67,7 @@ class Recorded(Sampler):
             sigmas=sigmas,
             log_probs=latents.new_zeros(1, 1, 1, 1).expand(num_rollouts, self.num_steps, *latents.shape[-2:]),
             stochastic=torch.zeros(self.num_steps, dtype=torch.bool, device=device),
-            kernel=FlowSDE(),  # never consulted: there is no stochastic step
+            kernel=None,
             conditioning=conditioning,
             group_size=request.group_size,
             captures=_captures(policy, conditioning, request.captures, latents, sigmas),

@@ -50,7 +50,7 @@ def denoise(
     policy: Policy,
     conditioning: Conditioning,
     *,
-    kernel: TransitionKernel,
+    kernel: TransitionKernel | None,
     stochastic_steps: Collection[int],
     num_steps: int,
     request: RolloutRequest,
@@ -63,6 +63,7 @@ def denoise(
 
     Args:
         conditioning: B rows.
+        kernel: of the stochastic steps; None where there are none.
         request: of B rollouts; `clean_predictions` and `edges` are recorded here, all other captures by the policy.
         solver: of the deterministic steps.
         paths: of one group, where rollouts share states and steps. Then whole groups must be asked for, each state is
@@ -100,6 +101,7 @@ def denoise(
             )
         if (edges >= 0).any():
             noisy = (edges >= 0).to(noise.device)[:, None, None]
+            assert kernel is not None, "a step that draws noise has a kernel"
             transition = kernel.transition(latents, velocity, sigma, sigma_next, sigma_max=float(sigmas[1]))
             # A rollout without noise (-1) gets somebody's, and is put back on the ODE below.
             drawn = transition.mean + transition.std * noise.step(tuple(latents.shape[1:]))[edges]
@@ -126,6 +128,7 @@ def denoise(
         conditioning=conditioning,
         group_size=request.group_size,
         captures=stacked,
+        noisy=(plan.edges >= 0).to(noise.device),
     )
 
 

@@ -95,19 +95,19 @@ class RemoteReward(Reward):
             raise ValueError(f"RemoteReward(urls={list(value)}): give different URLs of the form http://host:port.")
 
     @property
-    def metadata_keys(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata_keys(self) -> frozenset[str]:
         return self.info().metadata_keys
 
     @property
-    def offers(self) -> frozenset[str]:  # type: ignore[override]
+    def offers(self) -> frozenset[str]:
         return self.info().offers - {"gradient"}  # scores travel, graphs do not
 
     @property
-    def span(self) -> tuple[float, float] | None:  # type: ignore[override]
+    def span(self) -> tuple[float, float] | None:
         return self.info().span
 
     @property
-    def scope(self) -> Literal["sample", "group"]:  # type: ignore[override]
+    def scope(self) -> Literal["sample", "group"]:
         return self.info().scope
 
     def fingerprint(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _size(recipe: Recipe, batch: BatchPlan) -> str:
         return f"per process: not counted, {type(recipe.policy).__name__} is no pipeline of diffusers"
 
     train, objective = recipe.train, recipe.objective
-    copies = {"old", "reference"} & objective.requires | ({"reference"} if train.reference else set())
+    copies = objective.needs.parameter_sets | ({"reference"} if train.reference else set())
     try:
         made = make_plan(
             recipe.policy,

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from rlt2i.algorithm import Algorithm
-from rlt2i.captures import ATTENTION_AUTO
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.controls import Shuffled
 from rlt2i.credit.group_relative import GroupRelative
@@ -101,4 +100,7 @@ def test_auto_needs_a_reward_that_knows_regions():
 def test_a_direction_cannot_be_chosen_without_its_block():
     with pytest.raises(ValueError, match="chosen together"):
         TextAttention(direction="auto", blocks="2")
-    assert TextAttention(direction="auto", blocks="auto").capture == ATTENTION_AUTO
+    undecided = TextAttention(direction="auto", blocks="auto")
+    assert undecided.needs.reward == {"maps"}
+    with pytest.raises(ValueError, match="has not been chosen yet"):
+        _ = undecided.capture

@@ -53,7 +53,7 @@ NO_MAP = Product(advantage=GroupRelative(), allocations=(TextAttention(blocks="0
 
 
 def sampler_for(objective: Objective) -> Sampler:
-    return WINDOW if "log_probs" in objective.requires else FLOW
+    return WINDOW if objective.needs.noise else FLOW
 
 
 def experience_for(objective: Objective, credit: CreditAssigner = UNIFORM, **collection: int) -> Experience:

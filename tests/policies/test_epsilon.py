@@ -27,7 +27,11 @@ class Gaussian(VPPolicy, ToyPolicy):
 
     def __init__(self, prediction: Prediction) -> None:
         ToyPolicy.__init__(self)
-        self.schedule = VPSchedule(alpha_bars=scaled_linear_alpha_bars(), prediction=prediction, steps_offset=1)
+        self.known = VPSchedule(alpha_bars=scaled_linear_alpha_bars(), prediction=prediction, steps_offset=1)
+
+    @property
+    def schedule(self) -> VPSchedule:
+        return self.known
 
     def predict(self, x_vp: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         alpha_bar = self.schedule.alpha_bars[timesteps].view(-1, 1, 1, 1)

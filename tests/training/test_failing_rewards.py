@@ -169,7 +169,7 @@ CREDITS = {
     name: credit
     for name, credit in credits().items()
     # A tree of rollouts cannot lose a branch, and a recorded pair is not compared by its scores.
-    if "edges" not in credit.needs and "RecordedPreference" not in name
+    if "edges" not in credit.needs.captures and "RecordedPreference" not in name
 }
 
 

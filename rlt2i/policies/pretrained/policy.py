@@ -181,7 +181,7 @@ class PretrainedPolicy(Policy):
         return self.pipe.vae
 
     @property
-    def offers(self) -> frozenset[str]:  # type: ignore[override]
+    def offers(self) -> frozenset[str]:
         return self.spec.offers
 
     def latent_shape(self, size: ImageSize) -> tuple[int, int, int]:

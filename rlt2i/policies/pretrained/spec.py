@@ -13,6 +13,7 @@ import torch
 from attrs import validators
 
 from rlt2i.captures import DIRECTIONS, Direction, attention_names, parse_attention_name
+from rlt2i.config import neutral
 from rlt2i.inputs.textfiles import user_path
 from rlt2i.interfaces import Policy, PolicySpec
 from rlt2i.policies.guidance import GuidanceForm, Guided, LinearGuidance
@@ -24,6 +25,7 @@ _TASKS = Path(__file__).resolve().parents[2] / "tasks"
 _EMBEDDED = {f"embedded:{world}": _TASKS / world / "pipeline" for world in ("shapes", "cells")}
 
 
+_LINEAR = LinearGuidance()
 _WIDEST = 16384
 """Rank or scale of an adapter: wider than any layer of these networks."""
 
@@ -78,8 +80,8 @@ class PretrainedSpec(PolicySpec):
     )
     lora_seed: int = 0
     guidance_scale: float = attrs.field(default=1.0)
-    guidance: GuidanceForm = attrs.field(factory=LinearGuidance)
-    negative_prompt: str = ""
+    guidance: GuidanceForm = neutral(_LINEAR)  # noqa: RUF009 - a frozen part, as every default is
+    negative_prompt: str = neutral("")
     uncond_grad: bool = False
     dtype: Dtype = attrs.field(default="float32", validator=validators.in_(tuple(_DTYPES)))
     vae_dtype: Dtype | None = attrs.field(default=None, validator=validators.in_((None, *_DTYPES)))
