@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -219,6 +219,13 @@ def _named(function: str | Callable[..., Any]) -> str:
     return reference_to(function)
 
 
+def _set_of_names(value: Iterable[str]) -> frozenset[str]:
+    """A single name is no set of its letters."""
+    if isinstance(value, str):
+        raise ValueError(f"Function(metadata_keys={value!r}): expected a list of names, such as [{value}].")
+    return frozenset(value)
+
+
 @attrs.frozen(kw_only=True)
 class Function(Reward):
     """A plain function `(images, prompts, metadata) -> scores` as a reward.
@@ -236,7 +243,7 @@ class Function(Reward):
     RENAMED: ClassVar[Mapping[str, str]] = {"requires": "metadata_keys"}
 
     function: str = attrs.field(converter=_named, validator=validators.matches_re(r".+:\w+(\.\w+)*"))
-    metadata_keys: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
+    metadata_keys: frozenset[str] = attrs.field(default=frozenset(), converter=_set_of_names)
     span: tuple[float, float] | None = None
 
     def __attrs_post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import attrs
@@ -64,13 +64,24 @@ def as_prompts(prompts: list[TaskPrompt], *, group_size: int, start: int = 0) ->
     )
 
 
+def _check_keys(part: Reward | Sampler) -> None:
+    """What a part written elsewhere may get wrong, and what would then silently not be checked."""
+    keys: object = part.metadata_keys
+    name = type(part).__name__
+    if isinstance(keys, str) or not isinstance(keys, Set) or not all(isinstance(key, str) for key in keys):
+        raise ValueError(f"{name}.metadata_keys={keys!r}: expected a set of names, such as frozenset({{'text'}}).")
+    if getattr(part, "requires", None):
+        raise ValueError(f"{name}.requires: it is called metadata_keys now, so nothing would look at it. Rename it.")
+
+
 def check_metadata(task: Task, *parts: Reward | Sampler) -> None:
     """Refuse rewards, and samplers that read, that would look for task data that is not there.
 
     Raises:
-        ValueError: naming what is missing and what exists.
+        ValueError: naming what is missing and what exists; or a part whose `metadata_keys` are no set of names.
     """
     for part in parts:
+        _check_keys(part)
         missing = sorted(part.metadata_keys - task.provides) if part.metadata_keys else []
         if missing:
             raise ValueError(

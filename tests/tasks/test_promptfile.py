@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from rlt2i.rewards.combinators import Function
 from rlt2i.rewards.geneval import GenEvalReward
 from rlt2i.tasks.base import check_metadata
 from rlt2i.tasks.promptfile import PromptFileTask, read_prompts
+from tests.helpers.toy import QuadrantBrightness
 
 
 def write(path: Path, *lines: str) -> str:
@@ -145,3 +147,15 @@ def test_home_folders_and_capital_suffixes(tmp_path: Path, monkeypatch: pytest.M
     task = PromptFileTask(train="~/A.TXT", evaluation="~/B.JsonL")
     assert [p.text for p in task.train_prompts(seed=0, start=0, count=1)] == ["x"]
     assert [p.text for p in task.eval_prompts(1)] == ["y"]
+
+
+def test_keys_that_would_silently_not_be_checked_are_refused(tmp_path: Path):
+    task = PromptFileTask(train=write(tmp_path / "a.jsonl", *(json.dumps({"prompt": f"{i}"}) for i in range(10))))
+    for keys in ("text", ["text"], {1}):
+        bad = type("Mine", (QuadrantBrightness,), {"metadata_keys": keys})()
+        with pytest.raises(ValueError, match=r"Mine\.metadata_keys=.*expected a set of names"):
+            check_metadata(task, bad)
+    with pytest.raises(ValueError, match=r"Old\.requires: it is called metadata_keys now"):
+        check_metadata(task, type("Old", (QuadrantBrightness,), {"requires": frozenset({"text"})})())
+    with pytest.raises(ValueError, match=r"Function\(metadata_keys='text'\): expected a list of names"):
+        Function(function="tests.tasks.test_promptfile:write", metadata_keys="text")  # type: ignore[arg-type]
