@@ -29,7 +29,7 @@ from rlt2i.rewards.validity import score_safely
 from rlt2i.runs.terminal import Progress
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.seeds import RolloutNoise, derive_seed, generator
-from rlt2i.types import Conditioning, Experience, Prompts, Rewards, Trajectory
+from rlt2i.types import Conditioning, Experience, ImageSize, Prompts, Rewards, Trajectory
 
 Result = TypeVar("Result")
 
@@ -96,7 +96,7 @@ def rollout(
     prompts: Prompts,
     *,
     seed: int,
-    image_size: int,
+    image_size: ImageSize,
     rollout_batch_size: int,
     captures: frozenset[str] = frozenset(),
     share_initial_noise: bool = False,
@@ -211,7 +211,8 @@ class Engine:
 
     Attributes:
         algorithm: with its policy loaded.
-        image_size: pixels a side.
+        image_size: in pixels.
+        sizes: of which each iteration draws one; empty means always `image_size`.
         rollout_batch_size: rollouts per forward pass; changes speed and memory, nothing else.
         seed: of the run.
         share_initial_noise: whether a group starts from the same noise, so that its rollouts differ by what was done
@@ -221,9 +222,10 @@ class Engine:
     """
 
     algorithm: Algorithm
-    image_size: int
+    image_size: ImageSize
     rollout_batch_size: int
     seed: int
+    sizes: tuple[ImageSize, ...] = ()
     share_initial_noise: bool = False
     device: torch.device = attrs.field(default=torch.device("cpu"), converter=torch.device)
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -233,6 +235,12 @@ class Engine:
     def policy(self) -> Policy:
         assert isinstance(self.algorithm.policy, Policy), "load the algorithm first"
         return self.algorithm.policy
+
+    def size_at(self, iteration: int) -> ImageSize:
+        """Of the rollouts of an iteration, the same on every process: a batch is of one size."""
+        if not self.sizes:
+            return self.image_size
+        return self.sizes[derive_seed("size", self.seed, iteration) % len(self.sizes)]
 
     def collect(self, prompts: Prompts, *, iteration: int, watch: Stopwatch | None = None) -> Collected:
         """Roll out, score and assign credit for P prompts x G rollouts.
@@ -261,7 +269,7 @@ class Engine:
             rewards=rewards,
             credit=credit,
             prompts=prompts.ungrouped(),
-            token_grid=self.policy.token_grid(self.image_size),
+            token_grid=self.policy.token_grid(self.size_at(iteration)),
             keys=keys,
             groups=groups,
         )
@@ -292,7 +300,7 @@ class Engine:
                 self.algorithm.sampler,
                 prompts,
                 seed=self.seed,
-                image_size=self.image_size,
+                image_size=self.size_at(iteration),
                 rollout_batch_size=self.rollout_batch_size,
                 captures=self.algorithm.captures,
                 share_initial_noise=self.share_initial_noise,
@@ -393,7 +401,7 @@ class Engine:
             prompts=prompts,
             trajectory=trajectory,
             rewards=rewards,
-            token_grid=self.policy.token_grid(self.image_size),
+            token_grid=self.policy.token_grid(self.size_at(iteration)),
             images=images,
             iteration=iteration,
             keys=keys,

@@ -92,6 +92,13 @@ class PolicySpec(ABC):
     def offers(self) -> frozenset[str]:
         """The captures the loaded policy can record."""
 
+    def check_image_size(self, size: ImageSize) -> None:  # noqa: B027 - most take whatever they are given
+        """Refuse, before any weight is read, a size that the loaded policy would refuse.
+
+        Raises:
+            ValueError: with the nearest size that works.
+        """
+
     @abstractmethod
     def load(self, device: torch.device | str = "cpu") -> Policy:
         """Read the weights."""
@@ -210,7 +217,7 @@ class RolloutRequest:
     Attributes:
         noise: of the B rollouts, each a function of its own identity.
         captures: what to record on the way.
-        image_size: pixels a side.
+        image_size: in pixels.
         group_size: rollouts of one prompt that are adjacent; 1 unless the sampler asked for whole groups.
         iteration: number of the rollout batch; windows may slide with it.
         metadata: task data of the B rollouts, for samplers that read rather than denoise.
@@ -218,7 +225,7 @@ class RolloutRequest:
 
     noise: RolloutNoise
     captures: frozenset[str]
-    image_size: int
+    image_size: ImageSize
     group_size: int = 1
     iteration: int = 0
     metadata: Sequence[Mapping[str, Any]] = ()

@@ -34,6 +34,25 @@ def height_and_width(size: ImageSize) -> tuple[int, int]:
     return height, width
 
 
+def image_size(value: Any) -> Any:
+    """The one way of writing a size, for fields: a number for a square, (height, width) for anything else."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value[0] if value[0] == value[1] else tuple(value)
+    return value
+
+
+def image_sizes(values: Any) -> Any:
+    """The same for fields of several sizes."""
+    return tuple(map(image_size, values)) if isinstance(values, list | tuple) else values
+
+
+def at_least_a_pixel(instance: Any, attribute: Any, value: Any) -> None:
+    """A validator of fields that are an `ImageSize`, sizes, or None."""
+    for size in value if attribute.name == "sizes" else [value]:
+        if size is not None and min(height_and_width(size)) < 1:
+            raise ValueError(f"{attribute.name}={value}: a side of an image has at least 1 pixel.")
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class Prompts:
     """P prompts, each to be sampled `group_size` times.

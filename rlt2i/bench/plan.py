@@ -27,6 +27,7 @@ SHARED = (
     "prompts_per_iteration",
     "group_size",
     "image_size",
+    "sizes",
     "eval_every",
     "eval_prompts",
     "eval_steps",

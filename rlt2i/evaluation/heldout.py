@@ -16,6 +16,7 @@ from rlt2i.rewards.validity import score_safely
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt, as_prompts
+from rlt2i.types import ImageSize
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -112,7 +113,7 @@ def evaluate(
     *,
     num_steps: int,
     seed: int,
-    image_size: int,
+    image_size: ImageSize,
     rollout_batch_size: int,
     device: torch.device | str = "cpu",
     rank: int = 0,

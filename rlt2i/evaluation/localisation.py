@@ -13,7 +13,7 @@ from rlt2i.interfaces import Policy, Reward, RewardBatch
 from rlt2i.rewards.agreement import FailureCounts
 from rlt2i.rewards.validity import score_safely
 from rlt2i.samplers.ode import ODE
-from rlt2i.types import Prompts
+from rlt2i.types import ImageSize, Prompts
 
 
 def area_under_roc(scores: Tensor, inside: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def measure_localisation(
     prompts: Prompts,
     *,
     num_steps: int,
-    image_size: int,
+    image_size: ImageSize,
     rollout_batch_size: int,
     seed: int,
     device: torch.device | str = "cpu",

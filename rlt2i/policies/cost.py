@@ -17,11 +17,9 @@ import torch
 from torch import nn
 
 from rlt2i.captures import attention_name
-from rlt2i.policies.attention.watch import watch
 from rlt2i.policies.counts import PeakMemory, count_operations, fused_attention
 from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
-from rlt2i.policies.pretrained.loading import cast, meta_pipeline, meta_text_encoders, prepare
-from rlt2i.policies.pretrained.text import TextEncoding
+from rlt2i.policies.pretrained.loading import cast, meta_text_encoders
 from rlt2i.types import Conditioning, ImageSize
 
 _FLOAT32 = 4
@@ -98,17 +96,6 @@ def _bytes(module: nn.Module) -> int:
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
-def on_meta(spec: PretrainedSpec) -> PretrainedPolicy:
-    """The policy on the meta device, prepared as for training, without text encoders; reads configurations alone."""
-    spec = attrs.evolve(spec, text_cache=None)
-    pipe, device = meta_pipeline(spec), torch.device("meta")
-    prepare(spec, getattr(pipe, spec.network), pipe.vae)
-    text = TextEncoding(spec=spec, pipe=pipe, device=device)
-    policy = spec.policy(spec=spec, pipe=pipe, text=text, device=device)
-    watch(policy.attentions(), device, spec.compute_dtype)
-    return policy
-
-
 def make_plan(
     spec: PretrainedSpec,
     *,
@@ -169,7 +156,7 @@ def _count(
     num_tokens: int,
     weight_copies: int,
 ) -> Plan:
-    policy = on_meta(attrs.evolve(spec, gradient_checkpointing=False))
+    policy = spec.policy.on_meta(attrs.evolve(spec, gradient_checkpointing=False))
     network, vae = policy.network, policy.vae
     learnt = [p for p in network.parameters() if p.requires_grad]
     trainable = sum(p.numel() for p in learnt)
@@ -236,7 +223,7 @@ def capture_share(
     spec: PretrainedSpec, *, image_size: ImageSize, num_tokens: int = 20, blocks: str = "middle"
 ) -> float:
     """Arithmetic of recording attention from the image to the text, relative to the forward pass that it watches."""
-    policy = on_meta(spec)
+    policy = spec.policy.on_meta(spec)
     cast(policy.network, spec.compute_dtype)
     with fused_attention():
         return _captured_flops(policy, image_size, num_tokens, blocks) / forward_flops(policy, image_size) - 1
@@ -244,7 +231,7 @@ def capture_share(
 
 @torch.no_grad()
 def forward_flops(policy: PretrainedPolicy, size: ImageSize) -> float:
-    """Arithmetic of the velocity of one sequence, of a policy `on_meta` within `fused_attention`."""
+    """Arithmetic of the velocity of one sequence, of a policy on the meta device within `fused_attention`."""
     return count_operations(lambda: _velocity(policy, size, 1))
 
 

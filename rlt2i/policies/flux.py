@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
@@ -73,6 +74,7 @@ class Flux(PretrainedSpec):
     pipeline: ClassVar = "FluxPipeline"
     policy: ClassVar = FluxPolicy
     targets: ClassVar = FLOW_GRPO_TARGETS
+    known: ClassVar = {"black-forest-labs/FLUX.1-dev": Path(__file__).parent / "data" / "flux1_dev.json"}
 
     def num_blocks(self, config: Mapping[str, Any]) -> int:
         return int(config["num_layers"] + config["num_single_layers"])

@@ -10,6 +10,7 @@ from attrs.validators import ge, gt, le, lt, optional
 
 from rlt2i.config import neutral
 from rlt2i.distributed import TIMEOUT
+from rlt2i.types import ImageSize, at_least_a_pixel, image_size, image_sizes
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
@@ -26,7 +27,8 @@ class TrainConfig:
         optimizer_steps_per_iteration: optimiser steps per rollout batch, each on its own share of the groups.
         rollout_batch_size: rollouts per forward pass while sampling; changes speed and memory, nothing else.
         micro_batch_size: (rollout, step) pairs per forward pass while learning; likewise.
-        image_size: pixels a side.
+        image_size: in pixels, one number for a square or [height, width]; of evaluations, and of rollouts too.
+        sizes: of rollouts where they are to be of several: each iteration draws one of them, by the seed.
         share_initial_noise: start the rollouts of a group from the same noise.
         learning_rate, betas, weight_decay, adam_eps: of AdamW.
         max_grad_norm: global norm at which gradients are clipped.
@@ -60,7 +62,8 @@ class TrainConfig:
     optimizer_steps_per_iteration: int = attrs.field(default=1, validator=ge(1))
     rollout_batch_size: int = attrs.field(validator=ge(1))
     micro_batch_size: int = attrs.field(validator=ge(1))
-    image_size: int = attrs.field(validator=ge(1))
+    image_size: ImageSize = attrs.field(converter=image_size, validator=at_least_a_pixel)
+    sizes: tuple[ImageSize, ...] = attrs.field(default=(), converter=image_sizes, validator=at_least_a_pixel)
     share_initial_noise: bool = False
     learning_rate: float = attrs.field(validator=gt(0))
     betas: tuple[float, float] = attrs.field(default=(0.9, 0.999))

@@ -20,6 +20,7 @@ from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.ocr.task import OCRFileTask, OCRTask
 from rlt2i.tasks.pairs import PairFileTask
 from rlt2i.tasks.pickscore import PickScoreTask
+from rlt2i.types import ImageSize, height_and_width
 
 IMAGE_SIZE = 32
 SIZES = {"Lumina2Pipeline": 64}
@@ -74,7 +75,7 @@ def make_small(recipe: Recipe, folder: Path, *, compile_blocks: bool = True) -> 
     return Rehearsed(recipe=attrs.evolve(small, train=_train(small, image_size, said)), replaced=tuple(said))
 
 
-def _policy(recipe: Recipe, folder: Path, compile_blocks: bool, said: list[str]) -> tuple[Any, int]:
+def _policy(recipe: Recipe, folder: Path, compile_blocks: bool, said: list[str]) -> tuple[Any, ImageSize]:
     spec = recipe.policy
     if not isinstance(spec, PretrainedSpec):
         return spec, recipe.train.image_size
@@ -132,7 +133,7 @@ def _replaced(value: Any, said: list[str]) -> Any:
     return type(value)(_replaced(item, said) for item in value) if isinstance(value, list | tuple) else value
 
 
-def _task(task: Task, folder: Path, image_size: int, said: list[str]) -> Task:
+def _task(task: Task, folder: Path, image_size: ImageSize, said: list[str]) -> Task:
     if isinstance(task, OCRFileTask):
         said.append("task OCRFileTask -> OCRTask, whose prompts need no download")
         return OCRTask()
@@ -147,7 +148,7 @@ def _task(task: Task, folder: Path, image_size: int, said: list[str]) -> Task:
     return task
 
 
-def _write_pairs(task: Task, folder: Path, image_size: int, count: int = 8) -> Path:
+def _write_pairs(task: Task, folder: Path, image_size: ImageSize, count: int = 8) -> Path:
     """A pair file of random pictures for the training prompts of a task."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = torch.Generator().manual_seed(0)
@@ -155,7 +156,7 @@ def _write_pairs(task: Task, folder: Path, image_size: int, count: int = 8) -> P
     for index, prompt in enumerate(task.train_prompts(seed=0, start=0, count=count)):
         names = {}
         for role in ("winner", "loser"):
-            picture = torch.randint(256, (3, image_size, image_size), generator=draw, dtype=torch.uint8)
+            picture = torch.randint(256, (3, *height_and_width(image_size)), generator=draw, dtype=torch.uint8)
             write_png(picture, str(folder / f"{role}-{index}.png"))
             names[role] = f"{role}-{index}.png"
         rows.append(json.dumps({"prompt": _told_apart(prompt, index), **prompt.metadata, **names}))
@@ -220,7 +221,7 @@ def _eval_prompts(recipe: Recipe) -> int:
     return recipe.train.eval_prompts
 
 
-def _train(recipe: Recipe, image_size: int, said: list[str]) -> Any:
+def _train(recipe: Recipe, image_size: ImageSize, said: list[str]) -> Any:
     train = recipe.train
     least = 4 if _judged_by_counting(recipe) else 2
     sizes = [g for g in GROUP_SIZES if least <= g <= train.group_size and _fits(recipe, g)]
@@ -232,6 +233,7 @@ def _train(recipe: Recipe, image_size: int, said: list[str]) -> Any:
         group_size=group if train.group_size > 1 else 1,
         rollout_batch_size=max(group, min(train.rollout_batch_size, 8)),
         image_size=image_size,
+        sizes=tuple(image_size for _ in train.sizes),
         eval_every=1,
         eval_prompts=_eval_prompts(recipe),
         eval_steps=min(train.eval_steps, 2),
@@ -246,6 +248,7 @@ def _train(recipe: Recipe, image_size: int, said: list[str]) -> Any:
         "group_size",
         "rollout_batch_size",
         "image_size",
+        "sizes",
         "eval_prompts",
     ):
         before, after = getattr(train, name), getattr(small, name)

@@ -15,7 +15,7 @@ from rlt2i.functional.transitions import clean_prediction
 from rlt2i.inputs.imagefiles import ImageFileError, read_picture
 from rlt2i.interfaces import Policy, RolloutRequest, Sampler
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS, MOST_STEPS
-from rlt2i.types import Conditioning, Trajectory
+from rlt2i.types import Conditioning, ImageSize, Trajectory, height_and_width
 
 ROLES: Final = ("winner", "loser")
 """Metadata keys with the files of a pair, in the order of its two rollouts."""
@@ -74,19 +74,20 @@ class Recorded(Sampler):
         )
 
 
-def read_image(file: Path, image_size: int) -> Tensor:
-    """[3, S, S] uint8 RGB.
+def read_image(file: Path, image_size: ImageSize) -> Tensor:
+    """[3, H, W] uint8 RGB.
 
     Raises:
-        ValueError: naming the file, when it is no image of `image_size` pixels a side.
+        ValueError: naming the file, when it is no image of that size.
     """
     try:
         pixels = torch.from_numpy(read_picture(file)).permute(2, 0, 1)
     except ImageFileError as error:
         raise ValueError(f"{file}: {error}. Replace it, or drop its pair.") from None
-    if tuple(pixels.shape[1:]) != (image_size, image_size):
+    height, width = height_and_width(image_size)
+    if tuple(pixels.shape[1:]) != (height, width):
         raise ValueError(
-            f"{file}: {pixels.shape[2]} x {pixels.shape[1]} pixels, expected {image_size} x {image_size}. "
+            f"{file}: {pixels.shape[2]} x {pixels.shape[1]} pixels, expected {width} x {height}. "
             "Resize the images of the pair file, or set image_size."
         )
     return pixels

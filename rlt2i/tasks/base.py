@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from rlt2i.interfaces import Reward, Sampler
-from rlt2i.types import Prompts
+from rlt2i.types import ImageSize, Prompts
 
 
 @attrs.frozen(kw_only=True)
@@ -45,8 +45,8 @@ class Task(ABC):
     def eval_prompts(self, count: int) -> list[TaskPrompt]:
         """`count` held-out prompts, balanced over categories; the same list on every call."""
 
-    def check_image_size(self, image_size: int) -> None:  # noqa: B027 - most tasks go with every size
-        """Refuse a size (pixels a side, the `train.image_size` of a recipe) that the task's images cannot have.
+    def check_image_size(self, image_size: ImageSize) -> None:  # noqa: B027 - most tasks go with every size
+        """Refuse a size (`train.image_size` or one of `train.sizes`) that the task's images cannot have.
 
         Raises:
             ValueError: saying which size to use.

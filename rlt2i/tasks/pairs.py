@@ -13,6 +13,7 @@ from rlt2i.inputs.textfiles import TextLine, has_suffix, kept_until_changed, rea
 from rlt2i.inputs.typography import is_blank
 from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.streams import balanced, prompt_key, shuffled
+from rlt2i.types import ImageSize, height_and_width
 
 HELD_OUT_EVERY: Final = 10
 """Without a task of its own, evaluation gets every tenth prompt of the file."""
@@ -61,14 +62,14 @@ class PairFileTask(Task):
             return self.evaluation.eval_prompts(count)
         return balanced(self._split()[1], count, of="PairFileTask")
 
-    def check_image_size(self, image_size: int) -> None:
+    def check_image_size(self, image_size: ImageSize) -> None:
         if self.evaluation is not None:
             self.evaluation.check_image_size(image_size)
         height, width = self._file().size
-        if (height, width) != (image_size, image_size):
+        if (height, width) != height_and_width(image_size):
             raise ValueError(
                 f"train.image_size={image_size}: the images of {self.pairs} have {width} x {height} pixels. Crop and "
-                "resize them to squares of that size, or set train.image_size."
+                f"resize them to that size, or set train.image_size=[{height}, {width}]."
             )
 
     def _file(self) -> PairFile:

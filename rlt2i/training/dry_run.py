@@ -27,6 +27,17 @@ def batch_plan(recipe: Recipe, *, world_size: int) -> BatchPlan:
     return derive_batch(train, world_size=world_size, num_steps=num_steps, trained_steps=trained)
 
 
+def check_sizes(recipe: Recipe) -> None:
+    """Refuse, before anything is loaded, sizes that the task's images or the policy's network cannot have.
+
+    Raises:
+        ValueError: with a size that works.
+    """
+    for size in (recipe.train.image_size, *recipe.train.sizes):
+        recipe.task.check_image_size(size)
+        recipe.policy.check_image_size(size)
+
+
 def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
     """What `rlt2i train --dry-run` prints.
 
@@ -36,7 +47,7 @@ def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
     train = recipe.train
     recipe.algorithm().check_group_size(train.group_size)
     check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
-    recipe.task.check_image_size(train.image_size)
+    check_sizes(recipe)
     batch = batch_plan(recipe, world_size=world_size)
     parts = [f"{recipe.name}  {recipe.hash[:8]}  evidence: {recipe.evidence}", recipe.about, "", batch.table()]
     size = _size(recipe, batch)
@@ -64,6 +75,6 @@ def _size(recipe: Recipe, batch: BatchPlan) -> str:
             rollout_batch_size=batch.rollout_batch_size,
             weight_copies=len(copies) + (train.ema_decay is not None),
         )
-    except NotCounted as error:
+    except (NotCounted, OSError) as error:  # OSError: the configurations are out of reach
         return f"per process: not counted. {error}"
     return f"per process:\n{made.table()}"

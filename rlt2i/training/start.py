@@ -24,7 +24,7 @@ from rlt2i.runs.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 from rlt2i.runs.logbook import Logbook, open_logbook
 from rlt2i.tasks.base import TaskPrompt, check_metadata
 from rlt2i.tasks.reading import MOST_DRAWN, report_on
-from rlt2i.training.dry_run import batch_plan
+from rlt2i.training.dry_run import batch_plan, check_sizes
 from rlt2i.training.signals import GracefulStop
 from rlt2i.training.trainer import Trainer
 
@@ -45,7 +45,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) ->
     processes = Processes(timeout=train.process_timeout)
     recipe.algorithm().check_group_size(train.group_size)
     check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
-    recipe.task.check_image_size(train.image_size)
+    check_sizes(recipe)
     batch = batch_plan(recipe, world_size=processes.world_size)
     say: Callable[[str], None] = functools.partial(print, flush=True) if processes.is_main else lambda _: None
     recipe = _resolved(recipe, run_dir if resume is not None else None, processes, say)
@@ -156,6 +156,7 @@ def _assemble(
     engine = Engine(
         algorithm=algorithm,
         image_size=train.image_size,
+        sizes=train.sizes,
         rollout_batch_size=train.rollout_batch_size,
         seed=train.seed,
         share_initial_noise=train.share_initial_noise,

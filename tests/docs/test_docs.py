@@ -7,9 +7,14 @@ from pathlib import Path
 
 import attrs
 import pytest
+import torch
 
+from rlt2i.captures import attention_name
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
+from rlt2i.policies.lumina2 import Lumina2
+from rlt2i.policies.tiny import save_tiny
 from rlt2i.samplers.sde import SDE
+from rlt2i.types import Prompts
 from tests.helpers.build import collect, toy_algorithm, toy_engine, toy_learner
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -36,6 +41,20 @@ def test_own_credit_weighs_late_steps_more(extending):
     assert weight.shape == (1, 6, 1, 1)
     assert weight[0, -1] > weight[0, 0]
     assert abs(float(weight.mean()) - 1) < 1e-6
+
+
+def test_own_backbone_is_the_one_of_the_package(extending, tmp_path: Path):
+    folder = str(save_tiny("Lumina2Pipeline", tmp_path))
+    mine, theirs = (spec(path=folder, lora_rank=2).load() for spec in (extending["Lumina"], Lumina2))
+    prompts, names = Prompts.of(["a red cat", "two boxes"]), frozenset({attention_name("text_to_image", "all")})
+    latents = torch.randn(2, *mine.latent_shape((32, 64)), generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.7, 0.3])
+    with torch.no_grad():
+        ours, maps = mine.velocity_with_captures(latents, sigma, mine.encode(prompts), names)
+        velocity, captures = theirs.velocity_with_captures(latents, sigma, theirs.encode(prompts), names)
+    torch.testing.assert_close(ours, velocity, atol=1e-5, rtol=1e-5)
+    for name in names:
+        torch.testing.assert_close(maps[name], captures[name], atol=1e-6, rtol=1e-5)
 
 
 def test_own_objective_learns(extending):

@@ -6,7 +6,7 @@ import attrs
 import pytest
 import torch
 
-from rlt2i.policies.cost import NotCounted, capture_share, forward_flops, make_plan, on_meta
+from rlt2i.policies.cost import NotCounted, capture_share, forward_flops, make_plan
 from rlt2i.policies.counts import PeakMemory, count_operations, fused_attention
 from rlt2i.policies.flux import Flux
 from rlt2i.policies.lumina2 import Lumina2
@@ -21,7 +21,7 @@ SD35 = SD3(path="stabilityai/stable-diffusion-3.5-medium", lora_rank=32, dtype="
 
 @pytest.fixture(scope="module")
 def sd35():
-    return on_meta(SD35).network
+    return SD35.policy.on_meta(SD35).network
 
 
 def test_sd35_medium_has_its_parameters(sd35):
@@ -44,7 +44,7 @@ def plan():
 @pytest.mark.parametrize(("pixels", "text", "tera"), [(512, 333, 2.443), (1024, 205, 10.915)])
 def test_forward_arithmetic_of_sd35_medium(pixels, text, tera):
     spec = attrs.evolve(SD35, lora_rank=None, dtype="float32", max_sequence_length=text - 77)
-    policy = on_meta(spec)
+    policy = spec.policy.on_meta(spec)
     with fused_attention():
         assert forward_flops(policy, pixels) / 1e12 == pytest.approx(tera, abs=1e-3)
 
@@ -83,7 +83,7 @@ def test_recording_attention_is_almost_free(short):
     spec = attrs.evolve(short, lora_rank=None, dtype="float32")
     share = capture_share(spec, image_size=512, blocks="1")
     with fused_attention():
-        forward = forward_flops(on_meta(spec), 512)
+        forward = forward_flops(spec.policy.on_meta(spec), 512)
     assert share * forward == pytest.approx(1024 * 20 * (24 * 2 * 64 + 2))
     assert capture_share(spec, image_size=512, blocks="1-2") == pytest.approx(2 * share)
     assert 20 * share < 0.01  # the share of a network of 24 blocks is less
@@ -156,8 +156,8 @@ def test_full_fine_tuning_learns_everything(short):
 
 
 def test_the_decoder_is_built_in_its_own_precision():
-    assert on_meta(attrs.evolve(SD35, vae_dtype="float32")).vae.dtype == torch.float32
-    assert on_meta(SD35).vae.dtype == torch.bfloat16
+    assert SD35.policy.on_meta(attrs.evolve(SD35, vae_dtype="float32")).vae.dtype == torch.float32
+    assert SD35.policy.on_meta(SD35).vae.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["FluxPipeline", "SanaPipeline", "StableDiffusionPipeline"])

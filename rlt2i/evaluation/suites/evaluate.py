@@ -124,7 +124,9 @@ def draw_suite(
     """
     for reward in suite.rewards.values():
         check_metadata(suite.task, reward)
-    suite.task.check_image_size(suite.image_size or recipe.train.image_size)
+    size = suite.image_size or recipe.train.image_size
+    suite.task.check_image_size(size)
+    recipe.policy.check_image_size(size)
     chosen = suite.chosen_prompts(prompts)
     found = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
     path, name = found or (None, "base")
@@ -135,7 +137,7 @@ def draw_suite(
     draw = Draw(
         seed=suite.seed,
         num_steps=recipe.train.eval_steps if suite.steps is None else suite.steps,
-        image_size=suite.image_size or recipe.train.image_size,
+        image_size=size,
         rollout_batch_size=recipe.train.rollout_batch_size,
         device=job.device,
     )
@@ -149,7 +151,7 @@ def draw_suite(
             "prompts_sha256": prompts_sha256(chosen),
             "images_per_prompt": suite.images_per_prompt,
             "steps": draw.num_steps,
-            "image_size": draw.image_size,
+            "image_size": draw.image_size if isinstance(draw.image_size, int) else list(draw.image_size),
         },
         "recipe": {"name": recipe.name, "hash": recipe.hash},
         "policy": redacted(to_mapping(recipe.policy, parts=PARTS)),

@@ -17,6 +17,7 @@ from rlt2i.interfaces import Policy
 from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import as_prompts
+from rlt2i.types import ImageSize
 
 
 @attrs.frozen(kw_only=True)
@@ -26,14 +27,14 @@ class Draw:
     Attributes:
         seed: of the suite.
         num_steps: of the ODE.
-        image_size: pixels a side.
+        image_size: in pixels.
         rollout_batch_size: per forward pass; changes speed and memory, and the last bits of what networks compute.
         device: where.
     """
 
     seed: int
     num_steps: int
-    image_size: int
+    image_size: ImageSize
     rollout_batch_size: int
     device: torch.device
 

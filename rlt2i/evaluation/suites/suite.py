@@ -14,6 +14,7 @@ from attrs.validators import ge, in_, min_len, optional
 from rlt2i.interfaces import Reward
 from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.streams import balanced
+from rlt2i.types import ImageSize, at_least_a_pixel, image_size
 
 PIXELS = "pixels"
 """Name of the features that need no weights: 16 x 16 averaged pixels."""
@@ -34,7 +35,7 @@ class Suite:
         headline: the number that the suite is known by: a reward, or reward/component.
         overall: "images" is the mean over all images; "categories" the mean of the categories' means, as in GenEval.
         steps: of the ODE, or null for those of the recipe's own evaluation. Guidance is always the policy's.
-        image_size: pixels a side, or null for that of the recipe.
+        image_size: in pixels, one number for a square or [height, width], or null for that of the recipe.
         seed: of the noise.
         features: what diversity is measured in: "pixels", or a vision transformer of timm by name or folder.
     """
@@ -49,7 +50,7 @@ class Suite:
     headline: str = attrs.field()
     overall: Literal["images", "categories"] = attrs.field(default="images", validator=in_(("images", "categories")))
     steps: int | None = attrs.field(default=None, validator=optional(ge(1)))
-    image_size: int | None = attrs.field(default=None, validator=optional(ge(1)))
+    image_size: ImageSize | None = attrs.field(default=None, converter=image_size, validator=at_least_a_pixel)
     seed: int = attrs.field(default=0, validator=ge(0))
     features: str = attrs.field(default=PIXELS, validator=min_len(1))
 

@@ -19,7 +19,7 @@ from rlt2i.policies.attention.recorder import recording
 from rlt2i.policies.attention.watch import watch
 from rlt2i.policies.pretrained import autoencoder
 from rlt2i.policies.pretrained.export import export_adapter, export_network
-from rlt2i.policies.pretrained.loading import compile_blocks, prepare, quietly, read_pipeline
+from rlt2i.policies.pretrained.loading import compile_blocks, meta_pipeline, prepare, quietly, read_pipeline
 from rlt2i.policies.pretrained.spec import PretrainedSpec
 from rlt2i.policies.pretrained.text import TextEncoding
 from rlt2i.policies.token_spans import Characters, character_ranges, find_spans, span_tensors
@@ -71,6 +71,16 @@ class PretrainedPolicy(Policy):
         watch(policy.attentions(), device, spec.compute_dtype)
         if spec.compile:
             compile_blocks(policy.blocks())
+        return policy
+
+    @classmethod
+    def on_meta(cls, spec: PretrainedSpec) -> Self:
+        """The policy on the meta device, prepared as for training, without text; reads configurations alone."""
+        spec = attrs.evolve(spec, text_cache=None)
+        pipe, device = meta_pipeline(spec), torch.device("meta")
+        prepare(spec, getattr(pipe, spec.network), pipe.vae)
+        policy = cls(spec=spec, pipe=pipe, text=TextEncoding(spec=spec, pipe=pipe, device=device), device=device)
+        watch(policy.attentions(), device, spec.compute_dtype)
         return policy
 
     # ------------------------------------------------------------------------------------------- what a backbone says

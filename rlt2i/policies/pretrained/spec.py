@@ -17,6 +17,7 @@ from rlt2i.config import neutral
 from rlt2i.inputs.textfiles import user_path
 from rlt2i.interfaces import Policy, PolicySpec
 from rlt2i.policies.guidance import GuidanceForm, Guided, LinearGuidance
+from rlt2i.types import ImageSize
 
 Dtype = Literal["float32", "bfloat16"]
 Residence = Literal["device", "cpu", "disk"]
@@ -220,6 +221,14 @@ class PretrainedSpec(PolicySpec):
     def guided(self) -> bool:
         """Whether there is a second pass for a negative prompt."""
         return self.guidance_scale != self.guidance.neutral
+
+    def check_image_size(self, size: ImageSize) -> None:
+        try:
+            self.check()
+            policy = self.policy.on_meta(self)
+        except OSError:
+            return  # configurations out of reach: loading will say so
+        policy.token_grid(size)
 
     def load(self, device: torch.device | str = "cpu") -> Policy:
         policy: Policy = self.policy.load(self, torch.device(device))

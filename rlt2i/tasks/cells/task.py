@@ -9,6 +9,7 @@ from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.cells.prompts import CellsPrompt, split_prompts
 from rlt2i.tasks.cells.vocabulary import GRIDS, side
+from rlt2i.types import ImageSize, height_and_width
 
 
 @attrs.frozen(kw_only=True)
@@ -29,8 +30,8 @@ class CellsTask(Task):
     def provides(self) -> frozenset[str]:
         return frozenset({"grid", "cells"})
 
-    def check_image_size(self, image_size: int) -> None:
-        if image_size != side(self.grid):
+    def check_image_size(self, image_size: ImageSize) -> None:
+        if height_and_width(image_size) != (side(self.grid), side(self.grid)):
             raise ValueError(
                 f"train.image_size={image_size}: {self.grid} x {self.grid} cells have a canvas of {side(self.grid)} "
                 f"pixels a side, which their verifier reads. Set train.image_size={side(self.grid)}."

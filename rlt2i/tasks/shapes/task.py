@@ -8,6 +8,7 @@ from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.shapes.prompts import ShapesPrompt, eval_prompts, split_prompts
 from rlt2i.tasks.shapes.vocabulary import CANVAS, CATEGORIES
+from rlt2i.types import ImageSize, height_and_width
 
 
 @attrs.frozen(kw_only=True)
@@ -36,8 +37,8 @@ class ShapesTask(Task):
             )
         return [_task_prompt(p) for p in eval_prompts(per_category)]
 
-    def check_image_size(self, image_size: int) -> None:
-        if image_size != CANVAS:
+    def check_image_size(self, image_size: ImageSize) -> None:
+        if height_and_width(image_size) != (CANVAS, CANVAS):
             raise ValueError(
                 f"train.image_size={image_size}: the shapes world has a canvas of {CANVAS} pixels a side, which its "
                 f"verifier reads. Set train.image_size={CANVAS}."
