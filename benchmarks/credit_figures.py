@@ -43,6 +43,7 @@ from rlt2i.samplers.sde import SDE
 from rlt2i.tasks.base import as_prompts
 from rlt2i.tasks.shapes.reward import ShapesReward
 from rlt2i.tasks.shapes.task import ShapesTask
+from rlt2i.tasks.shapes.vocabulary import CANVAS
 from rlt2i.training.observations import weight_statistics
 from rlt2i.types import Credit
 
@@ -99,9 +100,7 @@ def overheard() -> CreditContext:
     task = ShapesTask()
     held_out = task.eval_prompts(480)
     prompts = as_prompts([held_out[i] for i in PROMPTS], group_size=GROUP)
-    engine = Engine(
-        algorithm=algorithm, image_size=task.image_size, rollout_batch_size=96, seed=0, share_initial_noise=True
-    )
+    engine = Engine(algorithm=algorithm, image_size=CANVAS, rollout_batch_size=96, seed=0, share_initial_noise=True)
     engine.collect(prompts, iteration=0)
     return listener.heard[0]
 

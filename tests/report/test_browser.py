@@ -79,11 +79,16 @@ def test_the_report_renders(make_run, tmp_path, browser):
 @pytest.mark.browser
 def test_the_report_renders_in_dark_mode_and_on_a_phone(make_run, tmp_path, browser):
     page = write_report(make_run(per_category=4))
+    phone = tmp_path / "phone.html"  # windows are at least 500 pixels wide, frames are not
+    frame = f'<iframe src="{page.as_uri()}" style="width: 390px; height: 6000px; border: 0"></iframe>'
+    phone.write_text(
+        f'<meta name="color-scheme" content="light dark"><body style="margin: 0">{frame}', encoding="utf-8"
+    )
     shot = tmp_path / "dark.png"
-    flags = ("--force-dark-mode", f"--screenshot={shot}", "--window-size=520,1600")
-    open_page(browser, page, tmp_path / "profile", *flags)
-    dark = np.asarray(Image.open(shot).convert("RGB"))
+    flags = ("--force-dark-mode", f"--screenshot={shot}", "--window-size=520,6000")
+    open_page(browser, phone, tmp_path / "profile", *flags)
+    dark = np.asarray(Image.open(shot).convert("RGB"))[:, :390]
     assert dark.mean() < 70
     assert dark.std() > 10
     assert share(dark, SERIES_DARK[0]) > 1e-4
-    assert (dark[:, -8:].reshape(-1, 3) == dark[0, 0]).all()  # no sideways scrolling
+    assert (dark[:, -8:].reshape(-1, 3) == dark[0, 0]).all()  # nothing is cut at the right edge

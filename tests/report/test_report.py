@@ -384,6 +384,18 @@ def test_the_page_says_how_to_use_the_result(make_run, files, words):
     assert ("export/README.md" in text) == ("README.md" in files)
 
 
+def test_every_chart_fits_a_phone(make_run):
+    text, _ = check(write_report(make_run()))
+    charts = re.findall(r'<div class="card ?([^"]*)">\s*<svg [^>]*? width="(\d+)"', text)
+    assert len(charts) == text.count('aria-label="') - text.count('aria-label="from ') - 2  # less contents and ramp
+    wide, narrow = ([kind for kind, _ in charts if name in kind] for name in ("wide", "narrow"))
+    assert len(wide) == len(narrow) == 3
+    assert all(int(width) <= 340 for kind, width in charts if "wide" not in kind)
+    phone = text[text.index("@media (max-width: 600px)") : text.index("</style>")]
+    assert re.search(r"\.wide[^{]*{ display: none; }", phone)
+    assert ".narrow { display: block; }" in phone
+
+
 def test_long_pages_open_with_one_gallery(make_run):
     text, _ = check(write_report(make_run()))
     assert text.count('<details open="open"') == 1
