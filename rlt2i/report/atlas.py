@@ -10,12 +10,11 @@ import torch
 
 from rlt2i.functional.maps import effective_support
 from rlt2i.report.charts import Series
-from rlt2i.report.gallery import embedded
+from rlt2i.report.gallery import FRAMES, embedded
 from rlt2i.report.maps import scale_end, scale_top, small_pair, spread
 from rlt2i.report.numbers import short
 from rlt2i.report.rundir import PASS, MapSample, has_pass_mark
 from rlt2i.report.sections import two_sizes
-from rlt2i.report.text import marked
 
 _PER_GROUP = 3
 _COLUMNS, _FEW = 10, 4
@@ -84,6 +83,24 @@ def choose(first: Sequence[MapSample], last: Sequence[MapSample]) -> list[tuple[
     return [(title, note, members[:_PER_GROUP]) for title, note, members in groups if members]
 
 
+def marked(text: str, phrases: Sequence[str]) -> list[tuple[str, bool]]:
+    """Pieces of the text, and whether each is one of the phrases, wherever they stand as written."""
+    lower = text.lower()
+    covered = [False] * len(text)
+    for phrase in {p.lower() for p in phrases if p.strip()}:
+        start = lower.find(phrase)
+        while start >= 0:
+            covered[start : start + len(phrase)] = [True] * len(phrase)
+            start = lower.find(phrase, start + len(phrase))
+    pieces: list[tuple[str, bool]] = []
+    begin = 0
+    for end in range(1, len(text) + 1):
+        if end == len(text) or covered[end] != covered[begin]:
+            pieces.append((text[begin:end], covered[begin]))
+            begin = end
+    return pieces
+
+
 def _core_note(sample: MapSample) -> str:
     if not sample.core:
         return "no core phrase was recorded"
@@ -115,9 +132,7 @@ def _strip(iteration: int, sample: MapSample, top: float, *, judged: bool) -> Ma
             "weight": embedded(over, f"weights at step {step}, largest {largest}", style=style),
         }
 
-    frame = "framed"
-    if judged and not math.isnan(sample.score):
-        frame = "framed pass" if sample.score >= PASS else "framed fail"
+    verdict = sample.score >= PASS if judged and not math.isnan(sample.score) else None
     return {
         "iteration": iteration,
         "score": short(sample.score),
@@ -125,7 +140,7 @@ def _strip(iteration: int, sample: MapSample, top: float, *, judged: bool) -> Ma
         "few": len(few) + 1,
         "width": f"{90 + 116 * (len(shown) + 1)}px",
         "foreseen": sample.clean is not None,
-        "final": embedded(sample.final, "finished image", side=_SIDE, style=frame),
+        "final": embedded(sample.final, "finished image", side=_SIDE, style=FRAMES[verdict]),
         "note": f"{len(shown)} of {steps} steps shown." if steps > len(shown) else "",
     }
 

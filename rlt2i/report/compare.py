@@ -178,7 +178,8 @@ def _by_seed(arm: str, runs: Sequence[Run]) -> dict[int, Run]:
         raise ValueError(f"compare_runs: arm {arm!r} has no run.")
     found: dict[int, Run] = {}
     for place, run in enumerate(runs):
-        seed = run.recipe.get("seed")
+        train = run.recipe.get("train")
+        seed = (train if isinstance(train, dict) else run.recipe).get("seed")
         seed = seed if isinstance(seed, int) else place
         if seed in found:
             raise ValueError(

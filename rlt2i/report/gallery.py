@@ -16,6 +16,7 @@ from rlt2i.report.summary import outcomes, same_prompts
 _FIRST = 6
 _CHANGED = 6
 _PHOTO_SIDE = 200
+FRAMES = {True: "framed pass", False: "framed fail", None: "framed"}
 _KINDS = {
     (True, True): ("right", "✓ right"),
     (False, True): ("fixed", "✓ fixed"),
@@ -120,9 +121,8 @@ def _notes(before: str, after: str, passed_before: bool | None, passes: bool | N
 
 
 def _framed(images: EvalImages, i: int, verdict: bool | None) -> Mapping[str, Any]:
-    frame = {True: "framed pass", False: "framed fail", None: "framed"}[verdict]
     sign = {True: " (passes)", False: " (fails)", None: ""}[verdict]
-    return embedded(images.image(i), f"iteration {images.step}: {images.prompts[i]}{sign}", style=frame)
+    return embedded(images.image(i), f"iteration {images.step}: {images.prompts[i]}{sign}", style=FRAMES[verdict])
 
 
 def embedded(image: Tensor, alt: str, *, style: str = "", side: int = _PHOTO_SIDE) -> Mapping[str, Any]:

@@ -19,18 +19,6 @@ from rlt2i.report.pictures import FAILURE, NEUTRAL, SUCCESS
 from rlt2i.report.rundir import EvalImages, MapSample, Run, UnreadableFileError, open_images, open_maps, read_run
 from rlt2i.report.summary import headline, parts, same_prompts
 
-_CONTENTS = (
-    ("curve", "Learning curve"),
-    ("categories", "By category"),
-    ("images", "Before and after"),
-    ("maps", "Allocation maps"),
-    ("training", "Training"),
-    ("timing", "Time"),
-    ("use", "Use the result"),
-    ("recipe", "Recipe"),
-    ("versions", "Versions"),
-    ("reproduce", "Reproduce"),
-)
 _COLOURS = {
     "series": SERIES,
     "dark": SERIES_DARK,
@@ -81,7 +69,6 @@ def render(run: Run) -> str:
         name=sections.shown_path(run),
         head=head,
         parts=parts(run.recipe),
-        contents=_CONTENTS,
         colours=_COLOURS,
         curve=sections.curve(run, head),
         categories=sections.by_category(run, pair),

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from rlt2i.report.charts import Series, line_chart
 from rlt2i.report.numbers import count, seconds, short, signed, two
 from rlt2i.report.rundir import EvalImages, Row, Run, column
@@ -75,9 +77,9 @@ def curve(run: Run, head: Headline) -> Mapping[str, Any]:
     """Held-out scores over the iterations, and the training reward."""
     found: dict[str, Any] = {"held_out": None, "reward": None, "banded": False, "smoothed": False}
     if head.metric:
-        series = [_eval_series(run.evals, f"eval/{head.metric}")]
+        series = [_series(run.evals, f"eval/{head.metric}")]
         if head.metric == "strict" and any("eval/partial" in row for row in run.evals):
-            series.append(_eval_series(run.evals, "eval/partial"))
+            series.append(_series(run.evals, "eval/partial"))
         found["banded"] = bool(series[0].low)
         found["held_out"] = two_sizes(
             series,
@@ -165,7 +167,7 @@ def _constant(rows: Sequence[Row], key: str) -> bool:
 
 def _panel(rows: Sequence[Row], key: str) -> str:
     variants = _variants(rows, key)
-    lines = [_line(rows, name, faint=True) for name in variants] + [_eval_series(rows, key)]
+    lines = [attrs.evolve(_series(rows, name), faint=name != key, colour=0) for name in (*variants, key)]
     title = _TITLES.get(key, key.removeprefix("eval/").replace("_", " ").replace("/", ": ").capitalize())
     note = f"{key}; thin: single steps" if variants else key
     return line_chart(lines, title=title, y_label=note, width=340, height=220)
@@ -253,12 +255,7 @@ def shown_path(run: Run) -> str:
     return shlex.quote(run.path.name if run.path.is_absolute() else run.path.as_posix())
 
 
-def _line(rows: Sequence[Row], key: str, *, faint: bool = False) -> Series:
-    x, y = column(rows, key)
-    return Series(label=key, x=x, y=y, faint=faint, colour=0)
-
-
-def _eval_series(rows: Sequence[Row], key: str) -> Series:
+def _series(rows: Sequence[Row], key: str) -> Series:
     """A metric with its band, where both bounds were logged with it."""
     x, y = column(rows, key)
     low, high = column(rows, f"{key}_low")[1], column(rows, f"{key}_high")[1]
@@ -272,10 +269,8 @@ def _smoothed(x: Sequence[float], y: Sequence[float]) -> list[Series]:
     if len(x) <= 20:
         return []
     reach = max(2, len(x) // 40)
-    means = []
-    for i in range(len(y)):
-        window = [v for v in y[max(0, i - reach) : i + reach + 1] if math.isfinite(v)]
-        means.append(sum(window) / len(window) if window else math.nan)
+    windows = [[v for v in y[max(0, i - reach) : i + reach + 1] if math.isfinite(v)] for i in range(len(y))]
+    means = [sum(window) / len(window) if window else math.nan for window in windows]
     return [Series(label="running mean", x=x, y=means, colour=0)]
 
 

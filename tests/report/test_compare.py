@@ -89,6 +89,17 @@ def test_runs_are_compared_where_all_were_evaluated(arms, tmp_path):
     assert "Not used: evaluations after iteration 18 of uniform-0, uniform-1." in made.sentence
 
 
+def test_the_seed_is_that_of_training(arms, tmp_path):
+    runs = arms(uniform=[0.1, 0.2], star=[0.3, 0.4])
+    for number, path in ((5, runs["uniform"][0]), (5, runs["star"][1])):
+        text = (path / "recipe.yaml").read_text(encoding="utf-8")
+        (path / "recipe.yaml").write_text(f"{text}train: {{seed: {number}}}\n", encoding="utf-8")
+    made = compare_runs(runs, tmp_path / "out")
+    assert [(o.arm, o.seed) for o in made.outcomes] == [("uniform", 1), ("uniform", 5), ("star", 0), ("star", 5)]
+    (final,) = [d.values for d in made.differences if d.measure == "final"]
+    assert final == pytest.approx([0.4 - 0.1])  # seed 5 of both, whatever their places
+
+
 def test_seeds_that_nobody_shares(arms, make_run, tmp_path):
     runs = arms(uniform=[0.1, 0.1])
     runs["star"] = [make_run("star-9", seed=9, images=False, maps=False)]

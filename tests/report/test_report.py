@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from rlt2i.inputs.display import visible
 from rlt2i.report import write_report
+from rlt2i.report.atlas import marked
 from rlt2i.report.rundir import EvalImages, has_pass_mark, open_images, open_maps, read_run
 from rlt2i.report.sections import training
 from rlt2i.report.summary import headline, outcomes, paired_gain, parts
-from rlt2i.report.text import marked
 
 SECTIONS = (
     "curve", "categories", "images", "maps", "training", "timing", "use", "recipe", "versions", "reproduce"
