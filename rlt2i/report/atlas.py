@@ -17,8 +17,7 @@ from rlt2i.report.rundir import PASS, MapSample, has_pass_mark
 from rlt2i.report.sections import two_sizes
 
 _PER_GROUP = 3
-_COLUMNS, _FEW = 10, 4
-_SIDE = 112
+_COLUMNS, _FEW, _SIDE = 10, 4, 112
 
 
 def atlas(samples: Mapping[int, Sequence[MapSample]], problem: str) -> Mapping[str, Any]:

@@ -13,8 +13,7 @@ from rlt2i.report.pictures import TINY, data_uri, thumbnail
 from rlt2i.report.rundir import PASS, EvalImages, has_pass_mark
 from rlt2i.report.summary import outcomes, same_prompts
 
-_FIRST = 6
-_CHANGED = 6
+_FIRST, _CHANGED = 6, 6
 _PHOTO_SIDE = 200
 FRAMES = {True: "framed pass", False: "framed fail", None: "framed"}
 _KINDS = {
