@@ -91,6 +91,10 @@ def _user_message(error: Exception) -> str | None:
         package = (error.name or "rlt2i").partition(".")[0]
         wanted = f"'rlt2i[{EXTRAS[package]}]'" if package in EXTRAS else package
         return None if package == "rlt2i" else f"{error}. Install it with: pip install {wanted}"
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        from rlt2i.runs.files import advice
+
+        return f"{error}. {advice(error, Path(str(error.filename or '.')))}"
     if isinstance(error, ValueError | FileNotFoundError) or type(error).__name__ in _SAYS_ENOUGH:
         return f"{error}\n({DEBUG}=1 shows where this came from.)"
     return None
@@ -161,8 +165,13 @@ def parser() -> argparse.ArgumentParser:
         type=home_name,
         nargs="?",
         const="latest",
-        metavar="latest|PATH",
-        help="go on from a checkpoint; by default the newest",
+        metavar="auto|PATH",
+        help="go on from the newest checkpoint, or from PATH; start where there is none yet",
+    )
+    train.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: go on although data files or code that the recipe reads have changed; it is written down",
     )
     train.add_argument("--dry-run", action="store_true", help="print batches, sizes and memory; train nothing")
     train.add_argument("--processes", type=int, default=1, help="with --dry-run: on how many devices (default 1)")
@@ -364,6 +373,7 @@ def _train(options: argparse.Namespace) -> None:
 
     resume: str | None = options.resume
     folder: Path | None = options.run
+    resume = "latest" if resume == "auto" else resume
     if resume not in (None, "latest"):
         folder = folder or run_dir_of(Path(resume))
         resume = "latest" if Path(resume) == folder else resume
@@ -378,13 +388,14 @@ def _train(options: argparse.Namespace) -> None:
         print(describe_run(recipe, world_size=options.processes))
         return
     if folder is None:
-        folder = newest_run_dir(recipe) if resume else new_run_dir(recipe)
+        folder = (newest_run_dir(recipe, or_new=options.resume == "auto") if resume else None) or new_run_dir(recipe)
     if options.on == "ray":
         _train_on_ray(options, folder, resume)
     else:
         from rlt2i.training.start import train
 
-        train(recipe, folder, resume=resume if resume in (None, "latest") else Path(resume))
+        where = resume if resume in (None, "latest") else Path(resume)
+        train(recipe, folder, resume=where, accept_changes=options.accept_changes)
     if options.report and os.environ.get("RANK", "0") == "0":
         from rlt2i.report import write_report
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 TIMEOUT = 1800.0
 """Seconds that a process waits for the others, unless the recipe says otherwise."""
@@ -24,6 +27,10 @@ class LaunchError(RuntimeError):
 
 class ProcessLost(RuntimeError):
     """Another process of this run has ended, or did not answer in time."""
+
+
+class OtherProcessFailed(RuntimeError):
+    """Something could not be done on another process, which says why; so no process goes on."""
 
 
 def processes_launched() -> int:
@@ -42,7 +49,7 @@ def processes_launched() -> int:
     return max(sizes, default=1)
 
 
-class Processes:
+class Distributed:
     """Rank, device and the few collectives that training needs.
 
     Launch several with `torchrun`, `accelerate launch` or `rlt2i train --on ray`; gradients are summed once per
@@ -61,10 +68,11 @@ class Processes:
         launched = processes_launched()
         # accelerate joins no group on the CPU unless it is told to use the CPU; on a machine without an accelerator
         # every process of torchrun would otherwise be a run of its own.
-        self._accelerator = Accelerator(
+        self._accelerator: Any = Accelerator(
             cpu=launched > 1 and not torch.accelerator.is_available(),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
         )
+        self._device: torch.device = self._accelerator.device
         if launched != self.world_size:
             raise LaunchError(
                 f"{launched} processes were launched, but this one is in a group of {self.world_size}: they would "
@@ -73,21 +81,28 @@ class Processes:
             )
         self._timeout = timeout
 
+    @classmethod
+    def alone(cls, device: torch.device | str = "cpu") -> Distributed:
+        """A process without others; nothing is joined and nothing is imported."""
+        this = cls.__new__(cls)
+        this._accelerator, this._device, this._timeout = None, torch.device(device), TIMEOUT
+        return this
+
     @property
     def rank(self) -> int:
-        return self._accelerator.process_index
+        return 0 if self._accelerator is None else int(self._accelerator.process_index)
 
     @property
     def world_size(self) -> int:
-        return self._accelerator.num_processes
+        return 1 if self._accelerator is None else int(self._accelerator.num_processes)
 
     @property
     def is_main(self) -> bool:
-        return self._accelerator.is_main_process
+        return self.rank == 0
 
     @property
     def device(self) -> torch.device:
-        return self._accelerator.device
+        return self._device
 
     def wait(self) -> None:
         """A barrier.
@@ -95,8 +110,9 @@ class Processes:
         Raises:
             ProcessLost: like every collective below, when another process has ended or does not answer.
         """
-        with self._together():
-            self._accelerator.wait_for_everyone()
+        if self.world_size > 1:
+            with self._together():
+                self._accelerator.wait_for_everyone()
 
     def gather(self, tensor: Tensor) -> Tensor:
         """[B, ...] of every process, concatenated in the order of ranks; B must be the same everywhere."""
@@ -125,6 +141,28 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
         return flag if self.world_size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def raise_on_all(self, work: Callable[[], Result], doing: str) -> Result:
+        """What `work` returns, once no process has failed at it: so that none waits for one that will not come.
+
+        Args:
+            work: called once; where it uses collectives, it must not fail between them on a single process.
+            doing: what the others are told that failed, such as "iteration 3".
+
+        Raises:
+            OtherProcessFailed: when only others have; the error itself where it happened.
+            ProcessLost: at once, where the group itself is broken: there is nobody left to agree with.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except ProcessLost:
+            raise
+        except Exception as caught:
+            error = caught
+        if self.any(error is not None):
+            raise error or OtherProcessFailed(f"{doing}: another process failed; see its message.")
+        return result  # type: ignore[return-value]  # there was no error
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:

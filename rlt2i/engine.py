@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.algorithm import Algorithm
+from rlt2i.distributed import OtherProcessFailed as OtherProcessFailed
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import (
     CreditContext,
@@ -186,10 +187,6 @@ def reward_gradient(
     )
 
 
-class OtherProcessFailed(RuntimeError):
-    """A batch could not be collected on another process, which says why; so no process goes on with it."""
-
-
 @attrs.frozen(kw_only=True, eq=False)
 class Collected:
     """A rollout batch: what the learner learns from, and what the log wants to see.
@@ -284,7 +281,7 @@ class Engine:
         result, error = None, None
         try:
             result = work()
-        except (ValueError, RuntimeError, OSError) as caught:
+        except Exception as caught:
             error = caught
         if bool(self.gather(torch.tensor([error is not None], device=self.device)).any()):
             raise error or OtherProcessFailed("another process failed to collect this batch; see its message.")

@@ -303,6 +303,16 @@ class RewardBatch:
         if len(self.metadata) != len(self.prompts):
             raise ValueError(f"RewardBatch: {len(self.metadata)} metadata entries for {len(self.prompts)} prompts.")
 
+    @classmethod
+    def of(cls, images: Tensor, prompts: Prompts) -> RewardBatch:
+        """The images of whole groups, [P x G, 3, H, W], with what belongs to each."""
+        return cls(
+            images=images,
+            prompts=prompts.per_rollout(prompts.texts),
+            metadata=prompts.per_rollout(prompts.metadata),
+            groups=torch.arange(len(prompts.texts)).repeat_interleave(prompts.group_size),
+        )
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """[0, 1] floats to uint8 by rounding.

@@ -19,9 +19,9 @@ import torch
 
 from rlt2i.bench.folder import BenchFolder, csv_text, finish
 from rlt2i.bench.measures import evaluation_measures
-from rlt2i.evaluation.artifacts import read_evaluation, write_evaluation
 from rlt2i.evaluation.heldout import Evaluation, evaluate
 from rlt2i.recipes.recipe import Recipe
+from rlt2i.runs.artifacts import evaluation_file
 from rlt2i.runs.checkpoint import latest_checkpoint
 from rlt2i.runs.metrics import read_metrics
 from rlt2i.training.start import train as train_recipe
@@ -47,7 +47,7 @@ def run_trial(folder: BenchFolder, arm: str, seed: int) -> int:
         shutil.copyfile(folder.base, run / "images" / folder.base.name)
     train_recipe(recipe, run, resume=resume)
     last = recipe.train.iterations
-    if not _evaluation_file(run, last).is_file():
+    if not evaluation_file(run, last).is_file():
         return STOPPED
     tables = trial_tables(recipe, arm, run)
     finish(place, tables, {"arm": arm, "seed": seed, "recipe": recipe.hash, "iterations": last})
@@ -71,7 +71,7 @@ def judge_base(folder: BenchFolder) -> None:
         rollout_batch_size=train.rollout_batch_size,
         heldout=recipe.heldout,
     )
-    write_evaluation(folder.base, result)
+    result.write(folder.base)
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -86,9 +86,9 @@ def trial_tables(recipe: Recipe, arm: str, run: Path) -> dict[str, str]:
     evaluations: list[tuple[Any, ...]] = []
     base: Evaluation | None = None
     for iteration in range(train.iterations + 1):
-        if not _evaluation_file(run, iteration).is_file():
+        if not evaluation_file(run, iteration).is_file():
             continue
-        now = read_evaluation(_evaluation_file(run, iteration), prompts)
+        now = Evaluation.read(evaluation_file(run, iteration), prompts)
         base = base or now
         scores += [(arm, seed, iteration, *row) for row in prompt_scores(now)]
         measured = evaluation_measures(now, base, recipe.reward)
@@ -123,10 +123,6 @@ def prompt_scores(now: Evaluation) -> Iterator[tuple[str, int, int, str, float]]
             values = [v for v in now.values(name)[members].tolist() if math.isfinite(v)]
             if values:
                 yield now.prompts[members[0]].category, number, len(values), name, sum(values) / len(values)
-
-
-def _evaluation_file(run: Path, iteration: int) -> Path:
-    return run / "images" / f"eval-{iteration:06d}.safetensors"
 
 
 # --------------------------------------------------------------------------------------------------------- process

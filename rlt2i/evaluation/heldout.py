@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.engine import decode, rollout
+from rlt2i.distributed import Distributed
+from rlt2i.evaluation.draw import Draw
 from rlt2i.evaluation.statistics import Interval, clustered_mean, paired_difference
-from rlt2i.interfaces import Policy, Reward, RewardBatch
+from rlt2i.interfaces import Policy, Reward, RewardOutput
 from rlt2i.rewards.agreement import FailureCounts, all_gather_notes, with_same_components
 from rlt2i.rewards.validity import score_safely
-from rlt2i.samplers.ode import ODE
+from rlt2i.runs.artifacts import UnreadableFileError, read_evaluation, write_evaluation
+from rlt2i.runs.generators import undisturbed_generators
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt, as_prompts
 from rlt2i.types import ImageSize
@@ -55,6 +58,54 @@ class Evaluation:
     heldout: Mapping[str, Scores] = attrs.field(factory=dict)
     reasons: Mapping[str, int] = attrs.field(factory=dict)
     notes: Sequence[str] = ()
+
+    def write(self, path: Path) -> None:
+        """Keep it in a file of the run, in one step."""
+        kept = {"images": self.images, "scores": self.scores, "valid": self.valid}
+        kept |= {f"component/{name}": values for name, values in self.components.items()}
+        for name, judged in self.heldout.items():
+            kept |= {f"heldout/{name}/scores": judged.scores, f"heldout/{name}/valid": judged.valid}
+            kept |= {f"heldout/{name}/component/{part}": values for part, values in judged.components.items()}
+        write_evaluation(
+            path,
+            kept,
+            prompts=[p.text for p in self.prompts],
+            categories=[p.category for p in self.prompts],
+            headline=[float(v) for v in self.values(self.headline)],
+            notes=self.notes,
+        )
+
+    @classmethod
+    def read(cls, path: Path, prompts: Sequence[TaskPrompt]) -> Evaluation:
+        """The evaluation written at `path`.
+
+        Raises:
+            UnreadableFileError: when the file is missing or damaged, or was made with other prompts, so that it cannot
+                be paired with a new one.
+        """
+        saved = read_evaluation(path)
+        if saved.prompts != [p.text for p in prompts]:
+            raise UnreadableFileError(
+                f"{path}: made with other held-out prompts than this recipe asks for, so gains cannot be paired. "
+                "Resume with the recipe of the run directory."
+            )
+        tensors = saved.tensors
+        rewards = dict.fromkeys(name.split("/")[1] for name in tensors if name.startswith("heldout/"))
+        return cls(
+            prompts=prompts,
+            images=tensors["images"],
+            scores=tensors["scores"],
+            valid=tensors["valid"],
+            components=_below("component/", tensors),
+            heldout={
+                name: Scores(
+                    scores=tensors[f"heldout/{name}/scores"],
+                    valid=tensors[f"heldout/{name}/valid"],
+                    components=_below(f"heldout/{name}/component/", tensors),
+                )
+                for name in rewards
+            },
+        )
 
     @property
     def headline(self) -> str:
@@ -102,6 +153,10 @@ class Evaluation:
         return found
 
 
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
+
+
 def _interval(name: str, interval: Interval) -> dict[str, float]:
     return {f"{name}_low": interval.low, f"{name}_high": interval.high}
 
@@ -115,11 +170,9 @@ def evaluate(
     seed: int,
     image_size: ImageSize,
     rollout_batch_size: int,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    distributed: Distributed | None = None,
     heldout: Mapping[str, Reward] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """Sample every prompt once and score it.
 
@@ -127,47 +180,48 @@ def evaluate(
     Processes share the work; all of them get the whole result.
 
     Args:
+        distributed: this process among the others, and its device; default alone, on the CPU.
         heldout: name -> a reward to score as well. One that fails is invalid for the images concerned and stops
-            nothing; whatever it draws from torch's generators, training does not notice.
+            nothing; whatever it draws from global generators, training does not notice.
+        advance: called with the number of images of each chunk that has been drawn.
     """
-    count = -(-len(prompts) // world_size)
-    mine = [(rank * count + i) % len(prompts) for i in range(count)]
-    batch = as_prompts([prompts[i] for i in mine], group_size=1)
-    batch = attrs.evolve(batch, draws=tuple(mine))
-    trajectory = rollout(
-        policy,
-        ODE(num_steps=num_steps),
-        batch,
+    group = distributed or Distributed.alone()
+    count = -(-len(prompts) // group.world_size)
+    share = [(group.rank * count + i) % len(prompts) for i in range(count)]
+    batch = as_prompts([prompts[i] for i in share], group_size=1)
+    batch = attrs.evolve(batch, draws=tuple(share))
+    draw = Draw(
         seed=derive_seed("evaluation", seed),
+        num_steps=num_steps,
         image_size=image_size,
         rollout_batch_size=rollout_batch_size,
-        device=device,
+        device=group.device,
     )
-    images = decode(policy, trajectory.clean_latents, rollout_batch_size=rollout_batch_size)
-    pictures = RewardBatch(images=images, prompts=batch.texts, metadata=batch.metadata)
-    output = score_safely(reward, pictures)
-    components = with_same_components(output.components, len(mine), gather, device)
+    judged = draw.judged(policy, reward, batch, advance=advance)
 
     def whole(tensor: Tensor) -> Tensor:
-        return gather(tensor.to(device))[: len(prompts)].cpu()
+        return group.gather(tensor.to(group.device))[: len(prompts)].cpu()
 
-    def other(held_out: Reward) -> Scores:
-        with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
-            judged = score_safely(held_out, pictures)
-        parts = with_same_components(judged.components, len(mine), gather, device)
+    def scores(output: RewardOutput) -> Scores:
+        parts = with_same_components(output.components, count, group.gather, group.device)
         return Scores(
-            scores=whole(judged.scores),
-            valid=whole(judged.valid),
+            scores=whole(output.scores),
+            valid=whole(output.valid),
             components={part: whole(values) for part, values in parts.items()},
         )
 
+    def watched(held_out: Reward) -> Scores:
+        with undisturbed_generators():
+            return scores(score_safely(held_out, judged.batch))
+
+    trained = scores(judged.output)
     return Evaluation(
         prompts=prompts,
-        images=whole(images),
-        scores=whole(output.scores),
-        valid=whole(output.valid),
-        components={name: whole(values) for name, values in components.items()},
-        heldout={name: other(held_out) for name, held_out in (heldout or {}).items()},
-        reasons=FailureCounts.of(output).together(gather, device).reasons,
-        notes=all_gather_notes(output, gather, device)[: len(prompts)],
+        images=whole(judged.images),
+        scores=trained.scores,
+        valid=trained.valid,
+        components=trained.components,
+        heldout={name: watched(held_out) for name, held_out in (heldout or {}).items()},
+        reasons=FailureCounts.of(judged.output).together(group.gather, group.device).reasons,
+        notes=all_gather_notes(judged.output, group.gather, group.device)[: len(prompts)],
     )

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from rlt2i.engine import decode, reward_gradient, rollout
+from rlt2i.engine import reward_gradient
 from rlt2i.evaluation.auto import resolve_auto
+from rlt2i.evaluation.draw import Draw
 from rlt2i.evaluation.heldout import Evaluation, evaluate
 from rlt2i.interfaces import CreditContext, Policy, RewardOutput
 from rlt2i.recipes.recipe import Recipe
+from rlt2i.runs.belonging import check_policy
 from rlt2i.runs.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, verify_checkpoint
-from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.seeds import derive_seed, generator
 from rlt2i.tasks.base import TaskPrompt
 from rlt2i.tasks.reading import report_on
-from rlt2i.types import Prompts, Rewards, Trajectory
+from rlt2i.types import Prompts, Rewards
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +43,11 @@ def find_weights(
     """
     if weights == "base" or (run_dir is None and checkpoint is None):
         return None
+    if checkpoint is not None and run_dir is not None and checkpoint.resolve().parent != run_dir.resolve():
+        raise CheckpointError(
+            f"{checkpoint}: not a checkpoint of the run {run_dir}. Name its own run, or look at it through a recipe: "
+            f"rlt2i sample RECIPE --checkpoint {checkpoint}"
+        )
     path = checkpoint or latest_checkpoint(run_dir)  # type: ignore[arg-type]  # one of them is given
     if path is None:
         raise CheckpointError(f"{run_dir}: holds no complete checkpoint. Look at the base with --weights base.")
@@ -68,7 +74,8 @@ def load_policy(
         device: default the accelerator, where there is one.
 
     Raises:
-        CheckpointError: when the run holds no complete checkpoint, or not the weights asked for.
+        CheckpointError: when the run holds no complete checkpoint or not the weights asked for, or when the checkpoint
+            is of another policy.
     """
     found = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
     policy = recipe.algorithm().load(device or ("cuda" if torch.cuda.is_available() else "cpu")).policy
@@ -76,7 +83,9 @@ def load_policy(
     if found is None:
         return policy
     path, name = found
-    saved = load_checkpoint(path).tensors[name]
+    loaded = load_checkpoint(path)
+    check_policy(loaded, recipe, policy)
+    saved = loaded.tensors[name]
     with torch.no_grad():
         for key, parameter in policy.trainable_parameters().items():
             parameter.copy_(saved[key])
@@ -108,8 +117,7 @@ def sample(
     for line in report_on(policy, [TaskPrompt(text=text) for text in texts]).lines():
         say(line)
     prompts = Prompts.of(texts, group_size=count)
-    trajectory = _draw(policy, recipe, prompts, _steps(num_steps, recipe.train.eval_steps), seed, frozenset())
-    images = decode(policy, trajectory.clean_latents, rollout_batch_size=recipe.train.rollout_batch_size).cpu()
+    images = _draw(recipe, _steps(num_steps, recipe.train.eval_steps), seed).images(policy, prompts).cpu()
     if apart is not None:
         _save_each(images, apart, count=count)
     return image_grid(images, captions=prompts.per_rollout(prompts.texts), columns=count)
@@ -159,21 +167,20 @@ def maps(
     for line in report_on(policy, [TaskPrompt(text=text)]).lines():
         say(line)
     prompts = Prompts.of([text])
-    captures = wanted.captures | {CLEAN_PREDICTIONS}
-    trajectory = _draw(policy, recipe, prompts, _steps(num_steps, recipe.sampler.num_steps), seed, captures)
-    image_size, per_chunk = recipe.train.image_size, recipe.train.rollout_batch_size
+    draw = _draw(recipe, _steps(num_steps, recipe.sampler.num_steps), seed)
+    trajectory = draw.trajectory(policy, prompts, captures=wanted.captures | {CLEAN_PREDICTIONS})
     context = CreditContext(
         prompts=prompts,
         trajectory=trajectory,
         rewards=Rewards(values=torch.zeros(1, trajectory.num_steps + 1), valid=torch.ones(1, dtype=torch.bool)),
-        token_grid=policy.token_grid(image_size),
-        images=decode(policy, trajectory.clean_latents, rollout_batch_size=per_chunk),
+        token_grid=policy.token_grid(draw.image_size),
+        images=draw.decoded(policy, trajectory.clean_latents),
         iteration=0,
         keys=torch.tensor([derive_seed("maps", seed)]),
         generator=generator(seed, "maps"),
         score=_no_score,
         reward_gradient=lambda latents, rollouts: reward_gradient(
-            policy, wanted.reward, latents, prompts, rollout_batch_size=per_chunk
+            policy, wanted.reward, latents, prompts, rollout_batch_size=draw.rollout_batch_size
         ),
         complete=lambda latents, step, rollouts: latents,
     )
@@ -186,7 +193,7 @@ def maps(
         )
     steps = trajectory.num_steps
     predictions = trajectory.captures[CLEAN_PREDICTIONS][0]
-    clean = decode(policy, predictions, rollout_batch_size=per_chunk).cpu()
+    clean = draw.decoded(policy, predictions).cpu()
     return draw_maps(clean, credit.weight[0].expand(steps, -1, -1).cpu(), trajectory.sigmas.tolist(), text)
 
 
@@ -228,17 +235,14 @@ def evaluate_run(
     return found | {name.replace("eval/", "base/", 1): value for name, value in base.metrics().items()}
 
 
-def _draw(
-    policy: Policy, recipe: Recipe, prompts: Prompts, num_steps: int, seed: int, captures: frozenset[str]
-) -> Trajectory:
-    return rollout(
-        policy,
-        ODE(num_steps=num_steps),
-        prompts,
+def _draw(recipe: Recipe, num_steps: int, seed: int, device: torch.device | str = "cpu") -> Draw:
+    train = recipe.train
+    return Draw(
         seed=seed,
-        image_size=recipe.train.image_size,
-        rollout_batch_size=recipe.train.rollout_batch_size,
-        captures=captures,
+        num_steps=num_steps,
+        image_size=train.image_size,
+        rollout_batch_size=train.rollout_batch_size,
+        device=device,
     )
 
 

@@ -8,11 +8,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from rlt2i.captures import parse_attention_name
-from rlt2i.engine import decode, rollout
-from rlt2i.interfaces import Policy, Reward, RewardBatch
+from rlt2i.evaluation.draw import Draw
+from rlt2i.interfaces import Policy, Reward
 from rlt2i.rewards.agreement import FailureCounts
-from rlt2i.rewards.validity import score_safely
-from rlt2i.samplers.ode import ODE
 from rlt2i.types import ImageSize, Prompts
 
 
@@ -89,25 +87,15 @@ def measure_localisation(
         )
     parsed = {name: parse_attention_name(name) for name in policy.offers if name.startswith("attention/")}
     names: dict[tuple[str, int], str] = {(d, int(b)): n for n, (d, b) in sorted(parsed.items()) if b.isdigit()}
-    trajectory = rollout(
-        policy,
-        ODE(num_steps=num_steps),
-        prompts,
-        seed=seed,
-        image_size=image_size,
-        rollout_batch_size=rollout_batch_size,
-        captures=frozenset(names.values()),
-        device=device,
+    draw = Draw(
+        seed=seed, num_steps=num_steps, image_size=image_size, rollout_batch_size=rollout_batch_size, device=device
     )
-    images = decode(policy, trajectory.clean_latents, rollout_batch_size=rollout_batch_size)
-    batch = RewardBatch(
-        images=images, prompts=prompts.per_rollout(prompts.texts), metadata=prompts.per_rollout(prompts.metadata)
-    )
-    judged = score_safely(reward, batch, frozenset({"maps"}))
+    drawn = draw.judged(policy, reward, prompts, want=frozenset({"maps"}), captures=frozenset(names.values()))
+    trajectory, judged = drawn.trajectory, drawn.output
     if judged.maps is None or not judged.valid.any():
         raise ValueError(
-            f"measure_localisation: the reward could judge none of {len(images)} images, so there are no regions to "
-            f"compare attention with. Why: {FailureCounts.of(judged)}."
+            f"measure_localisation: the reward could judge none of {len(drawn.images)} images, so there are no "
+            f"regions to compare attention with. Why: {FailureCounts.of(judged)}."
         )
     maps = judged.maps.to(trajectory.latents.device)
     grid = policy.token_grid(image_size)

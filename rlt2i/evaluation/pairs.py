@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ import torch
 from torch import Tensor
 
 from rlt2i.config import to_mapping
-from rlt2i.engine import decode, rollout
+from rlt2i.evaluation.draw import Draw
 from rlt2i.functional.preference import best_worst_pairs
 from rlt2i.inputs.textfiles import read_objects
-from rlt2i.interfaces import Policy, RewardBatch
+from rlt2i.interfaces import Policy
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.rewards.agreement import FailureCounts
-from rlt2i.rewards.validity import score_safely
-from rlt2i.runs.files import replace_text
-from rlt2i.samplers.ode import ODE
+from rlt2i.runs.files import remove_partials, replace_text, replacing
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import TaskPrompt, as_prompts, check_metadata
 
@@ -68,6 +65,7 @@ def make_pairs(
     settings = _settings(recipe, images=images, seed=seed, num_steps=steps, weights=weights)
     rows = _begun(folder, settings)
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
     replace_text(folder / SETTINGS, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     per_batch = max(1, recipe.train.rollout_batch_size // images)
     first = max((row["draw"] for row in rows), default=-1) + 1
@@ -103,25 +101,15 @@ def _batch(
     """The rows of one batch of prompts, after their images are on the disk."""
     train = recipe.train
     prompts = as_prompts(drawn, group_size=images, start=start)
-    trajectory = rollout(
-        policy,
-        ODE(num_steps=num_steps),
-        prompts,
+    draw = Draw(
         seed=derive_seed("pairs", seed),
+        num_steps=num_steps,
         image_size=train.image_size,
         rollout_batch_size=train.rollout_batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    pictures = decode(policy, trajectory.clean_latents, rollout_batch_size=train.rollout_batch_size)
-    output = score_safely(
-        recipe.reward,
-        RewardBatch(
-            images=pictures,
-            prompts=prompts.per_rollout(prompts.texts),
-            metadata=prompts.per_rollout(prompts.metadata),
-            groups=torch.arange(len(drawn)).repeat_interleave(images),
-        ),
-    )
+    judged = draw.judged(policy, recipe.reward, prompts)
+    pictures, output = judged.images, judged.output
     if not output.valid.any():
         raise ValueError(
             f"pairs: the reward could judge none of {len(output.valid)} images. Why: {FailureCounts.of(output)}. "
@@ -180,6 +168,5 @@ def _write_png(file: Path, picture: Tensor) -> None:
     """A [3, H, W] uint8 image, in one step."""
     from PIL import Image
 
-    partial = file.with_name(f".{file.name}.partial")
-    Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(partial, format="PNG")
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(partial, format="PNG")

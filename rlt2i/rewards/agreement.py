@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.config.secrets import redacted_text
 from rlt2i.interfaces import RewardOutput
 from rlt2i.rewards.batching import REASON
 
@@ -60,7 +61,9 @@ class FailureCounts:
         self.images += len(valid)
         info = output.info or [{} for _ in valid]
         self.reasons.update(
-            str(details.get(REASON, "no reason given")) for ok, details in zip(valid, info, strict=True) if not ok
+            redacted_text(str(details.get(REASON, "no reason given")))
+            for ok, details in zip(valid, info, strict=True)
+            if not ok
         )
 
     def together(self, gather: Gather, device: torch.device | str = "cpu") -> FailureCounts:

@@ -15,6 +15,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.config.secrets import redacted_text
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import failed, merge, take_batch, with_reasons
 from rlt2i.rewards.wrapper import Wrapper
@@ -57,7 +58,7 @@ def _scored(reward: Reward, batch: RewardBatch, want: frozenset[str]) -> RewardO
         raise
     except Exception as error:
         _LOG.error("%s raised on a batch of %d.", _name(reward), len(batch.prompts), exc_info=True)
-        return failed(len(batch.prompts), f"{type(error).__name__}: {error}"[:1000] + _place(error))
+        return failed(len(batch.prompts), redacted_text(f"{type(error).__name__}: {error}"[:1000]) + _place(error))
     output = checked(output, reward, len(batch.prompts))
     for name in sorted(want & {"maps", "regions"}):
         if getattr(output, name) is None and output.valid.any():

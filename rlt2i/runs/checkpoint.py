@@ -13,7 +13,6 @@ reads or writes a pickle, and what looks like one is refused.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -28,7 +27,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlt2i.runs.files import flush, looks_like_pickle, plain_json, save_tensors, sha256, write_text
+from rlt2i.runs.files import (
+    advice,
+    flush,
+    looks_like_pickle,
+    plain_json,
+    process_is_alive,
+    save_tensors,
+    sha256,
+    write_text,
+)
 from rlt2i.runs.optimizer_state import generator_state as generator_state
 from rlt2i.runs.optimizer_state import optimizer_tensors as optimizer_tensors
 from rlt2i.runs.optimizer_state import restore_generator as restore_generator
@@ -78,7 +86,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-<step>` atomically, then remove the oldest complete ones beyond `keep`.
 
-    A checkpoint of the same step is replaced. One process at a time may write (see `runlog.RunDirectory`).
+    A checkpoint of the same step is replaced. One process at a time may write (see `directory.RunDirectory`).
 
     Args:
         run_dir: the run's folder; created if needed.
@@ -120,7 +128,7 @@ def save_checkpoint(
         _seal(staging, step)
         on_write(MANIFEST)
         final = _publish(staging, run_dir / f"checkpoint-{step:08d}", on_write)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise _refusal(error, run_dir, step) from error
     except BaseException:
@@ -254,6 +262,13 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the first file that is missing, truncated, altered, or a pickle.
     """
+    try:
+        return _verified(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). {_WAY_OUT}") from error
+
+
+def _verified(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder. Pass a checkpoint-<step> folder, or 'latest'.")
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
@@ -304,6 +319,11 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is any checkpoint, sound or not: a run with one is never started over."""
+    return next(_folders(run_dir), None) is not None
+
+
 def _folders(run_dir: Path) -> Iterator[tuple[int, bool, Path]]:
     """(step, whether under its final name, path) of every checkpoint, those about to be replaced included."""
     for path in run_dir.glob("*-*"):
@@ -314,13 +334,7 @@ def _folders(run_dir: Path) -> Iterator[tuple[int, bool, Path]]:
 
 
 def _alive(pid: int) -> bool:
-    if pid == os.getpid():  # of an earlier life: containers often start with the same number
-        return False
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno == errno.EPERM
-    return True
+    return pid != os.getpid() and process_is_alive(pid)  # an earlier life: containers often start with the same number
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -333,15 +347,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refusal(error: Exception, run_dir: Path, step: int) -> CheckpointError:
-    # safetensors passes the system's error on as text.
-    code = getattr(error, "errno", None) or int((re.findall(r"os error (\d+)", str(error)) or ["0"])[0])
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(run_dir).free / 1e9 if run_dir.exists() else 0.0
-        advice = f"Disk or quota full ({free:.2f} GB free): free some space, lower `keep`, or move the run."
-    else:
-        advice = "Check that the folder is on a healthy, writable disk."
+def _refusal(error: OSError, run_dir: Path, step: int) -> CheckpointError:
     return CheckpointError(
         f"{run_dir}: could not write the checkpoint of step {step} ({error}). Earlier checkpoints are "
-        f"untouched. {advice}"
+        f"untouched. {advice(error, run_dir)}"
     )

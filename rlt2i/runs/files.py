@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import math
 import os
+import re
+import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
         A path in the same folder to write the new content to. When the block ends it is flushed and renamed; when the
         block fails it is removed.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         partial.touch()
         mode = partial.stat().st_mode
@@ -87,7 +94,76 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping
         value = tensor.detach().contiguous()
         dense[name] = value.clone() if value.untyped_storage().data_ptr() in taken else value
         taken.add(dense[name].untyped_storage().data_ptr())
-    save_file(dense, path, metadata=None if metadata is None else dict(metadata))
+    try:
+        save_file(dense, path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # which passes the system's error on as text
+        if code := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
+
+
+def create_text(path: Path, text: str) -> None:
+    """Write a file unless it is there; of several processes that try, one wins and none sees half of it."""
+    partial = _partial(path)
+    try:
+        write_text(partial, text)
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+def remove_partials(folder: Path, *, of_the_dead: bool = False) -> list[Path]:
+    """Remove what writers that were killed left in a folder and below.
+
+    Args:
+        of_the_dead: leave what may be under way: of living processes of this machine, and of other machines while it
+            is younger than an hour. Without it this must be the folder's only writer.
+
+    Returns:
+        The files removed.
+    """
+    found = [path for path in sorted(folder.rglob(".*.partial")) if not (of_the_dead and _under_way(path))]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return found
+
+
+def _under_way(partial: Path) -> bool:
+    host, _, number = partial.name.removesuffix(".partial").rpartition("-")
+    if number.isdigit() and host.endswith(f".{socket.gethostname()}"):
+        return int(number) != os.getpid() and process_is_alive(int(number))
+    try:
+        return time.time() - partial.stat().st_mtime < 3600
+    except FileNotFoundError:
+        return False
+
+
+def process_is_alive(number: int) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(number, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
+
+
+def advice(error: OSError, path: Path) -> str:
+    """What a user can do about an error of the system, in a sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        there = next((folder for folder in (path, *path.parents) if folder.exists()), Path())
+        free = shutil.disk_usage(there).free / 1e9
+        return f"Disk or quota full ({free:.2f} GB free): free some space, lower `keep_checkpoints`, or move the run."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "It belongs to another user or is protected: choose another folder with --run-dir, or ask its owner."
+    if error.errno == errno.EROFS:
+        return "The disk is mounted read-only: choose a folder on another one with --run-dir."
+    return "Check that the folder is there, on a healthy, writable disk."
 
 
 def sha256(path: Path) -> str:

@@ -2,38 +2,73 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlt2i.distributed import Processes
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.checkpoint import clean_staging, set_aside_after
-from rlt2i.runs.metrics import FAILURES, RunDirectory, RunLog
+from rlt2i.runs.directory import RunDirectory, disk_errors
+from rlt2i.runs.metrics import FAILURES, append_lines
+from rlt2i.runs.runlog import RunLog
 
 
 class Logbook:
-    """Run directory and log of the first process."""
+    """Run directory and log of the first process; close it.
 
-    def __init__(self, recipe: Recipe, run_dir: Path, resumed: bool) -> None:
-        mapping = recipe.mapping()
-        self._run = RunDirectory.open(run_dir) if resumed else RunDirectory.create(run_dir, mapping, recipe.hash)
+    Args:
+        recipe: resolved.
+        run_dir: made, started over, or taken up.
+        resumed: whether the run goes on from a checkpoint.
+        inputs: what the recipe reads; see `identity.inputs_of`.
+        accepted: changes of it that the user has agreed to.
+
+    Raises:
+        RunDirectoryError: when the folder cannot be used; says why.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        *,
+        resumed: bool,
+        inputs: Mapping[str, Any] | None = None,
+        accepted: Sequence[str] = (),
+    ) -> None:
+        inputs = inputs or {}
+        if resumed:
+            self._run = RunDirectory.open(run_dir, accepted)
+            self._run.write_inputs(inputs)
+        else:
+            self._run = RunDirectory.create(run_dir, recipe.mapping(), recipe.hash, inputs)
         clean_staging(run_dir)
         self._trackers = recipe.train.trackers
         self._log: RunLog | None = None
 
-    def rewind(self, iteration: int) -> None:
-        """Forget what came after `iteration`, so that no iteration is logged or kept twice."""
-        set_aside_after(self._run.path, iteration)
-        self._run.rewind(iteration)
+    def check(self) -> None:
+        """Refuse to go on in a folder that is no longer this run's; see `RunDirectory.check`."""
+        self._run.check()
 
-    def log(self, iteration: int, metrics: Mapping[str, Any], *, phase: str = "train") -> None:
+    def rewind(self, iteration: int) -> list[str]:
+        """Forget what came after `iteration`, so that no iteration is logged or kept twice; the lines dropped."""
+        set_aside_after(self._run.path, iteration)
+        return self._run.rewind(iteration)
+
+    def has(self, iteration: int, phase: str) -> bool:
+        """Whether this iteration of the phase is logged already."""
+        return self._opened().last(phase) >= iteration
+
+    def _opened(self) -> RunLog:
         if self._log is None:
             self._log = RunLog(self._run, trackers=self._trackers)
-        self._log.log(iteration, metrics, phase=phase)
+        return self._log
+
+    def log(self, iteration: int, metrics: Mapping[str, Any], *, phase: str = "train") -> None:
+        self.check()
+        self._opened().log(iteration, metrics, phase=phase)
 
     def failures(self, iteration: int, reasons: Mapping[str, int], *, images: int, phase: str) -> None:
         """Append to failures.jsonl why images were not judged; after a resume an iteration may come twice."""
@@ -45,23 +80,11 @@ class Logbook:
             "invalid": sum(reasons.values()),
             "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
         }
-        with (self._run.path / FAILURES).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        path = self._run.path / FAILURES
+        with disk_errors(path), path.open("a", encoding="utf-8") as stream:
+            append_lines(stream, [json.dumps(record)])
 
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
         self._run.close()
-
-
-@contextlib.contextmanager
-def open_logbook(recipe: Recipe, run_dir: Path, resumed: bool, processes: Processes) -> Iterator[Logbook | None]:
-    """The logbook on the first process, nothing on the others; closed on leaving."""
-    if not processes.is_main:
-        yield None
-        return
-    book = Logbook(recipe, run_dir, resumed)
-    try:
-        yield book
-    finally:
-        book.close()

@@ -31,8 +31,11 @@ def new_run_dir(recipe: Recipe, root: Path = RUNS) -> Path:
     return path
 
 
-def newest_run_dir(recipe: Recipe, root: Path = RUNS) -> Path:
+def newest_run_dir(recipe: Recipe, root: Path = RUNS, *, or_new: bool = False) -> Path | None:
     """The latest run of exactly this recipe.
+
+    Args:
+        or_new: None where there is no run, instead of an error.
 
     Raises:
         ConfigError: when there is none, naming the runs of the same name with other settings.
@@ -41,6 +44,8 @@ def newest_run_dir(recipe: Recipe, root: Path = RUNS) -> Path:
     runs = [path for path in root.glob(f"{name}*") if path.is_dir() and _number(path.name, name) is not None]
     if runs:
         return max(runs, key=lambda path: _number(path.name, name) or 0)
+    if or_new:
+        return None
     others = sorted(path.name for path in root.glob(f"{recipe.name}-*") if (path / "recipe.yaml").is_file())
     near = (
         f" Runs of {recipe.name} with other settings: {', '.join(others)}; continue one with --run-dir."

@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 PROJECT = "rlt2i"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that could not be started, before anything is loaded.
+
+    Raises:
+        ValueError: if one is unknown, not installed, or installed and broken.
+    """
+    for name in names:
+        _tracker_class(name)
+        if name == "tensorboard":
+            try:
+                importlib.import_module("torch.utils.tensorboard")
+            except ModuleNotFoundError:
+                continue  # it is left out where it is not installed
+            except Exception as error:
+                raise ValueError(
+                    f"tracker 'tensorboard': installed, but it does not start ({type(error).__name__}: {error}). Mend "
+                    "it with `pip install --upgrade tensorboard`, or leave it out: --set train.trackers=[]"
+                ) from error
+
+
+def _tracker_class(name: str) -> Any:
+    """accelerate's class, or None where TensorBoard is not installed."""
+    from accelerate import tracking, utils
+
+    known = {
+        "tensorboard": (tracking.TensorBoardTracker, utils.is_tensorboard_available),
+        "wandb": (tracking.WandBTracker, utils.is_wandb_available),
+        "trackio": (tracking.TrackioTracker, utils.is_trackio_available),
+    }
+    if name not in known:
+        raise ValueError(f"tracker {name!r}: unknown. Use some of {sorted(known)}.")
+    tracker_class, available = known[name]
+    if available():
+        return tracker_class
+    if name == "tensorboard":
+        return None
+    raise ValueError(f"tracker {name!r}: not installed. `pip install {name}`, or leave it out of `trackers`.")
 
 
 def start_tracker(name: str, run: Path, recipe_hash: str, *, first_step: int, options: Mapping[str, Any]) -> Any:
@@ -25,21 +65,11 @@ def start_tracker(name: str, run: Path, recipe_hash: str, *, first_step: int, op
     Raises:
         ValueError: if the tracker is unknown or not installed.
     """
-    from accelerate import tracking, utils
     from accelerate.state import PartialState
 
-    known = {
-        "tensorboard": (tracking.TensorBoardTracker, utils.is_tensorboard_available),
-        "wandb": (tracking.WandBTracker, utils.is_wandb_available),
-        "trackio": (tracking.TrackioTracker, utils.is_trackio_available),
-    }
-    if name not in known:
-        raise ValueError(f"tracker {name!r}: unknown. Use some of {sorted(known)}.")
-    tracker_class, available = known[name]
-    if not available():
-        if name == "tensorboard":
-            return None
-        raise ValueError(f"tracker {name!r}: not installed. `pip install {name}`, or leave it out of `trackers`.")
+    tracker_class = _tracker_class(name)
+    if tracker_class is None:
+        return None
     PartialState()  # accelerate's trackers log through it
     if name == "tensorboard":
         own: dict[str, Any] = {"logging_dir": run, **({"purge_step": first_step} if first_step else {})}

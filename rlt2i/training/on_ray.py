@@ -99,9 +99,10 @@ class RayRun:
         return max(1, round(load_recipe(self.recipe, self.overrides).train.process_timeout))
 
     def _check_run_dir(self) -> None:
-        from rlt2i.runs.metrics import RECIPE, RunDirectoryError
+        from rlt2i.runs.checkpoint import has_checkpoint
+        from rlt2i.runs.directory import RunDirectoryError
 
-        if self.resume is None and (self.run_dir / RECIPE).exists():
+        if self.resume is None and has_checkpoint(self.run_dir):
             raise RunDirectoryError(
                 f"{self.run_dir}: already holds a run. Continue it with --resume, or choose another with --run-dir."
             )
@@ -144,10 +145,10 @@ def train_on_worker(config: Mapping[str, Any]) -> str | None:
 
 def _final_errors() -> tuple[type[Exception], ...]:
     """Errors that another start would meet again."""
-    from rlt2i.engine import OtherProcessFailed
+    from rlt2i.distributed import OtherProcessFailed
     from rlt2i.learner import UpdateRefused
     from rlt2i.runs.checkpoint import CheckpointError
-    from rlt2i.runs.metrics import RunDirectoryError
+    from rlt2i.runs.directory import RunDirectoryError
     from rlt2i.training.trainer import RunStopped
 
     return (

@@ -1,16 +1,19 @@
-"""Stopping without losing work: Ctrl-C or a scheduler's SIGTERM ends the run after the iteration under way."""
+"""Stopping without losing work: Ctrl-C, SIGTERM or SIGHUP ends the run after the iteration under way."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+_NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
 
 class GracefulStop:
-    """Turns SIGINT and SIGTERM into a flag while its block runs; a second SIGINT is a KeyboardInterrupt.
+    """Turns SIGINT, SIGTERM and SIGHUP into a flag while its block runs; a second SIGINT is a KeyboardInterrupt.
 
     The handlers in force before are put back on leaving. Python delivers signals to the main thread only, so
     in any other thread the block changes nothing and `requested` stays False.
@@ -28,7 +31,7 @@ class GracefulStop:
 
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _NUMBERS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -48,4 +51,5 @@ class GracefulStop:
             self.requested = True
             self.reason = signal.Signals(number).name
             # os.write, because a print interrupted by this very handler must not be entered again.
-            os.write(2, f"\n{self.reason}: stopping after this iteration; Ctrl-C again stops at once.\n".encode())
+            with contextlib.suppress(OSError):  # the terminal may be what went away
+                os.write(2, f"\n{self.reason}: stopping after this iteration; Ctrl-C again stops at once.\n".encode())

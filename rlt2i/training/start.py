@@ -13,65 +13,77 @@ import attrs
 import torch
 
 from rlt2i.algorithm import Algorithm
-from rlt2i.distributed import Processes
+from rlt2i.config.secrets import redacted
+from rlt2i.distributed import Distributed
 from rlt2i.engine import Engine
 from rlt2i.evaluation.auto import asks_for_auto, resolve_auto
 from rlt2i.interfaces import Policy
 from rlt2i.learner import Learner
 from rlt2i.parameter_sets import ParameterSets, tensors_sha256
 from rlt2i.recipes.recipe import Recipe
-from rlt2i.runs.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint
-from rlt2i.runs.logbook import Logbook, open_logbook
-from rlt2i.tasks.base import TaskPrompt, check_metadata
+from rlt2i.runs.checkpoint import CheckpointError, has_checkpoint, latest_checkpoint, load_checkpoint
+from rlt2i.runs.directory import INPUTS
+from rlt2i.runs.files import replace_text
+from rlt2i.runs.generators import seed_global_generators
+from rlt2i.runs.identity import changes, inputs_of, read_inputs
+from rlt2i.runs.logbook import Logbook
+from rlt2i.tasks.base import TaskPrompt
 from rlt2i.tasks.reading import MOST_DRAWN, report_on
-from rlt2i.training.dry_run import batch_plan, check_sizes
+from rlt2i.training.preflight import check_before_weights, check_disk
 from rlt2i.training.signals import GracefulStop
 from rlt2i.training.trainer import Trainer
 
 
-def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None) -> None:
+def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None, accept_changes: bool = False) -> None:
     """Train a recipe into a run directory, from the beginning or from a checkpoint.
 
-    Launch it with `accelerate launch` or `torchrun` for several devices; results do not depend on how many.
+    Launch it with `accelerate launch` or `torchrun` for several devices; results do not depend on how many, beyond the
+    order in which sums are rounded. A directory whose run was stopped before its first checkpoint is started over.
 
     Args:
-        resume: None for a new run, "latest", or a checkpoint folder.
+        resume: None for a new run; "latest" (or "auto") to go on from the newest checkpoint, or to start where there is
+            none yet; or a checkpoint folder.
+        accept_changes: go on although data files or modules that the recipe reads have other content than when the run
+            was started; what changed is written down.
 
     Raises:
         ValueError: when recipe, batch arithmetic or task do not work out; nothing has been loaded then.
         RunStopped: when training cannot go on; what was learned is saved.
     """
     train = recipe.train
-    processes = Processes(timeout=train.process_timeout)
-    recipe.algorithm().check_group_size(train.group_size)
-    check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
-    check_sizes(recipe)
-    batch = batch_plan(recipe, world_size=processes.world_size)
-    say: Callable[[str], None] = functools.partial(print, flush=True) if processes.is_main else lambda _: None
-    recipe = _resolved(recipe, run_dir if resume is not None else None, processes, say)
+    distributed = Distributed(timeout=train.process_timeout)
+    say: Callable[[str], None] = functools.partial(print, flush=True) if distributed.is_main else lambda _: None
+    batch, path = distributed.raise_on_all(
+        lambda: (check_before_weights(recipe, world_size=distributed.world_size), _checkpoint_path(run_dir, resume)),
+        "checking the recipe",
+    )
+    if resume is not None and path is None:
+        say(f"{run_dir}: no checkpoint yet, so the run starts at the beginning")
+    recipe = _resolved(recipe, run_dir if path is not None else None, distributed, say)
+    seed_global_generators("global", train.seed)  # loading must draw the same everywhere
     with contextlib.ExitStack() as stack:
-        # Only the first process writes; the others learn of its failure to take the directory at the next collective.
-        log = stack.enter_context(open_logbook(recipe, run_dir, resume is not None, processes))
+        log = distributed.raise_on_all(
+            lambda: _logbook(recipe, run_dir, path, accept_changes, say) if distributed.is_main else None,
+            "taking the run directory",
+        )
+        if log is not None:
+            stack.callback(log.close)
         stop = stack.enter_context(GracefulStop())
-        algorithm = recipe.algorithm().load(processes.device)
+        algorithm = distributed.raise_on_all(lambda: recipe.algorithm().load(distributed.device), "loading")
         for reward in (algorithm.reward, *recipe.heldout.values()):
             stack.callback(reward.close)
-        if processes.is_main:
-            _write_json(run_dir / "reward.json", algorithm.reward.fingerprint())
-            if recipe.heldout:
-                _write_json(run_dir / "heldout.json", {n: r.fingerprint() for n, r in recipe.heldout.items()})
-            assert isinstance(algorithm.policy, Policy)
-            for line in report_on(algorithm.policy, _prompts_of(recipe)).lines():
-                say(line)
-        trainer = _assemble(recipe, algorithm, run_dir, log, processes, say)
-        if resume is None:
+        trainer = _assemble(recipe, algorithm, run_dir, log, distributed, say, stop)
+        distributed.raise_on_all(lambda: _write_down(trainer, algorithm), "writing down the reward")
+        seed_global_generators("global", train.seed, distributed.rank)
+        if path is None:
             say(batch.table())
         else:
-            trainer.restore(_checkpoint(run_dir, resume))
-            if log is not None:
-                log.rewind(trainer.iteration)
+            checkpoint = distributed.raise_on_all(lambda: load_checkpoint(path), "reading the checkpoint")
+            trainer.restore(checkpoint)
+            if log is not None and (dropped := log.rewind(trainer.iteration)):
+                say(f"{len(dropped)} lines of metrics after it, or damaged, are set aside in metrics.dropped.jsonl")
             say(f"resuming after iteration {trainer.iteration} of {train.iterations}")
-        trainer.train(stop)
+        trainer.train()
         if trainer.iteration < train.iterations:
             again = f"rlt2i train --run-dir {run_dir} --resume"
             say(f"stopped after iteration {trainer.iteration}, saved. Go on with: {again}")
@@ -86,20 +98,56 @@ def _prompts_of(recipe: Recipe) -> Iterator[TaskPrompt]:
         yield from recipe.task.eval_prompts(train.eval_prompts)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-
-
-def _checkpoint(run_dir: Path, resume: Path | str) -> Checkpoint:
-    path = latest_checkpoint(run_dir) if resume == "latest" else Path(resume)
-    if path is None:
+def _checkpoint_path(run_dir: Path, resume: Path | str | None) -> Path | None:
+    """The checkpoint to go on from; None to start at the beginning."""
+    if resume is None:
+        return None
+    if resume not in ("latest", "auto"):
+        return Path(resume)
+    path = latest_checkpoint(run_dir)
+    if path is None and has_checkpoint(run_dir):
         raise CheckpointError(
             f"{run_dir}: holds no complete checkpoint to resume from. Start again in a new directory."
         )
-    return load_checkpoint(path)
+    return path
 
 
-def _resolved(recipe: Recipe, run_dir: Path | None, processes: Processes, say: Callable[[str], None]) -> Recipe:
+def _logbook(
+    recipe: Recipe, run_dir: Path, checkpoint: Path | None, accept_changes: bool, say: Callable[[str], None]
+) -> Logbook:
+    inputs = inputs_of(recipe)
+    before = read_inputs(run_dir / INPUTS) if checkpoint is not None else None
+    changed = changes(before, inputs) if before is not None else []
+    if changed and not accept_changes:
+        listed = "\n".join(f"  {line}" for line in changed)
+        raise ValueError(
+            f"{run_dir}: what the run reads has changed since it was started, so it would turn into something else:\n"
+            f"{listed}\nPut it back, or go on with it and have that written down: --accept-changes"
+        )
+    for line in changed:
+        say(f"accepted: {line}")
+    return Logbook(recipe, run_dir, resumed=checkpoint is not None, inputs=inputs, accepted=changed)
+
+
+def _write_down(trainer: Trainer, algorithm: Algorithm) -> None:
+    """Which rewards judge, whether a checkpoint will fit, and what prompts lose; on the first process."""
+    if not trainer.distributed.is_main:
+        return
+    recipe, run_dir = trainer.recipe, trainer.run_dir
+    sets = [name for name in trainer.learner.sets.names if name != "reference"]
+    check_disk(run_dir, trainer.policy.trainable_parameters(), copies=3 + len(sets))
+    _write_json(run_dir / "reward.json", algorithm.reward.fingerprint())
+    if recipe.heldout:
+        _write_json(run_dir / "heldout.json", {n: r.fingerprint() for n, r in recipe.heldout.items()})
+    for line in report_on(trainer.policy, _prompts_of(recipe)).lines():
+        trainer.say(line)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    replace_text(path, json.dumps(redacted(value), indent=2, sort_keys=True, default=str) + "\n")
+
+
+def _resolved(recipe: Recipe, run_dir: Path | None, distributed: Distributed, say: Callable[[str], None]) -> Recipe:
     """The recipe without "auto": measured for a new run, read from the run directory for one that goes on."""
     if not asks_for_auto(recipe):
         return recipe
@@ -107,7 +155,7 @@ def _resolved(recipe: Recipe, run_dir: Path | None, processes: Processes, say: C
         from rlt2i.recipes import load_recipe
 
         return attrs.evolve(recipe, credit=load_recipe(run_dir / "recipe.yaml").credit)
-    resolved, measured = resolve_auto(recipe, device=processes.device)
+    resolved, measured = resolve_auto(recipe, device=distributed.device)
     if measured is not None:
         direction, block = measured.best()
         say(f"attention maps against known regions, AUC over {measured.images} images:\n{measured.table()}")
@@ -120,8 +168,9 @@ def _assemble(
     algorithm: Algorithm,
     run_dir: Path,
     log: Logbook | None,
-    processes: Processes,
+    distributed: Distributed,
     say: Callable[[str], None],
+    stop: GracefulStop,
 ) -> Trainer:
     """Engine, learner and the rest, around a loaded policy."""
     train, policy = recipe.train, algorithm.policy
@@ -151,7 +200,7 @@ def _assemble(
         ema_decay=train.ema_decay,
         seed=train.seed,
         warmup_steps=train.warmup_steps,
-        reduce_sum=processes.sum if processes.world_size > 1 else None,
+        reduce_sum=distributed.sum if distributed.world_size > 1 else None,
     )
     engine = Engine(
         algorithm=algorithm,
@@ -160,17 +209,18 @@ def _assemble(
         rollout_batch_size=train.rollout_batch_size,
         seed=train.seed,
         share_initial_noise=train.share_initial_noise,
-        device=processes.device,
-        gather=processes.gather,
-        rank=processes.rank,
+        device=distributed.device,
+        gather=distributed.gather,
+        rank=distributed.rank,
     )
     return Trainer(
         recipe=recipe,
         run_dir=run_dir,
         log=log,
-        processes=processes,
+        distributed=distributed,
         engine=engine,
         learner=learner,
         say=say,
         start=tensors_sha256(parameters),
+        stop=stop,
     )

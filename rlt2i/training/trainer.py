@@ -11,26 +11,32 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.config import recipe_hash
-from rlt2i.distributed import Processes
+from rlt2i.distributed import Distributed
 from rlt2i.engine import Collected, Engine, Stopwatch
-from rlt2i.evaluation.artifacts import read_evaluation, write_evaluation, write_maps
 from rlt2i.evaluation.health import diversity_metrics, health_metrics
 from rlt2i.evaluation.heldout import Evaluation, evaluate
+from rlt2i.evaluation.map_samples import map_samples
 from rlt2i.interfaces import Policy
-from rlt2i.learner import Learner, UpdateRefused
+from rlt2i.learner import Learner
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.rewards.agreement import FailureCounts
-from rlt2i.runs.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    save_checkpoint,
+from rlt2i.runs.artifacts import UnreadableFileError, evaluation_file, maps_file, read_evaluation, write_maps
+from rlt2i.runs.belonging import (
+    changed_rounding,
+    check_recipe,
+    check_shapes,
+    check_state,
+    continuity,
+    policy_identity,
+    rounding,
 )
+from rlt2i.runs.checkpoint import Checkpoint, save_checkpoint
+from rlt2i.runs.generators import global_generators, restore_global_generators, undisturbed_generators
 from rlt2i.runs.logbook import Logbook
 from rlt2i.runs.metrics import read_metrics
 from rlt2i.runs.optimizer_state import optimizer_tensors, restore_optimizer
 from rlt2i.runs.terminal import summary_line
-from rlt2i.tasks.base import as_prompts
+from rlt2i.tasks.base import TaskPrompt, as_prompts
 from rlt2i.training.alarm import hacking_alarms
 from rlt2i.training.observations import observations
 from rlt2i.training.signals import GracefulStop
@@ -43,6 +49,10 @@ class RunStopped(RuntimeError):
     """Training cannot go on; what was learned so far is saved."""
 
 
+class Interrupted(Exception):
+    """An evaluation was cut short because the run was asked to stop."""
+
+
 @attrs.define
 class Trainer:
     """One run of one recipe.
@@ -51,21 +61,26 @@ class Trainer:
         recipe: resolved: nothing in it says "auto".
         run_dir: where it leaves its files.
         log: its metrics, on the first process.
-        processes: this process among the others.
+        distributed: this process among the others.
         engine, learner: collect and optimise.
         say: prints a line for the user.
         start: identity of the starting weights, the reference: they are made again, not saved again.
+        stop: whether the user, or a scheduler, wants the run to end.
+        iteration: finished so far, of which `saved` are in a checkpoint.
+        base: how the starting weights were judged.
     """
 
     recipe: Recipe
     run_dir: Path
     log: Logbook | None
-    processes: Processes
+    distributed: Distributed
     engine: Engine
     learner: Learner
     say: Callable[[str], None]
     start: str
+    stop: GracefulStop = attrs.field(factory=GracefulStop)
     iteration: int = 0
+    saved: int = 0
     base: Evaluation | None = None
     mentioned: bool = False
 
@@ -73,57 +88,66 @@ class Trainer:
     def policy(self) -> Policy:
         return self.engine.policy
 
-    def train(self, stop: GracefulStop) -> None:
-        """Run until the last iteration, or until asked to stop; always leaves a checkpoint of the last finished one."""
+    def train(self) -> None:
+        """Run until the last iteration, or until asked to stop.
+
+        Whatever ends it, an exception of any kind included, leaves a checkpoint of the last finished iteration.
+        """
+        try:
+            self._run()
+        except BaseException as error:
+            self._rescue(error)
+            raise
+
+    def _run(self) -> None:
         train = self.recipe.train
-        if self._evaluation_is_due():
-            if self._evaluation_is_missing():
-                self._judge(first=self.iteration == 0)
-            elif self.iteration == 0 and self.base is None:
-                self._adopt_base()
-        while self.iteration < train.iterations and not self.processes.any(stop.requested):
+        if self._evaluation_is_due() and not self._stopping():
+            try:
+                if self._evaluation_is_missing():
+                    self._judge(first=self.iteration == 0)
+                elif self.iteration == 0 and self.base is None:
+                    self._adopt_base()
+            except Interrupted:
+                return
+        while self.iteration < train.iterations and not self._stopping():
             metrics = self._one_iteration()
-            self.iteration += 1
-            last = self.iteration == train.iterations
-            if self._evaluation_is_due():
+            if self._evaluation_is_due() and not self._stopping():
                 try:
                     metrics |= self._judge(first=False)
-                except RunStopped:
+                    self._watch_for_hacking(metrics)
+                except Interrupted:
+                    pass  # judged when the run is resumed
+                except Exception:
                     self._remember(metrics)  # the iteration is finished, although nothing could be said about it
                     raise
-                self._watch_for_hacking(metrics)
             self._remember(metrics)
-            if last or self.iteration % train.checkpoint_every == 0 or self.processes.any(stop.requested):
+            last = self.iteration == train.iterations
+            if last or self.iteration % train.checkpoint_every == 0 or self._stopping():
                 self._save()
+
+    def _stopping(self) -> bool:
+        return self.distributed.any(self.stop.requested)
 
     # ------------------------------------------------------------------------------------------------- one iteration
 
     def _one_iteration(self) -> dict[str, Any]:
         train, watch = self.recipe.train, Stopwatch(device=self.engine.device)
-        error: Exception | None = None
-        collected: Collected | None = None
-        try:
-            collected = self._collect(watch)
-        except (ValueError, RuntimeError, OSError) as caught:
-            error = caught
-        self._agree(error)
-        assert collected is not None
-        lost = 1 - self.processes.mean(collected.experience.rewards.valid.float())
-        tally = collected.tally.together(self.processes.gather, self.engine.device)
+        collected = self.distributed.raise_on_all(lambda: self._collect(watch), doing=f"iteration {self.iteration + 1}")
+        lost = 1 - self.distributed.mean(collected.experience.rewards.valid.float())
+        tally = collected.tally.together(self.distributed.gather, self.engine.device)
         invalid = max(lost, tally.share)
         self._stop_if_broken(tally, invalid, "train", "Nothing was learned from this batch")
         with watch("update"):
-            try:
-                metrics: dict[str, Any] = dict(self.learner.learn(collected.experience, watch.advance))
-            except UpdateRefused:
-                self._save()
-                raise
+            metrics: dict[str, Any] = dict(self.learner.learn(collected.experience, watch.advance))
+        self.iteration += 1  # from here on the weights are those of a finished iteration
         self._mention_uniform_prompts(collected)
-        metrics |= observations(collected, self.processes.mean) | {f"seconds/{k}": v for k, v in watch.seconds.items()}
+        metrics |= observations(collected, self.distributed.mean) | {
+            f"seconds/{k}": v for k, v in watch.seconds.items()
+        }
         metrics["rewards/invalid"] = invalid
         if train.group_size > 1:
             differing = diversity_metrics(collected.images, train.group_size)
-            metrics |= {name: self.processes.mean(values) for name, values in differing.items()}
+            metrics |= {name: self.distributed.mean(values) for name, values in differing.items()}
         if train.reference:
             metrics["kl/base"] = self._drift(collected)
         if self._shows_maps():
@@ -136,8 +160,8 @@ class Trainer:
         mine = shard_prompts(
             train.prompts_per_iteration,
             parts=train.optimizer_steps_per_iteration,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
+            rank=self.distributed.rank,
+            world_size=self.distributed.world_size,
         )
         stream = self.recipe.task.train_prompts(seed=train.seed, start=first, count=train.prompts_per_iteration)
         prompts = as_prompts([stream[i] for i in mine], group_size=train.group_size)
@@ -152,11 +176,6 @@ class Trainer:
             self.mentioned = True
             self.say(f"note: no core word found in {texts[0]!r}; the credit of such prompts is uniform in space")
 
-    def _agree(self, error: Exception | None) -> None:
-        """Raise on every process when any of them failed, so that nobody waits for a collective that never comes."""
-        if self.processes.any(error is not None):
-            raise error or RunStopped(f"iteration {self.iteration + 1}: another process failed; see its message.")
-
     def _stop_if_broken(self, tally: FailureCounts, share: float, phase: str, consequence: str) -> None:
         """Write down why images were not judged; stop, on every process, when they are too many.
 
@@ -168,11 +187,11 @@ class Trainer:
             self.log.failures(iteration, tally.reasons, images=tally.images, phase=phase)
         if share <= limit:
             return
-        self._save()
+        kept = "the last iteration is saved. Mend the reward, then resume with --resume latest"
         raise RunStopped(
             f"{'iteration' if phase == 'train' else 'evaluation after iteration'} {iteration}: {share:.0%} of the "
             f"rewards are invalid, more than max_invalid_share={limit:.0%}. Why: {tally}. {consequence}, and "
-            "the last iteration is saved. Mend the reward, then resume with --resume latest."
+            + (f"{kept}." if self.iteration else "there is nothing to save yet. Mend the reward and start again.")
         )
 
     @torch.no_grad()
@@ -184,7 +203,7 @@ class Trainer:
         now = self.policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
         with self.learner.sets.use("reference"):
             base = self.policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
-        return self.processes.mean((now - base).pow(2).mean(dim=(1, 2, 3)))
+        return self.distributed.mean((now - base).pow(2).mean(dim=(1, 2, 3)))
 
     # ------------------------------------------------------------------------------------------------- judgement
 
@@ -194,33 +213,41 @@ class Trainer:
         regular = train.eval_every > 0 and done % train.eval_every == 0
         return train.eval_prompts > 0 and (done in (0, train.iterations) or regular)
 
-    def _evaluation_file(self) -> Path:
-        return self.run_dir / "images" / f"eval-{self.iteration:06d}.safetensors"
-
     def _evaluation_is_missing(self) -> bool:
-        """Whether the weights at hand were not judged yet: at the start, or where the reward failed at it."""
-        return self.processes.any(self.processes.is_main and not self._evaluation_file().exists())
+        """Whether the weights at hand were not judged yet, or what was said of them cannot be read any more."""
+        path = evaluation_file(self.run_dir, self.iteration)
+        return self.distributed.any(self.distributed.is_main and not _readable(path))
 
-    def _judge(self, *, first: bool) -> dict[str, Any]:
-        """Evaluate the weights that would be shipped: the average where there is one, else the online weights."""
+    def _held_out(self) -> list[TaskPrompt]:
+        return self.recipe.task.eval_prompts(self.recipe.train.eval_prompts)
+
+    def _evaluated(self, weights: str) -> Evaluation:
+        """One of the parameter sets, judged; training does not notice."""
         train = self.recipe.train
-        watch = Stopwatch(device=self.engine.device)
-        shipped = "ema" if train.ema_decay is not None else "online"
-        with watch("eval"), self.learner.sets.use(shipped):
-            result = evaluate(
+        with self.learner.sets.use(weights), undisturbed_generators():
+            return evaluate(
                 self.policy,
                 self.engine.algorithm.reward,
-                self.recipe.task.eval_prompts(train.eval_prompts),
+                self._held_out(),
                 num_steps=train.eval_steps,
                 seed=train.eval_seed,
                 image_size=train.image_size,
                 rollout_batch_size=train.rollout_batch_size,
-                device=self.engine.device,
-                rank=self.processes.rank,
-                world_size=self.processes.world_size,
-                gather=self.processes.gather,
+                distributed=self.distributed,
                 heldout=self.recipe.heldout,
+                advance=self._leave_evaluation,
             )
+
+    def _leave_evaluation(self, _: int) -> None:
+        # With several processes all would have to agree on it in the middle of a phase in which one may fail.
+        if self.distributed.world_size == 1 and self.stop.requested:
+            raise Interrupted
+
+    def _judge(self, *, first: bool) -> dict[str, Any]:
+        """Evaluate the weights that would be shipped: the average where there is one, else the online weights."""
+        watch = Stopwatch(device=self.engine.device)
+        with watch("eval"):
+            result = self._evaluated("ema" if self.recipe.train.ema_decay is not None else "online")
         tally = FailureCounts(images=len(result.valid), reasons=Counter(result.reasons))
         share = 1 - float(result.valid.float().mean())
         self._stop_if_broken(tally, share, "eval", "Nothing can be said about these weights")
@@ -228,18 +255,35 @@ class Trainer:
             self.base = result
         metrics = result.metrics(None if first else self.base) | {"seconds/eval": watch.seconds["eval"]}
         metrics |= {name: float(value) for name, value in health_metrics(result.images).items()}
-        if self.processes.is_main:
-            write_evaluation(self._evaluation_file(), result)
+        self._on_main(lambda: result.write(evaluation_file(self.run_dir, self.iteration)), "writing the evaluation")
         self._remember(metrics, phase="eval")
         return metrics
 
     def _adopt_base(self) -> None:
         """Take over how the starting weights were judged elsewhere: runs of a benchmark share their start."""
-        self.base = read_evaluation(
-            self._evaluation_file(), self.recipe.task.eval_prompts(self.recipe.train.eval_prompts)
-        )
+        self.base = Evaluation.read(evaluation_file(self.run_dir, 0), self._held_out())
         health = {name: float(value) for name, value in health_metrics(self.base.images).items()}
         self._remember(self.base.metrics() | health, phase="eval")
+
+    def _find_base(self) -> None:
+        """How the starting weights were judged, for a run that goes on; judged again where that cannot be read.
+
+        Call it while the policy still carries them.
+        """
+        if not self.recipe.train.eval_prompts:
+            return
+        path, problem = evaluation_file(self.run_dir, 0), ""
+        try:
+            self.base = Evaluation.read(path, self._held_out())
+        except UnreadableFileError as error:
+            problem = str(error)
+        if not self.distributed.any(bool(problem)):
+            return
+        self.say(f"note: {problem or path} The starting weights are judged again, so that gains can be told.")
+        self.base = self._evaluated("online")
+        if not _readable(path):
+            base = self.base
+            self._on_main(lambda: base.write(path), "writing the evaluation")
 
     def _watch_for_hacking(self, metrics: dict[str, Any]) -> None:
         """Compare with the base and the first iteration, as they were logged."""
@@ -254,52 +298,80 @@ class Trainer:
             self.say(f"alarm: the trained reward rose while {'; '.join(alarms)}. Look at the images of the report.")
 
     def _remember(self, metrics: Mapping[str, Any], *, phase: str = "train") -> None:
-        if self.log is not None:
-            self.log.log(self.iteration, metrics, phase=phase)
+        self._on_main(lambda: self._log_once(metrics, phase), "writing the log")
         if phase == "train" or self.iteration == 0:
             self.say(summary_line(self.iteration, metrics))
 
+    def _log_once(self, metrics: Mapping[str, Any], phase: str) -> None:
+        # An evaluation whose file was lost is judged again after a resume, and was logged before it.
+        if self.log is not None and not self.log.has(self.iteration, phase):
+            self.log.log(self.iteration, metrics, phase=phase)
+
+    def _on_main(self, write: Callable[[], object], doing: str) -> None:
+        """Write on the first process; where that fails, no process goes on."""
+        self.distributed.raise_on_all(lambda: write() if self.distributed.is_main else None, doing)
+
     def _shows_maps(self) -> bool:
-        train, done = self.recipe.train, self.iteration + 1
-        return (
-            self.iteration == 0 or done == train.iterations or (train.eval_every > 0 and done % train.eval_every == 0)
-        )
+        train, done = self.recipe.train, self.iteration
+        return done == 1 or done == train.iterations or (train.eval_every > 0 and done % train.eval_every == 0)
 
     def _keep_maps(self, collected: Collected) -> None:
-        if collected.experience.credit.weight.shape[2:] == (1, 1) or not self.processes.is_main:
+        if collected.experience.credit.weight.shape[2:] == (1, 1):
             return
-        path = self.run_dir / "maps" / f"step-{self.iteration + 1:06d}.safetensors"
-        write_maps(path, collected, self.policy, shown=MAPS_SHOWN)
+        path = maps_file(self.run_dir, self.iteration)
+        self._on_main(
+            lambda: write_maps(path, **map_samples(collected, self.policy, shown=MAPS_SHOWN)), "writing the maps"
+        )
 
     # --------------------------------------------------------------------------------------------------- survival
 
     def _save(self) -> None:
         """A complete checkpoint of the last finished iteration."""
-        if self.processes.is_main:
-            tensors: dict[str, dict[str, Tensor]] = {"online": dict(self.policy.trainable_parameters())}
-            for name in self.learner.sets.names:
-                if name != "reference":  # the starting weights: their identity is enough to make them again
-                    tensors[name] = self.learner.sets.values(name)
-            moments, hyper = optimizer_tensors(self.learner.optimizer, self.policy.trainable_parameters())
-            tensors["optimizer"] = moments
-            # Nothing of ours draws from the global generator; a reward of somebody else's may.
-            tensors["rng"] = {"torch": torch.get_rng_state()}
-            state = {
-                "iteration": self.iteration,
-                "optimizer_step": self.learner.optimizer_step,
-                "optimizer": hyper,
-                "recipe": continuity(self.recipe),
-                "start": self.start,
-            }
-            save_checkpoint(
-                self.run_dir,
-                self.iteration,
-                tensors=tensors,
-                state=state,
-                export=self._export,
-                keep=self.recipe.train.keep_checkpoints,
-            )
-        self.processes.wait()
+        states = {
+            f"{name}/{rank}": row
+            for name, state in global_generators().items()
+            for rank, row in enumerate(self.distributed.gather(state[None].to(self.distributed.device)).cpu())
+        }
+        self._on_main(lambda: self._write_checkpoint(states), "writing the checkpoint")
+        self.saved = self.iteration
+
+    def _rescue(self, error: BaseException) -> None:
+        """Save what was finished before an error. The other processes may be anywhere, so nothing waits for them."""
+        if self.iteration <= self.saved or not self.distributed.is_main:
+            return
+        try:
+            self._write_checkpoint({f"{name}/0": state for name, state in global_generators().items()})
+        except Exception as second:
+            error.add_note(f"iteration {self.iteration}, the last that was finished, could not be saved: {second}")
+        else:
+            self.saved = self.iteration
+            self.say(f"saved iteration {self.iteration}, the last that was finished")
+
+    def _write_checkpoint(self, generators: Mapping[str, Tensor]) -> None:
+        if self.log is not None:
+            self.log.check()
+        tensors: dict[str, Mapping[str, Tensor]] = {"online": dict(self.policy.trainable_parameters())}
+        for name in self.learner.sets.names:
+            if name != "reference":  # the starting weights: their identity is enough to make them again
+                tensors[name] = self.learner.sets.values(name)
+        moments, hyper = optimizer_tensors(self.learner.optimizer, self.policy.trainable_parameters())
+        state = {
+            "iteration": self.iteration,
+            "optimizer_step": self.learner.optimizer_step,
+            "optimizer": hyper,
+            "recipe": continuity(self.recipe),
+            "policy": policy_identity(self.recipe),
+            "rounding": rounding(self.recipe),
+            "start": self.start,
+        }
+        save_checkpoint(
+            self.run_dir,
+            self.iteration,
+            tensors=tensors | {"optimizer": moments, "rng": generators},
+            state=state,
+            export=self._export,
+            keep=self.recipe.train.keep_checkpoints,
+        )
 
     def _export(self, folder: Path) -> None:
         shipped = "ema" if self.recipe.train.ema_decay is not None else "online"
@@ -310,28 +382,33 @@ class Trainer:
         """Continue from a checkpoint, bit for bit.
 
         Raises:
-            CheckpointError: when it belongs to other weights or another recipe.
+            CheckpointError: when it belongs to other weights or another recipe, or is not whole.
         """
-        state = checkpoint.state
-        for key, mine in (("start", self.start), ("recipe", continuity(self.recipe))):
-            if state[key] != mine:
-                what = "starting weights" if key == "start" else "recipe"
-                raise CheckpointError(
-                    f"{checkpoint.path}: saved with another {what} ({state[key][:12]}, now {mine[:12]}), so the run "
-                    "would not "
-                    "continue but turn into something else. Resume with the recipe.yaml of the run directory, or "
-                    "start a new run."
-                )
+        state = check_state(checkpoint)
+        check_recipe(checkpoint, self.recipe, self.start)
+        names = ["online", *(name for name in self.learner.sets.names if name != "reference")]
+        for name in names:
+            check_shapes(checkpoint, name, self.policy)
+        if line := changed_rounding(state, self.recipe):
+            self.say(line)
+        self._find_base()
+        for name in names:
+            self.learner.sets.load(name, checkpoint.tensors[name])
         parameters = self.policy.trainable_parameters()
-        for name in ("online", *self.learner.sets.names):
-            if name != "reference":
-                self.learner.sets.load(name, checkpoint.tensors[name])
         restore_optimizer(self.learner.optimizer, parameters, checkpoint.tensors["optimizer"], state["optimizer"])
-        torch.set_rng_state(checkpoint.tensors["rng"]["torch"])
-        self.iteration, self.learner.optimizer_step = state["iteration"], state["optimizer_step"]
-        first = self.run_dir / "images" / "eval-000000.safetensors"
-        if self.recipe.train.eval_prompts and first.exists():
-            self.base = read_evaluation(first, self.recipe.task.eval_prompts(self.recipe.train.eval_prompts))
+        rank = f"/{self.distributed.rank}"
+        saved = checkpoint.tensors.get("rng", {})
+        restore_global_generators({k.removesuffix(rank): v for k, v in saved.items() if k.endswith(rank)})
+        self.iteration = self.saved = state["iteration"]
+        self.learner.optimizer_step = state["optimizer_step"]
+
+
+def _readable(path: Path) -> bool:
+    try:
+        read_evaluation(path)
+    except UnreadableFileError:
+        return False
+    return True
 
 
 def shard_prompts(count: int, *, parts: int, rank: int, world_size: int) -> list[int]:
@@ -349,14 +426,3 @@ def prompts_without_core(collected: Collected) -> list[str]:
     """The prompts of a batch in whose tokens no core phrase was found."""
     spans = collected.experience.trajectory.conditioning.token_spans
     return [text for text, found in zip(collected.prompts.texts, spans, strict=False) if not found]
-
-
-# What may differ between a run and its continuation: how long it is and what is recorded of it.
-_FREE_TO_CHANGE = ("iterations", "eval_every", "checkpoint_every", "keep_checkpoints", "trackers", "max_invalid_share")
-
-
-def continuity(recipe: Recipe) -> str:
-    """SHA-256 of everything that decides the weights after a given number of iterations."""
-    mapping = recipe.mapping()
-    mapping["train"] = {k: v for k, v in mapping["train"].items() if k not in _FREE_TO_CHANGE}
-    return recipe_hash(mapping)

@@ -21,10 +21,10 @@ from rlt2i.credit.algebra import Advantage, Allocation, Mask
 from rlt2i.recipes import PARTS, Recipe, build_part, list_recipes, load_recipe, recipe_from_mapping
 from rlt2i.recipes.catalogue import FOLDER
 from rlt2i.recipes.train_config import TrainConfig, derive_batch
+from rlt2i.runs.belonging import continuity
 from rlt2i.runs.files import plain_json
 from rlt2i.tasks.base import Task
 from rlt2i.tasks.pairs import PairFileTask
-from rlt2i.training.trainer import continuity
 from rlt2i.types import TransitionKernel
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -247,7 +247,7 @@ def test_disk_full_at_any_write(tmp_path, monkeypatch, write):
         monkeypatch.setattr(module.Path, "mkdir", _full)
     else:
         monkeypatch.setattr(module, write, _full)
-    with pytest.raises(CheckpointError, match=r"step 2 .*No space left.*GB free\): free some space, lower `keep`"):
+    with pytest.raises(CheckpointError, match=r"step 2 .*No space left.*GB free\): free some space, lower `keep_"):
         _save(tmp_path, 2, keep=1, export=export)
     monkeypatch.undo()
     assert _names(tmp_path) == ["checkpoint-00000001"]

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from rlt2i.runs.metrics import Progress, summary_line
+from rlt2i.runs.terminal import Progress, summary_line
 
 WIDTH = 160
 

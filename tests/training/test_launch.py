@@ -14,7 +14,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from rlt2i.distributed import LaunchError, Processes
+from rlt2i.distributed import Distributed, LaunchError
 from rlt2i.interfaces import RewardBatch, RewardOutput
 from rlt2i.recipes import Recipe
 from rlt2i.runs.checkpoint import latest_checkpoint, load_checkpoint
@@ -70,10 +70,10 @@ def test_processes_on_a_machine_without_accelerator_are_one_run(tmp_path, launch
 
 
 def test_processes_that_did_not_find_each_other_are_refused(monkeypatch):
-    Processes()  # a group of its own
+    Distributed()  # a group of its own
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LaunchError, match="2 processes were launched, but this one is in a group of 1"):
-        Processes()
+        Distributed()
 
 
 def test_accelerate_on_the_cpu_starts_one_of_two_and_is_refused(tmp_path):

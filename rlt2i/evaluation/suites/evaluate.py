@@ -12,7 +12,9 @@ import attrs
 import torch
 
 from rlt2i.config import dump_yaml, to_mapping
-from rlt2i.distributed import Processes
+from rlt2i.config.secrets import redacted
+from rlt2i.distributed import Distributed
+from rlt2i.evaluation.draw import Draw
 from rlt2i.evaluation.inspection import Weights, find_weights, load_policy
 from rlt2i.evaluation.suites import results
 from rlt2i.evaluation.suites.catalogue import load_suite, suite_mapping
@@ -27,7 +29,7 @@ from rlt2i.evaluation.suites.folder import (
     Shard,
     scores_of,
 )
-from rlt2i.evaluation.suites.generate import Draw, generate
+from rlt2i.evaluation.suites.generate import generate
 from rlt2i.evaluation.suites.report import Report
 from rlt2i.evaluation.suites.score import claim_reward, score, share_of
 from rlt2i.evaluation.suites.suite import Drawing, Suite, check_reward_name, drawing_id, drawings, prompts_sha256
@@ -38,8 +40,9 @@ from rlt2i.recipes.parts import PARTS
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.rewards.naming import named_reward
 from rlt2i.runs.files import replace_text
-from rlt2i.runs.provenance import redacted, versions
+from rlt2i.runs.provenance import versions
 from rlt2i.runs.terminal import Progress
+from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import check_metadata
 from rlt2i.tasks.reading import report_on
 
@@ -79,7 +82,7 @@ def make_job(shard: Shard | None, say: Say = print) -> Job:
                 "--shard is for processes that know nothing of each other; under torchrun or accelerate every process "
                 "has its share already. Leave it out."
             )
-        processes = Processes()
+        processes = Distributed()
         return Job(
             shard=Shard(index=processes.rank, count=processes.world_size),
             wait=processes.wait,
@@ -135,7 +138,7 @@ def draw_suite(
     )
     policy = load_policy(recipe, checkpoint=path, weights=name, device=job.device)
     draw = Draw(
-        seed=suite.seed,
+        seed=derive_seed("suite", suite.seed),
         num_steps=recipe.train.eval_steps if suite.steps is None else suite.steps,
         image_size=size,
         rollout_batch_size=recipe.train.rollout_batch_size,
@@ -146,7 +149,7 @@ def draw_suite(
         "suite": {
             "name": suite.name,
             "version": suite.version,
-            "seed": draw.seed,
+            "seed": suite.seed,
             "prompts": len(chosen),
             "prompts_sha256": prompts_sha256(chosen),
             "images_per_prompt": suite.images_per_prompt,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -26,7 +25,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.runs.files import flush, plain_json, replace_text
+from rlt2i.runs.files import create_text, plain_json, remove_partials, replacing
 
 FINGERPRINT, SUITE, RESULTS = "fingerprint.json", "suite.yaml", "results.jsonl"
 IMAGES, PARTS, REWARDS = "images", "parts", "rewards"
@@ -110,9 +109,10 @@ class Folder:
         wanted = plain_json(fingerprint, "fingerprint")
         for name in (IMAGES, PARTS, REWARDS):
             (self.path / name).mkdir(parents=True, exist_ok=True)
+        remove_partials(self.path, of_the_dead=True)
         if not (self.path / FINGERPRINT).exists():
-            _create_once(self.path / SUITE, suite)
-            _create_once(self.path / FINGERPRINT, json.dumps(wanted, indent=1) + "\n")
+            create_text(self.path / SUITE, suite)
+            create_text(self.path / FINGERPRINT, json.dumps(wanted, indent=1) + "\n")
         there = self.fingerprint()
         skipped = {"made_with"} if finished else set()
         different = list(_differences(there, wanted, skipped))
@@ -167,15 +167,8 @@ class Folder:
         """
         from PIL import Image
 
-        buffer = io.BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(buffer, "PNG", compress_level=3)
-        path = self.image_path(name)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with partial.open("wb") as stream:
-            stream.write(buffer.getvalue())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+        with replacing(self.image_path(name)) as partial:
+            Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(partial, "PNG", compress_level=3)
         return pixels_sha256(image)
 
     def read_images(self, records: Sequence[Record]) -> Tensor:
@@ -290,19 +283,6 @@ def check_complete(found: Iterable[str], wanted: Sequence[str], what: str) -> No
     for names, word in ((asked - there, "missing"), (there - asked, "not of this suite")):
         if names:
             raise EvaluationError(f"{what}: {len(names)} of {len(asked)} are {word}, such as {min(names)}.")
-
-
-def _create_once(path: Path, text: str) -> None:
-    """Write a file unless it is there; of several processes that try, one wins and none sees half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    replace_text(partial, text)
-    try:
-        os.link(partial, path)
-        flush(path.parent)
-    except FileExistsError:
-        pass
-    finally:
-        partial.unlink()
 
 
 def _differences(old: Any, new: Any, skipped: Iterable[str], name: str = "") -> Iterable[tuple[str, Any, Any]]:

@@ -6,54 +6,20 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor
 
-from rlt2i.engine import decode, rollout
+from rlt2i.evaluation.draw import Draw
 from rlt2i.evaluation.health import MEASURES
 from rlt2i.evaluation.suites.folder import Folder, PartWriter
 from rlt2i.evaluation.suites.suite import Drawing
 from rlt2i.interfaces import Policy
-from rlt2i.samplers.ode import ODE
-from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import as_prompts
-from rlt2i.types import ImageSize
 
 
-@attrs.frozen(kw_only=True)
-class Draw:
-    """How images are drawn.
-
-    Attributes:
-        seed: of the suite.
-        num_steps: of the ODE.
-        image_size: in pixels.
-        rollout_batch_size: per forward pass; changes speed and memory, and the last bits of what networks compute.
-        device: where.
-    """
-
-    seed: int
-    num_steps: int
-    image_size: ImageSize
-    rollout_batch_size: int
-    device: torch.device
-
-    def __call__(self, policy: Policy, drawings: Sequence[Drawing]) -> Tensor:
-        """[N, 3, H, W] uint8. The noise of an image is a function of (seed, text, index): drawn on the CPU, the same
-        for every policy, on every process, in any order.
-        """
-        prompts = as_prompts([d.prompt for d in drawings], group_size=1)
-        prompts = attrs.evolve(prompts, draws=tuple(d.index for d in drawings))
-        trajectory = rollout(
-            policy,
-            ODE(num_steps=self.num_steps),
-            prompts,
-            seed=derive_seed("suite", self.seed),
-            image_size=self.image_size,
-            rollout_batch_size=self.rollout_batch_size,
-            device=self.device,
-        )
-        return decode(policy, trajectory.clean_latents, rollout_batch_size=self.rollout_batch_size)
+def draw_images(draw: Draw, policy: Policy, drawings: Sequence[Drawing]) -> Tensor:
+    """[N, 3, H, W] uint8 of drawings, whose index is that of the image among those of its prompt."""
+    prompts = as_prompts([d.prompt for d in drawings], group_size=1)
+    return draw.images(policy, attrs.evolve(prompts, draws=tuple(d.index for d in drawings)))
 
 
 def generate(
@@ -76,7 +42,7 @@ def generate(
         chunk = drawings[start : start + size]
         missing = [i for i, d in enumerate(chunk) if d.id not in done]
         if missing:
-            images = draw(policy, chunk)
+            images = draw_images(draw, policy, chunk)
             health = {measure.__name__: measure(images).tolist() for measure in MEASURES}
             records = []
             for i in missing:

@@ -92,19 +92,20 @@ def test_an_evaluation_leaves_images_results_and_a_report(whole: Path):
 
 
 def test_noise_depends_on_seed_text_and_index_alone():
-    from rlt2i.evaluation.suites.generate import Draw
+    from rlt2i.evaluation.draw import Draw
+    from rlt2i.evaluation.suites.generate import draw_images
 
     draw = Draw(seed=0, num_steps=3, image_size=8, rollout_batch_size=4, device=torch.device("cpu"))
     policy = load_policy(RECIPE)
     everything = drawings(suite().chosen_prompts(), 3)
-    images = draw(policy, everything)
+    images = draw_images(draw, policy, everything)
     order = [17, 3, 29, 4, 0]
-    again = attrs.evolve(draw, rollout_batch_size=2)(policy, [everything[i] for i in order])
+    again = draw_images(attrs.evolve(draw, rollout_batch_size=2), policy, [everything[i] for i in order])
     assert torch.equal(again, images[order])
     renumbered = [attrs.evolve(d, number=d.number + 5, id="x") for d in everything[:3]]
-    assert torch.equal(draw(policy, renumbered), images[:3])
+    assert torch.equal(draw_images(draw, policy, renumbered), images[:3])
     assert len({images[i].numpy().tobytes() for i in range(30)}) == 30
-    assert not torch.equal(attrs.evolve(draw, seed=1)(policy, everything[:3]), images[:3])
+    assert not torch.equal(draw_images(attrs.evolve(draw, seed=1), policy, everything[:3]), images[:3])
 
 
 # ------------------------------------------------------------------------------------------------- shards and kills
