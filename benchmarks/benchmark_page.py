@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlt2i.bench.analysis import MEASURES, Comparison, Results, compare, power_table, read_results, sentence
 from rlt2i.bench.folder import PLAN, read_table
+from rlt2i.bench.lab import expected_ratio_of_steps
 from rlt2i.bench.page import arm_rows, comparison_texts
 from rlt2i.bench.plan import load_plan
 
@@ -74,14 +75,33 @@ def lab_training_block() -> list[str]:
     if not (TABLES / "lab" / "lab_training.csv").is_file():
         return ["Not run yet."]
     rows = read_table(TABLES / "lab" / "lab_training.csv")
-    lines = []
+    lines: list[tuple[object, ...]] = []
+    ratios: list[str] = []
     for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        means: dict[str, float] = {}
         for credit in dict.fromkeys(row["credit"] for row in rows):
             values = [float(r["gained"]) for r in rows if (r["tokens"], r["credit"]) == (tokens, credit)]
             mean = sum(values) / len(values)
             error = (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
+            means[credit] = mean
             lines.append((f"{tokens}/16", credit, len(values), f"{mean:.4f} ± {error:.4f}"))
-    return table(("area", "credit", "seeds", "reward gained ± SE"), lines)
+        ratios.append(
+            f"* Area {tokens}/16: the oracle gains {means['oracle'] / means['uniform']:.2f} times as much as uniform "
+            f"credit; the measured signal-to-noise of their first batches says {_expected_ratio(tokens):.2f}."
+        )
+    return [*table(("area", "credit", "seeds", "reward gained ± SE"), lines), "", *ratios]
+
+
+def _expected_ratio(tokens: str) -> float:
+    """Of the gains of two unit-length steps, oracle over uniform, from the SNRs in lab.csv."""
+    rows = read_table(TABLES / "lab" / "lab.csv")
+    first = rows[0]["objective"]
+    snr = {
+        r["credit"]: float(r["snr"])
+        for r in rows
+        if (r["objective"], r["tokens"], float(r["mix"])) == (first, tokens, 1.0)
+    }
+    return expected_ratio_of_steps(snr["oracle"], snr["uniform"])
 
 
 def probe_block(name: str) -> Callable[[], list[str]]:

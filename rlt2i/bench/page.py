@@ -72,7 +72,7 @@ def curves_svg(results: Results) -> str:
 def _differences(axes: Axes, results: Results) -> None:
     """A dot per seed and a 95 % interval per arm."""
     plan = results.plan
-    arms = [arm for arm in plan.arms if arm != plan.reference]
+    arms = [arm for arm in plan.arms if arm != plan.reference and results.seeds(arm)]
     axes.axvspan(-plan.margin, plan.margin, color="#eeeeee", lw=0)
     axes.axvline(0, color="#999999", lw=1)
     for row, arm in enumerate(arms):

@@ -16,6 +16,7 @@ from rlt2i.bench.analysis import area, at, network_evaluations, read_results
 from rlt2i.bench.folder import TABLES, BenchFolder, read_table
 from rlt2i.bench.plan import Arm, Plan, load_plan, shipped_plans
 from rlt2i.bench.publish import publish
+from rlt2i.cli import main
 from rlt2i.config import ConfigError, dump_yaml, to_mapping
 from tests.helpers.toy_recipe import clipped
 
@@ -137,6 +138,15 @@ def test_curves_between_their_points():
     curve = {0: 0.0, 2: 1.0, 6: 3.0}
     assert area(curve) == pytest.approx((1.0 + 8.0) / 6)  # trapezoids of 1 and 8 over six iterations
     assert [at(curve, x) for x in (-1, 1, 4, 9)] == [0.0, 0.5, 2.0, 3.0]
+
+
+def test_the_command_looks_at_a_plan_without_running_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", str(write(toy_plan(), tmp_path / "toy.yaml")), "--dry-run"]) == 0
+    assert "4 trials: 2 seeds of 2 arms" in capsys.readouterr().out
+    for name in ("lab", "probe"):
+        with pytest.raises(SystemExit) as left:
+            main(["bench", name, "--help"])
+        assert left.value.code == 0
 
 
 def test_seed_major_order():
