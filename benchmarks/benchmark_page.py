@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rlt2i.bench.analysis import MEASURES, Comparison, Results, compare, power_table, read_results, sentence
@@ -114,11 +114,19 @@ def probe_block(name: str) -> Callable[[], list[str]]:
         rows = read_table(file)
         measures = list(dict.fromkeys(row["measure"] for row in rows))
         credits = list(dict.fromkeys(row["credit"] for row in rows))
-        found = {(r["measure"], r["credit"]): f"{float(r['value']):.3f} ± {float(r['error']):.3f}" for r in rows}
-        cells = [(m, *(found.get((m, c), "") for c in credits)) for m in measures]
-        return table(("measure", *credits), cells)
+        found = {(r["measure"], r["credit"]): _value(r) for r in rows}
+        batches = {r["measure"]: r["batches"] for r in rows}
+        cells = [(m, batches[m], *(found.get((m, c), "") for c in credits)) for m in measures]
+        return table(("measure ± SE", "batches", *credits), cells)
 
     return block
+
+
+def _value(row: Mapping[str, str]) -> str:
+    value, error = float(row["value"]), float(row["error"])
+    if "over uniform" in row["measure"] and error > abs(value):
+        return "not determined"  # a ratio whose denominator is within its error of 0
+    return f"{value:.4f} ± {error:.4f}"
 
 
 BLOCKS: dict[str, Callable[[], list[str]]] = {

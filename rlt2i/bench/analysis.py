@@ -12,7 +12,7 @@ import torch
 
 from rlt2i.bench.folder import read_table
 from rlt2i.bench.plan import Plan
-from rlt2i.bench.statistics import Judged, detectable, judge, seeds_needed
+from rlt2i.bench.statistics import FEWEST_SEEDS, Judged, detectable, judge, seeds_needed
 from rlt2i.evaluation.statistics import Interval, clustered_mean
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.training.dry_run import batch_plan
@@ -216,7 +216,7 @@ def _mean(values: Sequence[float]) -> float:
 def sentence(results: Results, comparisons: Sequence[Comparison]) -> str:
     """What may be said, a line per comparison of the final score, then the limits."""
     plan = results.plan
-    tested = sum(c.measure == "final" and c.judged.difference.seeds > 1 for c in comparisons)
+    tested = sum(c.measure == "final" and c.judged.difference.seeds >= FEWEST_SEEDS for c in comparisons)
     lines = [
         f"{plan.metric} on held-out prompts after iteration {results.last}; differences are paired by seed, p values "
         f"are Holm-adjusted over {tested} comparison{'s' * (tested != 1)}, equivalent means within {plan.margin:g}."
@@ -236,8 +236,8 @@ def sentence(results: Results, comparisons: Sequence[Comparison]) -> str:
 def _line(plan: Plan, comparison: Comparison) -> str:
     d, verdict = comparison.judged.difference, comparison.judged.verdict
     names = f"{plan.label(comparison.arm)} against {plan.label(comparison.other)}"
-    if d.seeds < 2:
-        return f"{names}: {d.mean:+.3f} on one seed, so nothing can be claimed."
+    if d.seeds < FEWEST_SEEDS:
+        return f"{names}: {d.mean:+.3f} on {d.seeds} seed{'s' * (d.seeds > 1)}, too few to claim anything."
     size = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {d.seeds} seeds"
     words = {
         "better": f"better (p = {comparison.judged.p:.2g})",
@@ -280,7 +280,8 @@ def power_table(results: Results, *, chance: float = 0.8) -> str:
     for arm, other in plan.comparisons:
         values = list(differences(results, "final", arm, other).values())
         if len(values) < 2:
-            lines.append(f"{arm + ' - ' + other:<28} {len(values):>5} fewer than two seeds have no spread")
+            if values:
+                lines.append(f"{arm + ' - ' + other:<28} {len(values):>5} one seed has no spread")
             continue
         spread = float(torch.tensor(values, dtype=torch.float64).std())
         if spread == 0:

@@ -26,7 +26,7 @@ from rlt2i.bench.analysis import (
 )
 from rlt2i.bench.folder import csv_text
 from rlt2i.bench.plan import Plan
-from rlt2i.bench.statistics import paired
+from rlt2i.bench.statistics import FEWEST_SEEDS, paired
 from rlt2i.config import dump_yaml, to_mapping
 from rlt2i.runs.files import replace_text
 
@@ -122,7 +122,7 @@ def comparison_texts(plan: Plan, comparisons: Sequence[Comparison]) -> list[tupl
                 f"[{d.low:+.3f}, {d.high:+.3f}]" if d.seeds > 1 else "",
                 prompts,
                 f"{c.judged.p:.2g}" if d.seeds > 1 else "",
-                verdict if d.seeds > 1 else "one seed",
+                verdict if d.seeds >= FEWEST_SEEDS else "too few seeds",
             )
         )
     return rows

@@ -210,11 +210,11 @@ class Probe:
         measured = Influence(blocks=BLOCKS, mix=1.0, floor=1e-6).weight(context)
         for name, credit in made.items():
             weight = _whole(credit, context)
-            for step in trained_steps(context):
-                moved = blocks_of(measured[:, step], BLOCKS)
-                tally.add(
-                    name, "influence, rank correlation", rank_correlation(blocks_of(weight[:, step], BLOCKS), moved)
-                )
+            found = [
+                rank_correlation(blocks_of(weight[:, step], BLOCKS), blocks_of(measured[:, step], BLOCKS))
+                for step in trained_steps(context)
+            ]
+            tally.add(name, "influence, rank correlation", torch.stack(found))
 
     def _drift(self, tally: Tally, context: CreditContext, made: Mapping[str, Credit]) -> None:
         """How far the maps are from those that the base weights would give in the same states."""
@@ -234,7 +234,7 @@ class Probe:
             then, now = _whole(credit.assign(before), before), _whole(made[name], context)
             for step in trained_steps(context):
                 a, b = then[:, step].flatten(1), now[:, step].flatten(1)
-                tally.add(name, "map drift, overlap with the base's", overlap_of_peaks(a, b))
+                tally.add(name, f"map drift, overlap with the base's, step {step}", overlap_of_peaks(a, b))
 
     def _clips(self, tally: Tally, name: str, experience: Experience, gradient: Tensor) -> None:
         """Share of places whose ratio leaves the clip range after one step of Adam, by decile of the map."""

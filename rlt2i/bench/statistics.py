@@ -16,6 +16,8 @@ from scipy import stats
 
 Verdict = Literal["better", "worse", "equivalent", "not distinguishable"]
 
+FEWEST_SEEDS = 3
+"""Below it there is no verdict: scores come in steps of one image, and two differences may be the same by chance."""
 MOST_SEEDS = 100_000
 """Beyond it `seeds_needed` gives up: no benchmark runs so many."""
 
@@ -111,7 +113,8 @@ class Judged:
         difference: the numbers.
         p, p_equivalent: Holm-adjusted over the comparisons.
         verdict: "equivalent" where the difference is shown to be smaller than the margin; "better" or "worse" where it
-            is shown not to be zero, and not shown to be smaller than the margin; else "not distinguishable".
+            is shown not to be zero, and not shown to be smaller than the margin; else, and with fewer than
+            `FEWEST_SEEDS`, "not distinguishable".
     """
 
     difference: Paired
@@ -141,7 +144,9 @@ def judge(
     judged = {}
     for (name, difference), p, p_equivalent in zip(found.items(), different, equivalent, strict=True):
         verdict: Verdict = "not distinguishable"
-        if p_equivalent < alpha:
+        if difference.seeds < FEWEST_SEEDS:
+            pass
+        elif p_equivalent < alpha:
             verdict = "equivalent"
         elif p < alpha:
             verdict = "better" if (difference.mean > 0) == higher_is_better else "worse"

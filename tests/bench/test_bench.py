@@ -31,7 +31,7 @@ def toy_plan(**fields: object) -> Plan:
         question="Do two arms that are the same come out the same?",
         arms={"uniform": Arm(recipe=TOY), "copy": Arm(recipe=TOY, label="the same again")},
         reference="uniform",
-        seeds=2,
+        seeds=3,
         margin=0.01,
         set={"credit.allocations": [], "train.iterations": 3},
     )
@@ -89,7 +89,7 @@ def test_arms_that_are_the_same_are_called_equivalent(undisturbed: Path):
     assert rows["final"]["mean"] == "0"
     assert rows["final"]["verdict"] == "equivalent"
     assert (
-        "the same again against uniform: +0.000 [+0.000, +0.000], 2 seeds: equivalent"
+        "the same again against uniform: +0.000 [+0.000, +0.000], 3 seeds: equivalent"
         in (undisturbed / "sentence.txt").read_text()
     )
     page = (undisturbed / "index.html").read_text()
@@ -145,7 +145,7 @@ def test_curves_between_their_points():
 
 def test_the_command_looks_at_a_plan_without_running_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["bench", str(write(toy_plan(), tmp_path / "toy.yaml")), "--dry-run"]) == 0
-    assert "4 trials: 2 seeds of 2 arms" in capsys.readouterr().out
+    assert "6 trials: 3 seeds of 2 arms" in capsys.readouterr().out
     for name in ("lab", "probe"):
         with pytest.raises(SystemExit) as left:
             main(["bench", name, "--help"])
@@ -153,7 +153,7 @@ def test_the_command_looks_at_a_plan_without_running_it(tmp_path: Path, capsys: 
 
 
 def test_seed_major_order():
-    assert toy_plan(first_seed=5).trials == [("uniform", 5), ("copy", 5), ("uniform", 6), ("copy", 6)]
+    assert toy_plan(first_seed=5, seeds=2).trials == [("uniform", 5), ("copy", 5), ("uniform", 6), ("copy", 6)]
 
 
 def test_plans_refuse_early(tmp_path: Path):

@@ -112,7 +112,7 @@ def test_probe_on_the_toy_policy():
     # A permutation keeps support and maximum, and the same weights give the same maps.
     for measure in ("effective support", "largest weight"):
         assert found["own map", measure] == pytest.approx(found["shuffled", measure], rel=1e-5)
-    assert found["own map", "map drift, overlap with the base's"] == pytest.approx(1.0)
+    assert found["own map", "map drift, overlap with the base's, step 0"] == pytest.approx(1.0)
     assert found["uniform", "gradient SNR over uniform"] == 1.0
     for measure in ("step-sign agreement", "influence, rank correlation", "places clipped after one step"):
         assert ("own map", measure) in found, measure

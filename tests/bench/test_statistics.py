@@ -35,6 +35,12 @@ def test_one_seed_carries_nothing():
     assert judge({"star": [0.3]}, margin=0.1)["star"].verdict == "not distinguishable"
 
 
+def test_two_seeds_that_agree_by_chance_carry_no_verdict():
+    # One image of 240 more in both: no spread at all, and no evidence either.
+    assert judge({"star": [1 / 240, 1 / 240]}, margin=0.001)["star"].verdict == "not distinguishable"
+    assert judge({"star": [1 / 240] * 3}, margin=0.001)["star"].verdict == "better"
+
+
 @pytest.mark.parametrize(("values", "margin"), [([], 1.0), ([1.0, math.nan], 1.0), ([1.0, 2.0], 0.0)])
 def test_paired_refuses(values: list[float], margin: float):
     with pytest.raises(ValueError, match="paired"):
