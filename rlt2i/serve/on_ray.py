@@ -39,6 +39,7 @@ class _State:
     """What one process keeps between calls."""
 
     actors: dict[int, Any] = attrs.field(factory=dict)
+    deaths: dict[int, int] = attrs.field(factory=dict)
     ready: dict[int, Any] = attrs.field(factory=dict)
     in_flight: dict[int, int] = attrs.field(factory=dict)
     lock: threading.RLock = attrs.field(factory=threading.RLock)
@@ -123,10 +124,9 @@ class RayReward(Wrapper):
         reasons: dict[int, str] = {}
         while True:
             for number in self._by_load(without=useless):
-                actor = None
+                actor = self._actor(number)
                 try:
                     with self._counted(number):
-                        actor = self._actor(number)
                         self._wait_for(number, actor, within=backoff.left)
                         reply = ray.get(actor.score.remote(body), timeout=self.timeout_s)
                     return output_from_bytes(reply[1:], tensors=reply[:1] == b"T", count=count)[0]
@@ -136,14 +136,10 @@ class RayReward(Wrapper):
                 except TimeoutError as error:
                     useless.add(number)
                     reasons[number] = "; ".join(filter(None, (reasons.get(number), str(error))))
-                except WireError:
-                    raise
                 except ray.exceptions.RayTaskError as error:  # bytes that are no batch, say: it would come again
                     raise RayRewardError(str(error.cause or error)) from error
-                except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError, ValueError) as error:
-                    self._forget(
-                        number, actor
-                    )  # a named actor that just died may still be found by its name: ValueError
+                except ray.exceptions.RayActorError as error:
+                    self._forget(number, actor)
                     if getattr(error, "actor_init_failed", False):
                         raise RayRewardError(f"the reward could not be built: {error}") from error
                     reasons[number] = f"it died: {str(error).splitlines()[0]}"
@@ -180,7 +176,9 @@ class RayReward(Wrapper):
                 if not ray.is_initialized():
                     ray.init(log_to_driver=False, include_dashboard=False)
                 recipe = json.dumps(to_mapping(self.reward), sort_keys=True)
-                name = f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}-{number}"
+                # Ray finds a dead actor by its name for minutes; who has seen it die goes on to the next name.
+                deaths = self._state.deaths.get(number, 0)
+                name = f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}-{number}-{deaths}"
                 self._state.actors[number] = (
                     ray.remote(Judge)
                     .options(name=name, namespace=NAMESPACE, get_if_exists=True, num_cpus=self.cpus, num_gpus=self.gpus)
@@ -193,6 +191,7 @@ class RayReward(Wrapper):
         with self._state.lock:
             if self._state.actors.get(number) is actor:
                 self._state.actors.pop(number, None)
+                self._state.deaths[number] = self._state.deaths.get(number, 0) + 1
 
     def _by_load(self, *, without: set[int]) -> list[int]:
         """The replicas to ask, the idlest first."""
