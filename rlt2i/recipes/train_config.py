@@ -63,7 +63,7 @@ class TrainConfig:
     rollout_batch_size: int = attrs.field(validator=ge(1))
     micro_batch_size: int = attrs.field(validator=ge(1))
     image_size: ImageSize = attrs.field(converter=image_size, validator=at_least_a_pixel)
-    sizes: tuple[ImageSize, ...] = attrs.field(default=(), converter=image_sizes, validator=at_least_a_pixel)
+    sizes: tuple[ImageSize, ...] = neutral((), converter=image_sizes, validator=at_least_a_pixel)
     share_initial_noise: bool = False
     learning_rate: float = attrs.field(validator=gt(0))
     betas: tuple[float, float] = attrs.field(default=(0.9, 0.999))
