@@ -28,8 +28,8 @@ from rlt2i.runs.files import replace_text
 from rlt2i.runs.metrics import read_metrics
 
 FOLDER = Path(__file__).parent / "references"
-FEWEST = 3
-"""Seeds below which a band is too wide to say anything."""
+FEWEST = 5
+"""Seeds below which there is no band: three may agree to the last image by chance, and then nothing is inside."""
 
 
 @attrs.frozen(kw_only=True)
@@ -100,7 +100,8 @@ def load_band(recipe: str, folder: Path = FOLDER) -> Band:
     if not file.is_file():
         known = sorted(path.stem for path in folder.glob("*.json"))
         raise ConfigError(
-            f"--reference {recipe}: no band ships for it{did_you_mean(recipe, known)} There are: {', '.join(known)}."
+            f"--reference {recipe}: no band ships for it{did_you_mean(recipe, known)} There are: "
+            f"{', '.join(known) or 'none yet'}."
         )
     value = json.loads(file.read_text(encoding="utf-8"))
     points = {int(step): tuple(point) for step, point in value.pop("points").items()}
@@ -116,8 +117,8 @@ def compare_with_band(run: Path, band: Band) -> str:
     if not (run / "recipe.yaml").is_file():
         raise ConfigError(f"{run}: no recipe.yaml, so no run to compare.")
     name = f"eval/{band.metric}"
-    values = {record["step"]: record.get(name) for record in read_metrics(run, "eval")}
-    shared = [step for step in band.points if isinstance(values.get(step), int | float)]
+    values = {r["step"]: float(r[name]) for r in read_metrics(run, "eval") if isinstance(r.get(name), int | float)}
+    shared = [step for step in band.points if step in values]
     if not shared:
         raise ConfigError(
             f"{run}: {name} was logged at iterations {sorted(values)}, the band of {band.recipe} is at "
