@@ -141,7 +141,8 @@ class RayReward(Wrapper):
                 except ray.exceptions.RayActorError as error:
                     self._forget(number, actor)
                     if getattr(error, "actor_init_failed", False):
-                        raise RayRewardError(f"the reward could not be built: {error}") from error
+                        why = str(error).strip().splitlines()[-1]  # the rest is the traceback of the actor
+                        raise RayRewardError(f"the reward could not be built: {why}") from error
                     reasons[number] = f"it died: {str(error).splitlines()[0]}"
             said = "; ".join(f"replica {number}: {why}" for number, why in sorted(reasons.items()))
             if len(useless) == self.replicas:
