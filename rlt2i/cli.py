@@ -1,4 +1,6 @@
-"""The command line. Everything heavy is imported by the command that needs it, so `rlt2i --help` answers at once."""
+"""The command line. Everything heavy is imported by the command that needs it, so `rlt2i --help` answers at once;
+argparse suffices for that, and costs no dependency.
+"""
 
 from __future__ import annotations
 

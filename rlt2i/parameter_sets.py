@@ -2,7 +2,7 @@
 
 The copies live on the device of the parameters. Putting one in force exchanges pointers, never bytes, and
 never visits host memory; the `nn.Parameter` objects, their `.grad` and the optimizer that holds them stay the
-same.
+same. `torch.func.functional_call` and `AveragedModel` would need a second module or a copy for every use.
 """
 
 from __future__ import annotations

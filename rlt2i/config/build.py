@@ -1,7 +1,8 @@
 """Frozen attrs parts from plain mappings and back: strict, exact, and before any weight is read.
 
 The parts *are* the configuration: there is no second class that mirrors their fields. `build` reads the annotations and
-validators of a part, `to_mapping` is its inverse, and `recipe_hash` names the result.
+validators of a part, `to_mapping` is its inverse, and `recipe_hash` names the result. cattrs would structure the same
+classes, but it cannot say which field of which file is wrong, what was meant, and what would be right.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Means of scores with honest intervals: the images of one prompt are not independent of each other.
 
 Prompts, not images, are resampled: with m images per prompt and an intra-prompt correlation r, an interval
-over images would be too narrow by a factor of sqrt(1 + (m - 1) r).
+over images would be too narrow by a factor of sqrt(1 + (m - 1) r). scipy's bootstrap resamples single values only.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@
 
 A folder is staged under a hidden name, flushed to disk and renamed only when it is complete; older ones are
 removed only after that. Whatever instant the machine dies at, the previous checkpoint is whole. Nothing here
-reads or writes a pickle, and what looks like one is refused.
+reads or writes a pickle, and what looks like one is refused: accelerate's `save_state` writes several, and
+neither stages nor verifies.
 """
 
 from __future__ import annotations
