@@ -68,6 +68,7 @@ def test_log_says_what_was_shipped():
     assert 0.35 <= records[-1]["strict"] <= 0.60
 
 
+@pytest.mark.slow  # the loop is that of the shapes world, whose test of it is always run
 def test_pretraining_is_reproducible_and_resumable(tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     pretrain(whole, **TINY)

@@ -26,7 +26,7 @@ from rlt2i.tasks.cells.task import eval_prompts
 from rlt2i.tasks.cells.verifier import verify
 from rlt2i.tasks.cells.vocabulary import side
 from rlt2i.tasks.embedded.networks import encode_images, load_pipeline, tokenise
-from rlt2i.tasks.embedded.pretraining import Run, Schedule, fit, generator_for, open_log, sample_texts
+from rlt2i.tasks.embedded.pretraining import Run, Schedule, Scores, fit, generator_for, open_log, sample_texts
 from rlt2i.tasks.shapes.networks import PIPELINE_DIR as SHAPES_PIPELINE_DIR
 
 if TYPE_CHECKING:
@@ -43,18 +43,14 @@ CAPTION_DROPOUT: Final = 0.05
 
 
 @attrs.frozen(kw_only=True)
-class Evaluation:
+class Evaluation(Scores):
     """Scores of a model on held-out prompts that name one cell of the grid of 2 x 2, and on the other kinds.
 
     Attributes:
-        strict: Share of right images, for 2 x 2 cells and one named.
-        partial: Mean partial score of the same images.
         strict_by_category: Share of right images for each named cell.
         strict_by_kind: "2 x 2, two named" and so on -> share of right images.
     """
 
-    strict: float
-    partial: float
     strict_by_category: dict[str, float]
     strict_by_kind: dict[str, float]
 

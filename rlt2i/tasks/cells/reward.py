@@ -66,9 +66,15 @@ def _regions(verdict: Verdict, prompts: list[CellsPrompt]) -> list[list[Region]]
             x1, y1, x2, y2 = box(prompt.grid, content.cell)
             mask = torch.zeros(verdict.region.shape[1:], dtype=torch.bool)
             mask[y1:y2, x1:x2] = True
-            x1, y1, x2, y2 = (edge / side(prompt.grid) for edge in (x1, y1, x2, y2))
-            label = cell_name(prompt.grid, content.cell)
-            of_image.append(Region(box=(x1, y1, x2, y2), credit=2 * score - 1, label=label, mask=mask))
+            pixels = side(prompt.grid)
+            of_image.append(
+                Region(
+                    box=(x1 / pixels, y1 / pixels, x2 / pixels, y2 / pixels),
+                    credit=2 * score - 1,
+                    label=cell_name(prompt.grid, content.cell),
+                    mask=mask,
+                )
+            )
         regions.append(of_image)
     return regions
 

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import attrs
 import torch
@@ -44,13 +44,17 @@ DECAY_FROM: Final = 0.6
 """Share of the steps after which the learning rate falls as a cosine."""
 
 
-class Scores(Protocol):
-    """What a judge of a world returns: an attrs record with at least a mean strict score in [0, 1]."""
+@attrs.frozen(kw_only=True)
+class Scores:
+    """What every world's judge says; each world adds its own.
 
-    __attrs_attrs__: Any
+    Attributes:
+        strict: Share of right images.
+        partial: Mean partial score.
+    """
 
-    @property
-    def strict(self) -> float: ...
+    strict: float
+    partial: float
 
 
 S = TypeVar("S", bound=Scores)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.tasks.embedded.networks import build_autoencoder, decode_latents, encode_images, tokenise
-from rlt2i.tasks.embedded.pretraining import Logbook, Run, Schedule, fit, generator_for, open_log, sample_texts
+from rlt2i.tasks.embedded.pretraining import Logbook, Run, Schedule, Scores, fit, generator_for, open_log, sample_texts
 from rlt2i.tasks.shapes.networks import WORLD
 from rlt2i.tasks.shapes.prompts import ShapesPrompt, all_prompts, eval_prompts, near_misses
 from rlt2i.tasks.shapes.render import render, sample_scenes
@@ -54,19 +54,15 @@ CAPTION_DROPOUT: Final = 0.08
 
 
 @attrs.frozen(kw_only=True)
-class Evaluation:
+class Evaluation(Scores):
     """Scores of a model on held-out prompts.
 
     Attributes:
-        strict: Mean of `strict_by_category`.
-        partial: Mean over categories of the partial score.
         strict_by_category: Share of right images, per category.
         objects: Mean number of coloured objects per image.
         objects_wanted: Mean number that the prompts ask for.
     """
 
-    strict: float
-    partial: float
     strict_by_category: dict[str, float]
     objects: float
     objects_wanted: float
