@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -165,7 +165,7 @@ def refuse_surrogates(value: Any, where: str) -> None:
                 f"{where}: {value[:80]!r} holds half of a character (\\u{ord(value[index]):04x}, a lone surrogate), "
                 "which cannot be tokenised or saved. Write the whole character, or leave it out."
             )
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             refuse_surrogates(key, where)
             refuse_surrogates(item, where)

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from rlt2i.config import Parts
+from rlt2i.inputs.imagefiles import ImageFileError, read_picture
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import REASON
 from rlt2i.rewards.combinators import Affine
@@ -154,8 +153,10 @@ def _own_case(options: argparse.Namespace) -> Case:
 
 
 def _picture(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    try:
+        return torch.from_numpy(read_picture(path)).permute(2, 0, 1).contiguous()
+    except ImageFileError as error:
+        raise ValueError(f"reward test: {path} {error}.") from None
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from rlt2i.inputs.textfiles import refuse_surrogates
 from rlt2i.interfaces import Reward, Sampler
 from rlt2i.types import ImageSize, Prompts
 
@@ -21,12 +22,18 @@ class TaskPrompt:
         metadata: JSON-able data that the reward needs.
         core: the phrases the user cares about; empty means the content words.
         category: for tables.
+
+    Raises:
+        ValueError: for text that holds half of a character (a lone surrogate), which no tokenizer takes.
     """
 
     text: str
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     core: tuple[str, ...] = ()
     category: str = "all"
+
+    def __attrs_post_init__(self) -> None:
+        refuse_surrogates((self.text, self.core, self.category, self.metadata), "prompt")
 
 
 class Task(ABC):

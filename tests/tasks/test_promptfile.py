@@ -9,7 +9,7 @@ import pytest
 
 from rlt2i.rewards.combinators import Function
 from rlt2i.rewards.geneval import GenEvalReward
-from rlt2i.tasks.base import check_metadata
+from rlt2i.tasks.base import TaskPrompt, check_metadata
 from rlt2i.tasks.promptfile import PromptFileTask, read_prompts
 from tests.helpers.toy import QuadrantBrightness
 
@@ -159,3 +159,13 @@ def test_keys_that_would_silently_not_be_checked_are_refused(tmp_path: Path):
         check_metadata(task, type("Old", (QuadrantBrightness,), {"requires": frozenset({"text"})})())
     with pytest.raises(ValueError, match=r"Function\(metadata_keys='text'\): expected a list of names"):
         Function(function="tests.tasks.test_promptfile:write", metadata_keys="text")  # type: ignore[arg-type]
+
+
+def test_half_a_character_reaches_no_run_from_any_task():
+    for fields in (
+        {"text": "a \ud83d"},
+        {"text": "a", "core": ("\udc00",)},
+        {"text": "a", "metadata": {"k": ["\ud83d"]}},
+    ):
+        with pytest.raises(ValueError, match=r"prompt: .* holds half of a character"):
+            TaskPrompt(**fields)  # type: ignore[arg-type]

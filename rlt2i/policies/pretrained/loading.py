@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlt2i.policies.lora import add_lora
-from rlt2i.policies.pretrained.spec import PretrainedSpec
+from rlt2i.policies.pretrained.spec import PretrainedSpec, fetching
 
 _GRAPH_LIMIT = 64
 """Blocks share one code object. Its variants x shapes x gradient modes exceed dynamo's default of 8 graphs."""
@@ -53,10 +53,11 @@ def read_pipeline(spec: PretrainedSpec) -> Any:
     import diffusers
 
     source = {"pretrained_model_name_or_path": spec.source, "revision": spec.revision, "use_safetensors": True}
-    network = _class(spec, spec.network).from_pretrained(**source, subfolder=spec.network, dtype=spec.weight_dtype)
-    vae = _class(spec, "vae").from_pretrained(**source, subfolder="vae", dtype=spec.image_dtype)
-    options = {**spec.components(), spec.network: network, "vae": vae, "dtype": spec.compute_dtype}
-    return getattr(diffusers, spec.pipeline).from_pretrained(**source, **options)
+    with fetching(spec):
+        network = _class(spec, spec.network).from_pretrained(**source, subfolder=spec.network, dtype=spec.weight_dtype)
+        vae = _class(spec, "vae").from_pretrained(**source, subfolder="vae", dtype=spec.image_dtype)
+        options = {**spec.components(), spec.network: network, "vae": vae, "dtype": spec.compute_dtype}
+        return getattr(diffusers, spec.pipeline).from_pretrained(**source, **options)
 
 
 def read_text_encoder(spec: PretrainedSpec, name: str) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -182,7 +183,9 @@ class PretrainedSpec(PolicySpec):
         if isinstance(source, str):
             from huggingface_hub import hf_hub_download
 
-            return dict(json.loads(Path(hf_hub_download(source, name, revision=self.revision)).read_text()))
+            with fetching(self):
+                file = Path(hf_hub_download(source, name, revision=self.revision))
+            return dict(json.loads(file.read_text()))
         if not (source / name).is_file():
             index = source / "model_index.json"
             kind = json.loads(index.read_text()).get("_class_name") if index.is_file() else None
@@ -241,3 +244,18 @@ class PretrainedSpec(PolicySpec):
             negative_prompt=self.negative_prompt,
             uncond_grad=self.uncond_grad,
         )
+
+
+@contextlib.contextmanager
+def fetching(spec: PretrainedSpec) -> Iterator[None]:
+    """Name the repository, and what to do without a network, where its files cannot be fetched."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(spec.source, str):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{type(spec).__name__}(path={spec.path!r}): its files cannot be fetched ({reason}) Without a network, "
+            f"fetch them where there is one (hf download {spec.path}) and set policy.path to the folder."
+        ) from error
