@@ -1,7 +1,8 @@
 # Needs nothing but Python 3.11 or newer and make: everything else goes into $(VENV).
 #
 #   make demo      train the embedded model with STAR's maps and write a report (about six minutes on two CPU cores)
-#   make test      run the tests
+#   make test      run the tests on JOBS cores (default 2) and an eighth of the slow ones, another every day
+#                  (RLT2I_SLOW=all: all of them)
 #   make lint      style, formatting and types
 #   make pretrain  train the embedded model's starting weights from nothing (an hour or two of CPU)
 #   make clean     remove the environment and all caches; runs stay
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= star-nft-shapes
 PYTEST_ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 LOCKED := $(VENV)/.locked
@@ -37,7 +39,7 @@ demo: $(INSTALLED)
 	$(BIN)/rlt2i train $(DEMO) --report
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

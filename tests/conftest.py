@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import zlib
 
 os.environ["HF_HUB_OFFLINE"] = "0" if os.environ.get("RLT2I_HUB") == "1" else "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,15 +12,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-THREADS = min(2, os.cpu_count() or 1)
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+SLOW = os.environ.get("RLT2I_SLOW", "share")
+"""Slow tests: "share" runs an eighth of them, another one every day; "all" all, "none" none."""
+SHARES = 8
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, and say why."""
+def of_today(nodeid: str) -> bool:
+    """Whether a slow test belongs to today's share."""
+    return zlib.crc32(nodeid.encode()) % SHARES == datetime.date.today().toordinal() % SHARES
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and say why; leave out slow tests that are not today's."""
+    if SLOW != "all" and not config.option.markexpr and not any("::" in argument for argument in config.args):
+        slow = {item for item in items if item.get_closest_marker("slow")}
+        left = [item for item in slow if SLOW == "none" or not of_today(item.nodeid)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     no_hub = pytest.mark.skip(reason="needs the network and real weights: set RLT2I_HUB=1")
     for item in items:

@@ -97,7 +97,7 @@ def _policy(recipe: Recipe, folder: Path, compile_blocks: bool, said: list[str])
     return attrs.evolve(spec, **small), SIZES.get(spec.pipeline, IMAGE_SIZE)
 
 
-def _reward(reward: Reward, said: list[str]) -> Reward:
+def _reward(reward: Any, said: list[str]) -> Any:
     """The reward, with a stand-in for every judge inside it whose weights are not part of the package."""
     inside = dict(_inner_rewards(reward))
     if inside:
@@ -112,7 +112,7 @@ def _reward(reward: Reward, said: list[str]) -> Reward:
     return stand_in
 
 
-def _inner_rewards(reward: Reward) -> Iterator[tuple[str, Any]]:
+def _inner_rewards(reward: Any) -> Iterator[tuple[str, Any]]:
     for field in attrs.fields(type(reward)):
         value = getattr(reward, field.name)
         if isinstance(value, Reward) or _holds_rewards(value):
@@ -195,11 +195,12 @@ def _with_known_blocks(recipe: Recipe, said: list[str]) -> Any:
 
 def _with_few_steps(recipe: Recipe, said: list[str]) -> Recipe:
     """The recipe with a shorter schedule, where none of its parts names steps beyond it."""
-    steps = recipe.sampler.num_steps
+    sampler: Any = recipe.sampler
+    steps = sampler.num_steps
     if steps <= FEW_STEPS:
         return recipe
     try:
-        shorter = attrs.evolve(recipe, sampler=attrs.evolve(recipe.sampler, num_steps=FEW_STEPS))  # type: ignore[call-arg]
+        shorter = attrs.evolve(recipe, sampler=attrs.evolve(sampler, num_steps=FEW_STEPS))
         shorter.algorithm()
         draws = getattr(recipe.objective, "sigmas", None)
         if draws is not None and draws.steps is not None and draws.steps[1] > FEW_STEPS:

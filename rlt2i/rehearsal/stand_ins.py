@@ -29,8 +29,8 @@ class StandInReward(Reward):
     """
 
     of: str
-    metadata_keys: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
-    offers: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
+    metadata_keys: frozenset[str] = frozenset()
+    offers: frozenset[str] = frozenset()
     scope: Literal["sample", "group"] = "sample"
 
     @classmethod

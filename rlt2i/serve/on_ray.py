@@ -77,7 +77,7 @@ class RayReward(Wrapper):
     _state: _State = attrs.field(init=False, factory=_State, eq=False, repr=False)
 
     @property
-    def offers(self) -> frozenset[str]:  # type: ignore[override]
+    def offers(self) -> frozenset[str]:
         return self.reward.offers - {"gradient"}  # scores travel, graphs do not
 
     def fingerprint(self) -> dict[str, Any]:
