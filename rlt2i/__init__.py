@@ -2,8 +2,10 @@
 
     from rlt2i import Algorithm, DiffusionNFT, TextAttention, load_recipe, train
 
-Every part that a recipe can name is here under its short name, beside the words of the domain. Names are imported when
-they are first used, so `import rlt2i` costs nothing.
+`rlt2i.__all__` is the public surface: every part that a recipe can name, under its short name, the interfaces and
+records that own parts are made of, and what a script calls (`load_recipe`, `list_recipes`, `train`, `write_report`,
+`compare_runs`). It is complete: what is not in it may change without notice. Names are imported when they are first
+used, so `import rlt2i` costs nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ _WORDS = {
     "rlt2i.interfaces": (
         "CreditAssigner",
         "CreditContext",
+        "Needs",
         "Objective",
         "Policy",
         "PolicySpec",

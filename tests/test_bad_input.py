@@ -20,16 +20,11 @@ from rlt2i.credit.noise_aware import NoiseAware
 from rlt2i.credit.random_window import RandomWindow
 from rlt2i.credit.relative_l1_chunks import RelativeL1Chunks
 from rlt2i.credit.text_attention import TextAttention
-from rlt2i.functional import (
-    attention_allocation,
-    clipped_surrogate,
-    dgpo_loss_map,
-    flow_dppo_surrogate,
-    log_prob_map,
-    nft_loss_map,
-    reinforce,
-    weighted_matching_loss_map,
-)
+from rlt2i.functional.allocation import attention_allocation
+from rlt2i.functional.gaussian import log_prob_map
+from rlt2i.functional.group_matching import dgpo_loss_map
+from rlt2i.functional.matching import nft_loss_map, weighted_matching_loss_map
+from rlt2i.functional.surrogate import clipped_surrogate, flow_dppo_surrogate, reinforce
 from rlt2i.interfaces import Objective, Reward, RewardBatch, RewardOutput, Sampler
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.nft import DiffusionNFT

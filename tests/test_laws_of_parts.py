@@ -22,7 +22,7 @@ from rlt2i.algorithm import Algorithm
 from rlt2i.captures import PREFERENCE
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.group_relative import GroupRelative
-from rlt2i.functional import sd3_sigmas
+from rlt2i.functional.schedules import sd3_sigmas
 from rlt2i.interfaces import CreditAssigner, CreditContext, Needs, Objective, RewardGradient, RewardOutput, Sampler
 from rlt2i.objectives import draws
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate

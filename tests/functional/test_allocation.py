@@ -8,26 +8,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlt2i.functional import (
-    attention_allocation,
+from rlt2i.functional.allocation import attention_allocation
+from rlt2i.functional.maps import (
     blur2d,
-    chunk_by_relative_l1,
-    chunk_mean,
     effective_support,
-    flow_sde,
-    inverse_dt_weights,
     inverted_map,
     map_entropy,
     map_peak,
     mean_one,
-    noise_aware_weights,
-    proportional_dt_weights,
     rank_map,
-    relative_l1,
     residual_contrast,
-    sd3_sigmas,
     shuffled_map,
 )
+from rlt2i.functional.schedules import sd3_sigmas
+from rlt2i.functional.time_weights import (
+    chunk_by_relative_l1,
+    chunk_mean,
+    inverse_dt_weights,
+    noise_aware_weights,
+    proportional_dt_weights,
+    relative_l1,
+)
+from rlt2i.functional.transitions import flow_sde
 
 PLAIN = {"blur": 0.0, "floor": 0.0, "ceiling": 1e6, "doubt": 0.0}
 knobs = st.fixed_dictionaries(

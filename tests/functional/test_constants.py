@@ -8,27 +8,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlt2i.functional import (
-    adaptive_weight,
-    awm_kl_map,
-    cps_log_prob_map,
+from rlt2i.functional.awm import awm_kl_map
+from rlt2i.functional.ema import ema_update
+from rlt2i.functional.gaussian import cps_log_prob_map, log_prob_map
+from rlt2i.functional.group_matching import (
     crd_centred_loss,
     crd_pool,
     crd_reward_map,
     dgpo_clipped,
     dgpo_group_weight,
     dgpo_loss_map,
-    dpo_logits,
-    ema_update,
-    flow_dppo_surrogate,
-    flow_sde,
-    grpo_guard_log_ratio,
-    log_prob_map,
+)
+from rlt2i.functional.matching import (
+    adaptive_weight,
     nft_branch_error,
     nft_branches,
     nft_loss_map,
     weighted_matching_loss_map,
 )
+from rlt2i.functional.preference import dpo_logits
+from rlt2i.functional.surrogate import flow_dppo_surrogate, grpo_guard_log_ratio
+from rlt2i.functional.transitions import flow_sde
 
 GROUPS = torch.tensor([0, 0, 1, 1])
 SIGMA = torch.tensor([0.3, 0.5, 0.7, 0.9], dtype=torch.float64)

@@ -5,38 +5,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlt2i.functional import (
-    balance_turning_points,
+from rlt2i.functional.advantages import (
     best_of_group,
-    best_worst_pairs,
-    best_worst_signs,
+    gdpo,
+    group_relative_advantage,
+    group_std,
+    reward_weights,
+    sum_of_normalised,
+    zero_std_ratio,
+)
+from rlt2i.functional.ema import (
     constant_decay,
     cosine_decay,
     dgpo_reference_decay,
     ema_update,
-    exponential_period,
     flow_grpo_ema_decay,
-    gdpo,
-    group_relative_advantage,
-    group_std,
     linear_decay,
-    linear_period,
-    nft_label,
     nft_old_decay,
     piecewise_linear_decay,
     power_decay,
     ramp_decay,
-    reward_weights,
-    sliding_window,
-    sum_of_normalised,
-    tracked_advantage,
+    warmup_cosine_decay,
+)
+from rlt2i.functional.matching import nft_label
+from rlt2i.functional.preference import best_worst_pairs, best_worst_signs
+from rlt2i.functional.step_credit import (
+    balance_turning_points,
     tree_depth_advantage,
     tree_node_rewards,
     turning_point_reward,
     turning_points,
-    warmup_cosine_decay,
-    zero_std_ratio,
 )
+from rlt2i.functional.tracking import tracked_advantage
+from rlt2i.functional.windows import exponential_period, linear_period, sliding_window
 from tests.helpers.golden_cases import Case, golden, group_ids
 
 

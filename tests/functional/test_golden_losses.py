@@ -6,16 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlt2i.functional import (
-    SurrogateLoss,
-    clipped_surrogate,
-    flow_dppo_surrogate,
-    flow_sde,
-    grpo_guard_log_ratio,
-    kl_map,
-    log_prob_map,
-    reference_kl_map,
-)
+from rlt2i.functional.gaussian import kl_map, log_prob_map, reference_kl_map
+from rlt2i.functional.surrogate import SurrogateLoss, clipped_surrogate, flow_dppo_surrogate, grpo_guard_log_ratio
+from rlt2i.functional.transitions import flow_sde
 from tests.functional.test_golden_transitions import step
 from tests.helpers.golden_cases import Case, golden, per_sample_mean
 

@@ -5,14 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlt2i.functional import (
-    adaptive_weight,
-    awm_advantage,
-    awm_kl_map,
-    awm_log_likelihood,
-    awm_noise_scale,
-    awm_sum_first,
-    clipped_surrogate,
+from rlt2i.functional.awm import awm_advantage, awm_kl_map, awm_log_likelihood, awm_noise_scale, awm_sum_first
+from rlt2i.functional.gaussian import squared_error_map
+from rlt2i.functional.group_matching import (
     crd_centred_loss,
     crd_kl_weight,
     crd_loss,
@@ -21,17 +16,19 @@ from rlt2i.functional import (
     dgpo_clipped,
     dgpo_group_weight,
     dgpo_loss_map,
-    dpo_logits,
-    dpo_loss,
+)
+from rlt2i.functional.matching import (
+    adaptive_weight,
     flow_matching_error,
     nft_branch_error,
     nft_branches,
     nft_label,
     nft_loss_map,
     noised,
-    squared_error_map,
     weighted_matching_loss_map,
 )
+from rlt2i.functional.preference import dpo_logits, dpo_loss
+from rlt2i.functional.surrogate import clipped_surrogate
 from tests.functional.test_golden_losses import both_precisions, gradient_of
 from tests.helpers.golden_cases import Case, golden, per_sample_mean
 

@@ -2,19 +2,17 @@
 
 import torch
 
-from rlt2i.functional import (
-    constructed_sigmas,
-    flow_sde,
-    k_repeat_indices,
+from rlt2i.functional.prompt_order import k_repeat_indices
+from rlt2i.functional.schedules import constructed_sigmas, sd3_sigmas, shifted_linspace_sigmas
+from rlt2i.functional.time_sampling import (
     logit_normal_times,
-    noise_aware_weights,
-    random_subset,
-    sd3_sigmas,
-    shifted_linspace_sigmas,
     stratified_logit_normal_times,
     stratified_steps,
     stratified_times,
 )
+from rlt2i.functional.time_weights import noise_aware_weights
+from rlt2i.functional.transitions import flow_sde
+from rlt2i.functional.windows import random_subset
 from tests.helpers.golden_cases import Case, golden
 
 

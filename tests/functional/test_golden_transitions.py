@@ -7,25 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlt2i.functional import (
-    LOG_SQRT_2PI,
-    Transition,
-    clean_prediction,
-    cps,
-    cps_log_prob_map,
-    dance_sde,
-    ddim,
-    ddim_previous_timestep,
-    dpm_solver_1,
-    dpm_solver_2m,
-    euler,
-    flow_ddim,
-    flow_sde,
-    log_prob_map,
-    scaled_linear_alpha_bars,
-    sd3_sigmas,
-    shifted_linspace_sigmas,
-)
+from rlt2i.functional.epsilon import ddim, ddim_previous_timestep, scaled_linear_alpha_bars
+from rlt2i.functional.gaussian import LOG_SQRT_2PI, cps_log_prob_map, log_prob_map
+from rlt2i.functional.schedules import sd3_sigmas, shifted_linspace_sigmas
+from rlt2i.functional.solvers import dpm_solver_1, dpm_solver_2m
+from rlt2i.functional.transitions import Transition, clean_prediction, cps, dance_sde, euler, flow_ddim, flow_sde
 from tests.helpers.golden_cases import Case, golden, per_sample_mean
 
 

@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlt2i.functional import (
-    adaptive_weight,
-    awm_advantage,
-    awm_kl_map,
-    awm_log_likelihood,
-    awm_noise_scale,
-    awm_sum_first,
-    clipped_surrogate,
+from rlt2i.functional.awm import awm_advantage, awm_kl_map, awm_log_likelihood, awm_noise_scale, awm_sum_first
+from rlt2i.functional.group_matching import (
     crd_centred_loss,
     crd_kl_weight,
     crd_loss,
@@ -22,9 +16,9 @@ from rlt2i.functional import (
     dgpo_clipped,
     dgpo_group_weight,
     dgpo_loss_map,
-    dpo_logits,
-    dpo_loss,
-    euler,
+)
+from rlt2i.functional.matching import (
+    adaptive_weight,
     flow_matching_error,
     nft_branch_error,
     nft_branches,
@@ -33,6 +27,9 @@ from rlt2i.functional import (
     noised,
     weighted_matching_loss_map,
 )
+from rlt2i.functional.preference import dpo_logits, dpo_loss
+from rlt2i.functional.surrogate import clipped_surrogate
+from rlt2i.functional.transitions import euler
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

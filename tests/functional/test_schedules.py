@@ -5,15 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlt2i.functional import (
-    constructed_sigmas,
-    even_sigmas,
+from rlt2i.functional.schedules import constructed_sigmas, even_sigmas, sd3_sigmas, shift_sigma, shifted_linspace_sigmas
+from rlt2i.functional.time_sampling import (
     logit_normal_indices,
     logit_normal_times,
-    sd3_sigmas,
-    shift_sigma,
     shift_towards,
-    shifted_linspace_sigmas,
     stratified_logit_normal_times,
     stratified_steps,
     stratified_times,

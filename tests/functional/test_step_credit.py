@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlt2i.functional import (
+from rlt2i.functional.step_credit import (
     balance_turning_points,
     clean_similarity,
     coca_advantage,

@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlt2i.functional import (
+from rlt2i.functional.gaussian import kl_map, log_prob_map
+from rlt2i.functional.surrogate import (
     clipped_surrogate,
     flow_dppo_surrogate,
     grpo_guard_log_ratio,
-    kl_map,
     log_hinge_surrogate,
-    log_prob_map,
     pool_log_ratio,
     reinforce,
     scaled_clip_range,

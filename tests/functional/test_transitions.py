@@ -9,33 +9,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlt2i.functional import (
-    Transition,
-    clean_prediction,
-    cps,
-    cps_log_prob_map,
-    dance_sde,
+from rlt2i.functional.epsilon import (
     ddim,
-    dpm_solver_1,
-    dpm_solver_2m,
     epsilon_to_velocity,
-    euler,
-    flow_ddim,
-    flow_sde,
     flow_to_vp,
-    kl_map,
-    log_prob_map,
-    noise_prediction,
-    reference_kl_map,
     scaled_linear_alpha_bars,
-    sd3_sigmas,
-    squared_error_map,
     transition_to_flow,
     v_prediction_to_velocity,
     vp_alpha_bar,
     vp_sigma,
     vp_sigmas,
     vp_to_flow,
+)
+from rlt2i.functional.gaussian import cps_log_prob_map, kl_map, log_prob_map, reference_kl_map, squared_error_map
+from rlt2i.functional.schedules import sd3_sigmas
+from rlt2i.functional.solvers import dpm_solver_1, dpm_solver_2m
+from rlt2i.functional.transitions import (
+    Transition,
+    clean_prediction,
+    cps,
+    dance_sde,
+    euler,
+    flow_ddim,
+    flow_sde,
+    noise_prediction,
 )
 
 SHAPE = (3, 4, 2, 6)

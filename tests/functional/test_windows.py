@@ -5,25 +5,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlt2i.functional import (
+from rlt2i.functional.ema import (
     constant_decay,
     cosine_decay,
     dgpo_reference_decay,
     ema_update,
-    exponential_period,
     flow_grpo_ema_decay,
-    k_repeat_indices,
     linear_decay,
-    linear_period,
     nft_old_decay,
     piecewise_linear_decay,
     power_decay,
     ramp_decay,
-    random_subset,
-    random_window,
-    sliding_window,
     warmup_cosine_decay,
 )
+from rlt2i.functional.prompt_order import k_repeat_indices
+from rlt2i.functional.windows import exponential_period, linear_period, random_subset, random_window, sliding_window
 
 
 def test_sliding_window_by_hand():
