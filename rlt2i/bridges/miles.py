@@ -277,6 +277,7 @@ class Hooks:
             sigmas=trajectory.sigmas[:2],
             log_probs=trajectory.log_probs[:, :1],
             stochastic=trajectory.stochastic[:1],
+            noisy=trajectory.noisy[:, :1],
             captures={name: values[:, None] for name, values in maps.items()},
         )
         return credit_context(

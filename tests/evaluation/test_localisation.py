@@ -87,7 +87,7 @@ class Blind(Reward):
 
 
 def test_auto_needs_a_reward_that_knows_regions():
-    with pytest.raises(ValueError, match="knows none"):
+    with pytest.raises(ValueError, match="compares attention with the regions"):
         Algorithm(
             policy=ToySpec(),
             sampler=SDE(),

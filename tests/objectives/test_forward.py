@@ -224,7 +224,7 @@ def test_stratified_draws_take_one_step_of_each_range():
     trajectory = attrs.evolve(
         experience.trajectory,
         sigmas=torch.linspace(1, 0, 9), latents=torch.zeros(12, 9, 3, 8, 8), log_probs=torch.zeros(12, 8, 8, 8),
-        stochastic=torch.zeros(8, dtype=torch.bool),
+        stochastic=torch.zeros(8, dtype=torch.bool), noisy=torch.zeros(12, 8, dtype=torch.bool),
     )  # fmt: skip
     context = toy_learner(toy_algorithm(WeightedMatching()))._context(12, 2, on_policy=True)
     longer = attrs.evolve(experience, trajectory=trajectory)
