@@ -253,8 +253,7 @@ class Learner:
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise UpdateRefused(
                     f"update {self.optimizer_step + 1}: loss={value:g}, gradient norm={norm:g}. The update was not "
-                    "applied. "
-                    "Look for overflow in the reward or advantages; lower learning_rate or use float32."
+                    "applied. Look for overflow in the reward or advantages; lower learning_rate or use float32."
                 )
             if norm > 0:
                 self._step(norm)

@@ -29,9 +29,8 @@ class TextAttention(Allocation):
     Attributes:
         direction: "image_to_text" reads how much each image token looks at the core words, "text_to_image" the reverse.
         blocks: "middle" (third), "all", one index, or a range "8-15"; several blocks are averaged. "auto" measures
-            which
-            block (and direction, if that is "auto" too) finds the objects, on tasks whose regions are known, before
-            training starts; the choice is written into the run's recipe.
+            which block (and direction, if that is "auto" too) finds the objects, on tasks whose regions are known,
+            before training starts; the choice is written into the run's recipe.
         mix: share of the attention map against the uniform map; 0 is Flow-GRPO.
         sharpness: exponent of the map.
         blur: standard deviation of a Gaussian blur, in image tokens; 0 switches it off.
@@ -61,8 +60,7 @@ class TextAttention(Allocation):
         if self.direction == AUTO and self.blocks != AUTO:
             raise ValueError(
                 f"TextAttention(direction='auto', blocks={self.blocks!r}): the direction is chosen together with the "
-                "block. "
-                "Use blocks='auto' as well, or name the direction."
+                "block. Use blocks='auto' as well, or name the direction."
             )
         if self.blocks != AUTO:
             attention_name(self.direction, self.blocks)  # type: ignore[arg-type]

@@ -159,9 +159,8 @@ def maps(
     judged = wanted.reward_wants | (wanted.reward.metadata_keys if "gradient" in wanted.credit.needs.reward else set())
     if judged:
         raise ValueError(
-            f"maps: the credit of {recipe.name!r} needs {sorted(judged)} from the reward, which a free "
-            "prompt has "
-            "not. Use a recipe whose map comes from the policy, such as star-shapes."
+            f"maps: the credit of {recipe.name!r} needs {sorted(judged)} from the reward, which a free prompt has not. "
+            "Use a recipe whose map comes from the policy, such as star-shapes."
         )
     policy = load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=weights)
     for line in report_on(policy, [TaskPrompt(text=text)]).lines():
@@ -187,9 +186,8 @@ def maps(
     credit = recipe.credit.assign(context)
     if credit.weight.shape[2:] == (1, 1):
         raise ValueError(
-            f"maps: the credit of {recipe.name!r} is uniform in space, so there is no map to draw. Use a recipe with "
-            "a spatial "
-            "allocation, such as star-shapes."
+            f"maps: the credit of {recipe.name!r} is uniform in space, so there is no map to draw. Use a recipe with a "
+            "spatial allocation, such as star-shapes."
         )
     steps = trajectory.num_steps
     predictions = trajectory.captures[CLEAN_PREDICTIONS][0]

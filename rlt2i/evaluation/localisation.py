@@ -82,8 +82,7 @@ def measure_localisation(
     if "maps" not in reward.offers:
         raise ValueError(
             f"{type(reward).__name__} offers no maps, so attention cannot be compared with what it judged. Name the "
-            "blocks "
-            "instead of 'auto' ('middle' is the choice for large models)."
+            "blocks instead of 'auto' ('middle' is the choice for large models)."
         )
     parsed = {name: parse_attention_name(name) for name in policy.offers if name.startswith("attention/")}
     names: dict[tuple[str, int], str] = {(d, int(b)): n for n, (d, b) in sorted(parsed.items()) if b.isdigit()}

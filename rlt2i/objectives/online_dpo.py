@@ -18,9 +18,8 @@ class OnlineDPO(Objective):
     """L = -log sigmoid(-beta / 2 [(e_w - e_w^ref) - (e_l - e_l^ref)]), e = mean_p w_p |v - (eps - x_0)|^2.
 
     Diffusion-DPO (arXiv 2311.12908) for flows, on the pair of largest and smallest advantage of each group, with the
-    same
-    noise and noise level for both. Weight maps sit inside the logit. Where the advantage resolves steps, the pair is
-    chosen for each noise level by the advantage of the nearest step. Groups whose advantages tie have no pair.
+    same noise and noise level for both. Weight maps sit inside the logit. Where the advantage resolves steps, the pair
+    is chosen for each noise level by the advantage of the nearest step. Groups whose advantages tie have no pair.
 
     Attributes:
         beta: strength of the preference, for errors that are means over latent dimensions.

@@ -28,9 +28,8 @@ class GenEvalTask(Task):
     """Prompts about COCO's objects: how many, in which colour, where.
 
     Training never asks for the picture of an official prompt: not with the objects in the other order, and
-        not with the
-    relation said from the other side. That leaves 160 counting prompts, so a long run sees each of them
-    often.
+    not with the relation said from the other side. That leaves 160 counting prompts, so a long run sees each of
+        them often.
 
     Attributes:
         mix: category -> its share of the training prompts. All 80 single objects are held out, so their share
