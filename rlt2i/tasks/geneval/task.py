@@ -29,7 +29,7 @@ class GenEvalTask(Task):
 
     Training never asks for the picture of an official prompt: not with the objects in the other order, and
     not with the relation said from the other side. That leaves 160 counting prompts, so a long run sees each of
-        them often.
+    them often.
 
     Attributes:
         mix: category -> its share of the training prompts. All 80 single objects are held out, so their share
