@@ -202,7 +202,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
-        rlt2i.training.start, "train", lambda recipe, run_dir, resume=None: seen.append((recipe, run_dir, resume))
+        rlt2i.training.start,
+        "train",
+        lambda recipe, run_dir, resume=None, accept_changes=False: seen.append((recipe, run_dir, resume)),
     )
     return seen
 

@@ -34,7 +34,8 @@ def test_the_table_is_replaced_and_the_rest_stays():
 
 def test_a_bar_is_as_tall_as_its_weight_and_a_masked_step_is_a_frame():
     drawn = _bars([("w", [2.0, 1.0, None])], torch.linspace(1, 0.2, 3).tolist())
-    heights = [float(h) for h in re.findall(r'height="([\d.]+)" fill="#(?!ffffff)', drawn)]
+    path = r'<path d="M \S+ ([\d.]+) L \S+ \S+ L \S+ ([\d.]+)[^"]*" clip-path="[^"]*" style="fill: #(?!ffffff)'
+    heights = [float(foot) - float(top) for foot, top in re.findall(path, drawn)]
     assert len(heights) == 2
     assert abs(heights[0] - 2 * heights[1]) < 0.11
     assert drawn.count("stroke-dasharray") == 1

@@ -107,7 +107,7 @@ class Deadly(QuadrantBrightness):
     """Kills its process with SIGKILL when asked to score the third training batch, unless told to spare it."""
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
-        if batch.groups is not None and "SPARE" not in os.environ and str(batch.ids[0]).split("/")[2] == "8":  # type: ignore[index]
+        if batch.ids is not None and "SPARE" not in os.environ and str(batch.ids[0]).split("/")[2] == "8":
             os.kill(os.getpid(), 9)
         return super().score(batch, want)
 

@@ -116,6 +116,11 @@ class World:
         places = values.mean(dim=1) if values.ndim == 4 else values
         return (self.map * places).mean(dim=(1, 2))
 
+    @property
+    def noise(self) -> Tensor:
+        """[B], by how much the map widens the noise of a mean over places, and with it the clip range."""
+        return (self.map**2).mean(dim=(1, 2)).sqrt()
+
     def velocity(self, x: Tensor, t: Tensor, name: str = "online") -> Tensor:
         conditioning = self.experience.trajectory.conditioning
         if name == "online":
@@ -188,7 +193,11 @@ def test_clipped_surrogate(form, eps: float):
                 "v": mean((v - v_ref) ** 2),
                 "x": mean((mu - mu_ref) ** 2),
             }[form]
-            total = total + (clip(world.A, torch.exp(world.weighted(log_prob - old[t])), eps) + 0.4 * kl).mean() / STEPS
+            total = (
+                total
+                + (clip(world.A, torch.exp(world.weighted(log_prob - old[t])), eps * world.noise) + 0.4 * kl).mean()
+                / STEPS
+            )
         return total
 
     compare(objective, world, published)
@@ -288,7 +297,7 @@ def test_awm(weighting, kl, ema: float):
             before = now.detach() if on_policy else likelihood(v_old, noise - x0, t)
             s = 0.7 * torch.sqrt(t / (1 - t.clamp(0, 0.99)))
             scale = 2 * s**2 if kl == "elbo" else torch.ones(())
-            loss = clip(A, torch.exp(now - before), 0.02) + 0.3 * mean((v - v_ref) ** 2) / scale
+            loss = clip(A, torch.exp(now - before), 0.02 * world.noise) + 0.3 * mean((v - v_ref) ** 2) / scale
             losses.append((loss + ema * mean((v - v_old) ** 2) / scale).mean())
         return torch.stack(losses).mean()
 

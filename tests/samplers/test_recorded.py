@@ -147,7 +147,7 @@ def test_prompts_without_images_are_refused():
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(ValueError, match=r"a\.png: not an image"):
+    with pytest.raises(ValueError, match=r"a\.png: is no image that can be read"):
         read_image(tmp_path / "a.png", SIDE)
     Image.fromarray(np.zeros((4, SIDE, 3), dtype=np.uint8)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"b\.png: 8 x 4 pixels, expected 8 x 8"):

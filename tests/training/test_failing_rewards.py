@@ -205,7 +205,8 @@ def test_a_group_with_an_invalid_rollout_is_the_group_without_it_in_every_object
     assert_same_gradient(UNIFORM, OBJECTIVES[objective])
 
 
-@pytest.mark.parametrize("credit", CREDITS)
+# Whose map `OtherRollout` borrows depends on who else is in the group.
+@pytest.mark.parametrize("credit", [name for name in CREDITS if "OtherRollout" not in name])
 def test_a_group_with_an_invalid_rollout_is_the_group_without_it_in_every_credit(credit):
     assert_same_gradient(CREDITS[credit], ClippedSurrogate())
 
