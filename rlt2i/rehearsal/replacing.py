@@ -11,6 +11,7 @@ import attrs
 import torch
 from torchvision.io import write_png
 
+from rlt2i.credit.feature_saliency import FeatureSaliency
 from rlt2i.interfaces import Reward
 from rlt2i.policies.pretrained import PretrainedSpec
 from rlt2i.policies.tiny import TINY, save_tiny
@@ -38,6 +39,8 @@ _SHRUNK = (
 )
 FEW_STEPS = 10
 FEW_PROMPTS = (2, 3, 4, 6, 8, 12)
+VISION_SIZE = 32
+"""Pixels a side of what the tiny vision transformer sees."""
 GROUP_SIZES = (2, 3, 4, 6, 8, 9, 12, 16, 24)
 
 
@@ -70,7 +73,7 @@ def make_small(recipe: Recipe, folder: Path, *, compile_blocks: bool = True) -> 
     heldout = {name: _reward(judge, said) for name, judge in recipe.heldout.items()}
     small = attrs.evolve(recipe, policy=policy, reward=reward, heldout=heldout)
     small = attrs.evolve(small, task=_task(recipe.task, folder, image_size, said))
-    small = attrs.evolve(small, credit=_with_known_blocks(small, said))
+    small = attrs.evolve(small, credit=_with_small_parts(small, folder, said))
     small = _with_few_steps(small, said)
     return Rehearsed(recipe=attrs.evolve(small, train=_train(small, image_size, said)), replaced=tuple(said))
 
@@ -169,8 +172,8 @@ def _told_apart(prompt: TaskPrompt, index: int) -> str:
     return f"{prompt.text}, picture {index}"
 
 
-def _with_known_blocks(recipe: Recipe, said: list[str]) -> Any:
-    """The credit, with attention blocks that the tiny network has."""
+def _with_small_parts(recipe: Recipe, folder: Path, said: list[str]) -> Any:
+    """The credit, with attention blocks that the tiny network has, and a tiny vision transformer for features."""
     offered = recipe.policy.offers
 
     def walk(part: Any) -> Any:
@@ -188,9 +191,29 @@ def _with_known_blocks(recipe: Recipe, said: list[str]) -> Any:
         ):
             said.append(f"{type(part).__name__}.blocks: {blocks} -> middle")
             changed["blocks"] = "middle"
-        return type(part)(**changed)
+        if isinstance(part, FeatureSaliency):
+            said.append(f"FeatureSaliency.model: {part.model} -> a tiny vision transformer with random weights")
+            changed["model"], changed["resolution"] = str(_save_vision(folder / "vision")), VISION_SIZE
+        return type(part)(**{name: value for name, value in changed.items() if name in _settable(part)})
 
     return walk(recipe.credit)
+
+
+def _settable(part: Any) -> set[str]:
+    return {field.alias or field.name for field in attrs.fields(type(part)) if field.init}
+
+
+def _save_vision(folder: Path) -> Path:
+    """A vision transformer of one block, as timm saves it."""
+    import timm
+    from timm.models import save_for_hf
+
+    sizes = {"img_size": VISION_SIZE, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = timm.create_model("vit_tiny_patch16_224", **sizes)
+    save_for_hf(network, str(folder), model_args=sizes, safe_serialization=True)
+    return folder
 
 
 def _with_few_steps(recipe: Recipe, said: list[str]) -> Recipe:
