@@ -81,6 +81,6 @@ def test_the_plan_of_a_recipe_that_extends_another_needs_no_weights(name: str):
 
     recipe = load_recipe(name)
     text = describe_run(recipe, world_size=2)
-    assert text.startswith(f"{name}  {recipe.hash[:8]}  evidence: unrun")
+    assert text.startswith(f"{name}  {recipe.hash[:8]}  evidence: {recipe.evidence}")
     assert f"{recipe.train.prompts_per_iteration} prompts x {recipe.train.group_size} rollouts" in text
     assert "memory, " in text
