@@ -56,8 +56,8 @@ def test_gains_are_what_theory_says(objective: str, tokens: int, mix: float):
     for gain in gains.values():
         assert abs(gain.quality.gain - gain.expected) < 3 * gain.quality.gain_error + 1e-9, gain
     oracle, shuffled, inverted = (gains[name].quality for name in ("oracle", "shuffled", "inverted"))
-    # And they are told apart from no gain at all. With 80 batches theory puts the nearest of them (a shuffled map of mix
-    # 0.5, and the oracle under DiffusionNFT) a little over four standard errors away, so three are asked for.
+    # And they are told apart from no gain at all. With 80 batches theory puts the nearest of them (a shuffled map of
+    # mix 0.5, and the oracle under DiffusionNFT) a little over four standard errors away, so three are asked for.
     assert oracle.gain - 3 * oracle.gain_error > 1
     assert shuffled.gain + 3 * shuffled.gain_error < 1
     assert inverted.gain + 3 * inverted.gain_error < 1
