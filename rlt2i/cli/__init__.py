@@ -1,0 +1,93 @@
+"""The command line. Everything heavy is imported by the command that needs it, so `rlt2i --help` answers at once;
+argparse suffices for that, and costs no dependency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO, cast
+
+from rlt2i.cli.grammar import parser
+from rlt2i.inputs.arguments import check_counts
+from rlt2i.inputs.display import VisibleStream
+
+__all__ = ["DEBUG", "EXTRAS", "main", "parser"]
+
+DEBUG = "RLT2I_DEBUG"
+EXTRAS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "timm": "dino",
+    "rapidocr": "ocr",
+    "onnxruntime": "ocr",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "httpx": "serve",
+    "ray": "ray",
+}
+_SAYS_ENOUGH = (
+    "CheckpointError",
+    "LaunchError",
+    "OtherProcessFailed",
+    "ProcessLost",
+    "RayRunError",
+    "RunDirectoryError",
+    "RunStopped",
+    "UpdateRefused",
+)
+"""Errors whose message is written for the user; by name, because importing them costs seconds."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. 0 when it did what was asked, 2 when the user can mend it, with one message and no traceback."""
+    with (
+        contextlib.redirect_stdout(cast(TextIO, VisibleStream(sys.stdout))),
+        contextlib.redirect_stderr(cast(TextIO, VisibleStream(sys.stderr))),
+    ):
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that a recipe can name `my_module:MyPart`, as `python -m` can
+    options = parser().parse_args(arguments)
+    if os.environ.get(DEBUG):
+        return _obey(options)
+    try:
+        return _obey(options)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        message = _user_message(error)
+        if message is None:
+            raise
+        print(f"rlt2i: {message}", file=sys.stderr)
+        return 2
+
+
+def _obey(options: argparse.Namespace) -> int:
+    check_counts(options)
+    command: Callable[[argparse.Namespace], int | None] = options.command
+    return command(options) or 0
+
+
+def _user_message(error: Exception) -> str | None:
+    """What to tell the user; None for an error that is ours and deserves its traceback."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "rlt2i").partition(".")[0]
+        wanted = f"'rlt2i[{EXTRAS[package]}]'" if package in EXTRAS else package
+        return None if package == "rlt2i" else f"{error}. Install it with: pip install {wanted}"
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        from rlt2i.runs.files import advice
+
+        return f"{error}. {advice(error, Path(str(error.filename or '.')))}"
+    if isinstance(error, ValueError | FileNotFoundError) or type(error).__name__ in _SAYS_ENOUGH:
+        return f"{error}\n({DEBUG}=1 shows where this came from.)"
+    return None

@@ -1,0 +1,200 @@
+"""Commands that draw, score and report what was trained."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlt2i.inputs.arguments import check_file, check_folder, check_picture, home_path
+
+if TYPE_CHECKING:
+    from rlt2i.recipes import Recipe
+
+
+def _loaded(options: argparse.Namespace) -> tuple[Recipe, Path | None]:
+    """The recipe that a command is about, and the run directory it comes from, if any."""
+    from rlt2i.recipes import load_recipe
+
+    folder = Path(options.run)
+    return load_recipe(options.run, options.set), folder if (folder / "recipe.yaml").is_file() else None
+
+
+def sample(options: argparse.Namespace) -> None:
+    """`rlt2i sample`: one picture of what a policy draws."""
+    check_picture(options.out)
+    apart = options.out.with_suffix("") if options.separate else None
+    if apart is not None:
+        check_folder(apart, "--separate")
+    from rlt2i.evaluation.inspection import sample as draw_samples
+
+    recipe, folder = _loaded(options)
+    picture = draw_samples(
+        recipe,
+        options.prompt,
+        run_dir=folder,
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+        count=options.count,
+        num_steps=options.steps,
+        seed=options.seed,
+        say=_tell,
+        apart=apart,
+    )
+    _save_picture(picture, options.out)
+    if apart is not None:
+        print(apart)
+
+
+def maps(options: argparse.Namespace) -> None:
+    """`rlt2i maps`: the allocation of every step over the image it belongs to."""
+    check_picture(options.out)
+    from rlt2i.evaluation.inspection import maps as draw_maps
+
+    recipe, folder = _loaded(options)
+    picture = draw_maps(
+        recipe,
+        options.prompt,
+        run_dir=folder,
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+        num_steps=options.steps,
+        seed=options.seed,
+        say=_tell,
+    )
+    _save_picture(picture, options.out)
+
+
+def _tell(line: str) -> None:
+    """Beside the results, which may be piped on."""
+    print(f"rlt2i: {line}", file=sys.stderr)
+
+
+def _save_picture(picture: object, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)  # type: ignore[attr-defined]
+    print(out)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """`rlt2i eval`: scores by the task of the recipe, or by a suite."""
+    if options.suite or (Path(options.run) / "fingerprint.json").is_file():
+        _eval_suite(options)
+        return
+    if used := [
+        flag for flag in ("against", "shard", "score_only", "reward", "rescore", "features") if getattr(options, flag)
+    ]:
+        raise ValueError(
+            f"eval: --{used[0].replace('_', '-')} goes with --suite NAME, or with the folder of an evaluation."
+        )
+    if options.out:
+        check_file(options.out)
+    import json
+
+    from rlt2i.evaluation.inspection import evaluate_run
+
+    recipe, folder = _loaded(options)
+    metrics = evaluate_run(
+        recipe,
+        run_dir=folder,
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+        num_prompts=options.prompts,
+        num_steps=options.steps,
+    )
+    for name, value in metrics.items():
+        print(f"{name:<36} {value:.4f}")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def _eval_suite(options: argparse.Namespace) -> None:
+    import attrs
+
+    from rlt2i.evaluation.suites import load_suite
+    from rlt2i.evaluation.suites.evaluate import evaluate_suite, named_rewards
+    from rlt2i.evaluation.suites.folder import Folder, Shard
+
+    there = Folder(path=Path(options.run))
+    target: Recipe | Folder
+    if (there.path / "fingerprint.json").is_file():
+        if options.suite:
+            raise ValueError(f"eval: {options.run} is an evaluation and knows its suite; leave --suite out.")
+        target, run_dir, suite, score_only = there, None, load_suite(there.path / "suite.yaml"), True
+    else:
+        target, run_dir = _loaded(options)
+        suite, score_only = load_suite(options.suite), options.score_only
+        if options.steps is not None:
+            suite = attrs.evolve(suite, steps=options.steps)
+    scores = evaluate_suite(
+        target,
+        suite,
+        run_dir=run_dir,
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+        prompts=options.prompts,
+        out=options.out,
+        against=options.against,
+        shard=Shard.parse(options.shard) if options.shard else None,
+        score_only=score_only,
+        added=named_rewards(options.reward),
+        rescore=options.rescore,
+        features=options.features,
+    )
+    if scores is not None:
+        print(scores.text(), end="")
+
+
+def pairs(options: argparse.Namespace) -> None:
+    """`rlt2i pairs`: the best and the worst image of every prompt."""
+    check_folder(options.folder, str(options.folder))
+    from rlt2i.evaluation.inspection import load_policy
+    from rlt2i.evaluation.pairs import PAIRS, make_pairs
+
+    recipe, folder = _loaded(options)
+    policy = load_policy(recipe, run_dir=folder, checkpoint=options.checkpoint, weights=options.weights)
+    trained = folder is not None or options.checkpoint is not None
+    count = make_pairs(
+        recipe,
+        policy,
+        options.folder,
+        prompts=options.prompts,
+        images=options.images,
+        seed=options.seed,
+        num_steps=options.steps,
+        weights=f"{options.weights} of {options.checkpoint or folder}" if trained else "base",
+    )
+    print(f"{options.folder / PAIRS}: {count} pairs")
+
+
+def report(options: argparse.Namespace) -> None:
+    """`rlt2i report`: the page of a run."""
+    if options.out:
+        check_file(options.out)
+    from rlt2i.report import write_report
+
+    print(write_report(options.run, options.out))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """`rlt2i compare`: arms of several seeds, or a run beside the band of its recipe."""
+    if options.reference:
+        from rlt2i.bench.reference import compare_with_band, load_band
+
+        band = load_band(options.reference)
+        print("\n\n".join(compare_with_band(home_path(run), band) for run in options.arms))
+        return
+    check_folder(options.out, f"--out {options.out}")
+    from rlt2i.report import compare_runs
+
+    arms: dict[str, list[Path]] = {}
+    for word in options.arms:
+        arm, equals, runs = word.partition("=")
+        if not equals or not arm or not runs:
+            raise ValueError(f"compare: {word!r} should read ARM=RUN[,RUN...], for example star=runs/a,runs/b.")
+        arms.setdefault(arm, []).extend(home_path(run) for run in runs.split(",") if run)
+    comparison = compare_runs(arms, options.out, baseline=options.baseline, metric=options.metric)
+    print(comparison.sentence)
+    print(f"{comparison.csv}\n{comparison.svg}\n{comparison.text}")
