@@ -18,7 +18,7 @@ from rlt2i.types import Causality, Credit, latest_cause
 
 
 class Advantage(ABC):
-    """Rewards to a signed quantity per rollout, and per step where the rewards resolve steps."""
+    """Rewards to a signed quantity per rollout; per step and place where the rewards resolve them."""
 
     @property
     def needs(self) -> Needs:
@@ -30,7 +30,8 @@ class Advantage(ABC):
 
     @abstractmethod
     def advantage(self, context: CreditContext) -> Tensor:
-        """[B, 1|T, 1, 1], 0 for invalid rollouts."""
+        """[B, 1|T, 1|h, 1|w], signed, 0 for invalid rollouts. What resolves places is compared place by place: every
+        group has mean 0 at each of them."""
 
     def mask(self, context: CreditContext) -> Tensor:
         """Where the advantage is to be counted: bool, broadcastable to [B, T, h, w]; everywhere, unless rollouts share

@@ -103,22 +103,45 @@ def pool_log_ratio(log_ratio_map: Tensor, grid: tuple[int, int]) -> Tensor:
     return cells.mean(dim=(2, 4))
 
 
-def scaled_clip_range(clip_range: float, merged: int) -> float:
-    """Carry a per-sample clip range to a ratio that averages over fewer locations, eps_p = eps sqrt(P).
+def detached_log_ratio(log_ratio: Tensor, whole: Tensor) -> Tensor:
+    """The value of the whole sample's ratio with the gradient of one place (DenseFlow-GRPO, arXiv 2510.01010).
+
+        s_p = sg(rho) pi_p / sg(pi_p),   so   log s_p = sg(log rho) + log pi_p - sg(log pi_p)
+
+    All places of a sample share one value, hence one clip and the clip range of a ratio per sample; each place keeps
+    its own gradient, rho grad log pi_p, so that a signed advantage can differ from place to place. With the same
+    advantage everywhere the mean over places is the surrogate of the whole sample, gradient included.
+
+    Args:
+        log_ratio: [N, h, w], of each place; gradients flow.
+        whole: broadcastable to it, of the whole sample; only its value is used.
+
+    Returns:
+        [N, h, w].
+    """
+    log_ratio = full_precision(log_ratio)
+    check_broadcasts_into(log_ratio, whole=whole)
+    return whole.detach() + (log_ratio - log_ratio.detach())
+
+
+def scaled_clip_range(clip_range: float, merged: int, *, summed: int = 1) -> float:
+    """Carry a per-sample clip range to a ratio that averages over fewer locations, eps_p = eps sqrt(P) C.
 
     The noise of a mean log-ratio falls with the square root of the number of locations in it; a ratio per
-    location of a grid with P locations is therefore sqrt(P) times as noisy as the ratio of the whole sample.
+    location of a grid with P locations is therefore sqrt(P) times as noisy as the ratio of the whole sample. A log-ratio
+    that adds its C channels up, where the published one averages them, is C times as large.
 
     Args:
         clip_range: the published range for one ratio per sample.
         merged: P, how many locations the published ratio merges and this one keeps apart: h * w of the grid.
+        summed: C where channels are added up, 1 where they are averaged.
 
     Returns:
-        clip_range * sqrt(merged).
+        clip_range * sqrt(merged) * summed.
     """
     if merged < 1:
         raise ValueError(f"merged={merged}: a grid has at least one location. Pass h * w of the credit grid.")
-    return clip_range * math.sqrt(merged)
+    return clip_range * math.sqrt(merged) * summed
 
 
 def grpo_guard_log_ratio(

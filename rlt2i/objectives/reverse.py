@@ -96,6 +96,12 @@ def at_ratio_grid(values: Tensor, states: StepBatch, grid: tuple[int, int]) -> P
     return Pooled(pool_log_ratio(inside * values, grid), weight, pool_log_ratio(inside**2, grid).sqrt())
 
 
+def whole_sample(values: Tensor, states: StepBatch) -> Tensor:
+    """[N, 1, 1] plain mean of a map [N, H, W] over unmasked places, without the credit's weight."""
+    unweighted = attrs.evolve(states, weight=values.new_ones(1, 1, 1))
+    return at_ratio_grid(values, unweighted, (1, 1)).values
+
+
 def reference_kl(
     policy: Policy,
     trajectory: Trajectory,

@@ -71,8 +71,10 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "Advantage": {
             "BestOfGroup": "rlt2i.credit.best_of_group:BestOfGroup",
+            "BoxFlow": "rlt2i.credit.box_flow:BoxFlow",
             "CoCA": "rlt2i.credit.coca:CoCA",
             "CompletionGain": "rlt2i.credit.completion_gain:CompletionGain",
+            "DenseFlow": "rlt2i.credit.dense_flow:DenseFlow",
             "GDPO": "rlt2i.credit.gdpo:GDPO",
             "GroupRelative": "rlt2i.credit.group_relative:GroupRelative",
             "RecordedPreference": "rlt2i.credit.recorded_preference:RecordedPreference",
