@@ -43,6 +43,7 @@ A curve that is made again leaves this set."""
 WHY_NOT = {
     "influence-shapes": "An update measures every rollout with 408 network calls on top of its own 10.",
     "offline-dpo-shapes": "It reads a file of pairs, which `rlt2i pairs dpo-shapes pairs/shapes` makes first.",
+    "vipo-cells": "It needs the weights of DINOv2 from the hub, which the other recipes do without.",
     "feature-saliency-shapes": "It needs the weights of DINOv2 from the hub, which the other recipes do without.",
 }
 """Recipe -> why it has no curve, where there is more to say than that nobody has run it."""
@@ -74,8 +75,8 @@ class Page:
 
     @property
     def embedded(self) -> list[str]:
-        """Recipes of the embedded task."""
-        return [name for name in self.recipes if name.endswith("-shapes")]
+        """Recipes of the embedded tasks."""
+        return [name for name in self.recipes if name.endswith(("-shapes", "-cells"))]
 
 
 def read_page(path: Path, text: str | None = None) -> Page:
@@ -256,7 +257,7 @@ def resulted(text: str, page: Page) -> str:
 
 def table(pages: Sequence[Page], entries: dict[str, RecipeEntry]) -> str:
     """One row a page."""
-    columns = ("method", "kind", "paper", "recipes of the embedded task", "full models", "page")
+    columns = ("method", "kind", "paper", "recipes of the embedded tasks", "full models", "page")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for page in sorted(pages, key=lambda page: page.title.lower()):
         large = [name for name in page.recipes if name not in page.embedded]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import attrs
 import torch
 from attrs import validators
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from rlt2i.config import neutral
 from rlt2i.credit.algebra import Allocation
 from rlt2i.credit.spatial import relative_weight
 from rlt2i.functional.maps import blur2d
@@ -34,6 +37,8 @@ class FeatureSaliency(Allocation):
         blur: standard deviation of a Gaussian blur, in patches.
         mix: share of the saliency map against the uniform map.
         floor: weight of the least salient place, relative to the most salient one.
+        normalise: "minmax" is the paper's M, scaled to [0, 1] and without floor: it lowers the step size by its mean,
+            where "mean_one" keeps it.
     """
 
     causality: Causality = attrs.field(default="outcome", init=False)
@@ -44,6 +49,7 @@ class FeatureSaliency(Allocation):
     blur: float = attrs.field(default=1.0, validator=validators.ge(0))
     mix: float = attrs.field(default=0.5, validator=[validators.ge(0.0), validators.le(1.0)])
     floor: float = attrs.field(default=0.02, validator=[validators.gt(0.0), validators.le(1.0)])
+    normalise: Literal["mean_one", "minmax"] = neutral("mean_one", validator=validators.in_(("mean_one", "minmax")))
 
     def weight(self, context: CreditContext) -> Tensor:
         device = context.trajectory.latents.device
@@ -57,7 +63,15 @@ class FeatureSaliency(Allocation):
         on_tokens = interpolate(
             saliency[:, None], size=context.token_grid, mode="bilinear", align_corners=False, antialias=True
         )
+        if self.normalise == "minmax":
+            return 1 - self.mix + self.mix * unit_range(on_tokens)
         return relative_weight(on_tokens.clamp_min(0), mix=self.mix, floor=self.floor)
+
+
+def unit_range(maps: Tensor) -> Tensor:
+    """[..., h, w] scaled to [0, 1] over space; ones where a map is constant."""
+    low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
+    return torch.where(high > low, (maps - low) / torch.where(high > low, high - low, 1), 1)
 
 
 def principal_saliency(features: Tensor, components: int) -> Tensor:
