@@ -128,8 +128,8 @@ def scaled_clip_range(clip_range: float, merged: int, *, summed: int = 1) -> flo
     """Carry a per-sample clip range to a ratio that averages over fewer locations, eps_p = eps sqrt(P) C.
 
     The noise of a mean log-ratio falls with the square root of the number of locations in it; a ratio per
-    location of a grid with P locations is therefore sqrt(P) times as noisy as the ratio of the whole sample. A log-ratio
-    that adds its C channels up, where the published one averages them, is C times as large.
+    location of a grid with P locations is therefore sqrt(P) times as noisy as the ratio of the whole sample. A
+    log-ratio that adds its C channels up, where the published one averages them, is C times as large.
 
     Args:
         clip_range: the published range for one ratio per sample.

@@ -32,8 +32,8 @@ class ClippedSurrogate(Objective):
     PPO's surrogate (arXiv 1707.06347) on denoising steps (Flow-GRPO, arXiv 2505.05470). The weight w of the credit
     enters at its own resolution: where the ratio is finer than the map, w multiplies the loss of each cell; where it
     is coarser, w weights the log-probabilities that are pooled into the ratio. On policy both have the gradient
-    A mean_p w_p grad l_p. An advantage that resolves places has one sign per place: give each its ratio, since a coarser
-    ratio can only take their mean.
+    A mean_p w_p grad l_p. An advantage that resolves places has one sign per place: give each its ratio, since a
+    coarser ratio can only take their mean.
 
     The published per-location objective of ViPO (arXiv 2511.18719), mean_p min(rho_p M_p A, clip(rho_p, 1 +- eps) M_p
     A), is ratio="location", channels="sum", clip_at="ratio" under a credit whose weight is M.

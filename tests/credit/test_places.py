@@ -62,7 +62,7 @@ def test_regions_become_a_signed_map_by_hand():
 
 
 def test_box_flow_blames_the_place_of_a_good_image_that_hurt():
-    # R = 0, 1: sigma = .5, c = 3 takes 1.5 off the left of the better image: 0 against -.5 there, 0 against 1 elsewhere.
+    # R = 0, 1: sigma = .5, c = 3 takes 1.5 off the left of the better image: 0 against -.5 there, against 1 elsewhere.
     regions = [[], [Region(box=LEFT, credit=-1.0)]]
     context = make_context([0.0, 1.0], group_size=2, regions=regions)
     found = BoxFlow(strength=3.0).advantage(context)
