@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -325,9 +326,25 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def _numbers(values: Any) -> Any:
+    """A tensor as it is; arrays and sequences of real numbers or truth values as a tensor of their own."""
+    if isinstance(values, Tensor):
+        return values
+    array = np.array(values, copy=True)
+    if array.dtype.kind not in "buif" or isinstance(values, np.ma.MaskedArray | str):
+        raise ValueError(
+            f"RewardOutput: got {type(values).__name__} of {array.dtype}, expected a tensor or array of real numbers."
+        )
+    return torch.from_numpy(array if array.dtype.kind == "b" else array.astype(np.float32))
+
+
+def _numbers_by_name(components: Any) -> Any:
+    return {name: _numbers(v) for name, v in components.items()} if isinstance(components, Mapping) else components
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class RewardOutput:
-    """Scores with their validity.
+    """Scores with their validity. NumPy arrays and lists of numbers are taken for tensors.
 
     Attributes:
         scores: [B] float32 in the reward's documented unit.
@@ -338,11 +355,11 @@ class RewardOutput:
         info: per image, JSON-able details for the log.
     """
 
-    scores: Tensor
-    valid: Tensor
-    components: Mapping[str, Tensor] = attrs.field(factory=dict)
+    scores: Tensor = attrs.field(converter=_numbers)
+    valid: Tensor = attrs.field(converter=_numbers)
+    components: Mapping[str, Tensor] = attrs.field(factory=dict, converter=_numbers_by_name)
     regions: Sequence[Sequence[Region]] | None = None
-    maps: Tensor | None = None
+    maps: Tensor | None = attrs.field(default=None, converter=attrs.converters.optional(_numbers))
     info: Sequence[Mapping[str, Any]] | None = None
 
     def __attrs_post_init__(self) -> None:

@@ -64,6 +64,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("rlt2i: interrupted.", file=sys.stderr)
+        return 130
     except Exception as error:
         message = _user_message(error)
         if message is None:
@@ -84,6 +87,8 @@ def _user_message(error: Exception) -> str | None:
         package = (error.name or "rlt2i").partition(".")[0]
         wanted = f"'rlt2i[{EXTRAS[package]}]'" if package in EXTRAS else package
         return None if package == "rlt2i" else f"{error}. Install it with: pip install {wanted}"
+    if isinstance(error, ImportError):  # a package that is there and cannot be loaded, such as one without its libGL
+        return None if (error.name or "").partition(".")[0] == "rlt2i" else f"{error}. Mend the installation of it."
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         from rlt2i.runs.files import advice
 

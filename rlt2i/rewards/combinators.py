@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import attrs
+import numpy as np
 import torch
 from attrs import validators
 from torch import Tensor
@@ -252,23 +253,27 @@ class Function(Reward):
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         returned = self._load()(batch.images, list(batch.prompts), list(batch.metadata))
-        if isinstance(returned, Tensor):
-            scores = returned.detach().float().cpu()
-        else:
-            scores = torch.tensor([torch.nan if value is None else float(value) for value in returned])
+        values = returned if isinstance(returned, Tensor | np.ndarray) else [_number(value) for value in returned]
+        output = RewardOutput(scores=values, valid=torch.ones(len(values), dtype=torch.bool))
+        scores = output.scores.detach().cpu()
         if scores.shape != (len(batch.prompts),):
             raise ValueError(
                 f"{self.function} returned scores of shape {list(scores.shape)} for {len(batch.prompts)} images; "
                 "it must return one number per image, in their order."
             )
         valid = torch.isfinite(scores)
-        return RewardOutput(scores=torch.where(valid, scores, torch.nan), valid=valid)
+        return RewardOutput(scores=torch.where(valid, scores, torch.nan), valid=valid) if not valid.all() else output
 
     def fingerprint(self) -> dict[str, Any]:
         return configuration(self, source=_source_hash(self._load()))
 
     def _load(self) -> Callable[..., Any]:
         return load_object(self.function)
+
+
+def _number(value: Any) -> Any:
+    """None says that an image cannot be judged."""
+    return torch.nan if value is None else value.item() if isinstance(value, Tensor) else value
 
 
 def _source_hash(function: Callable[..., Any]) -> str | None:

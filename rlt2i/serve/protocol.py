@@ -25,6 +25,8 @@ from rlt2i.rewards.wire import VERSION, WireError
 SCORE, INFO, HEALTH = "/v1/score", "/v1/info", "/health"
 BATCH_TYPE = "application/x-safetensors"
 REPLY_TYPE = "application/json"
+KNOWN = "rlt2i.known"
+"""Key of an ASGI scope: this request may be answered, so its connection is no stranger's."""
 TOKEN_VARIABLE = "RLT2I_REWARD_TOKEN"
 """Environment variable with the bearer token, on both sides."""
 

@@ -32,6 +32,7 @@ from rlt2i.serve.protocol import (
     BATCH_TYPE,
     HEALTH,
     INFO,
+    KNOWN,
     REPLY_TYPE,
     SCORE,
     TOKEN_VARIABLE,
@@ -60,12 +61,16 @@ class Limits:
         max_bytes: of a request's body.
         max_waiting: requests admitted at a time, the one being scored included.
         body_seconds: for a request's body to arrive.
+        header_seconds: for the headers of a request to be complete, and for a client to go on reading a reply.
+        max_strangers: connections without a request under way that have not shown the token yet; the oldest goes.
     """
 
     max_images: int = attrs.field(default=256, validator=validators.ge(1))
     max_bytes: int = attrs.field(default=512 << 20, validator=validators.ge(1 << 10))
     max_waiting: int = attrs.field(default=8, validator=validators.ge(1))
     body_seconds: float = attrs.field(default=60.0, validator=validators.gt(0))
+    header_seconds: float = attrs.field(default=10.0, validator=validators.gt(0))
+    max_strangers: int = attrs.field(default=32, validator=validators.ge(1))
 
 
 class _Refused(Exception):
@@ -129,11 +134,10 @@ class _Service:
         return JSONResponse({"status": status, "waiting": self.waiting}, 503 if self.stopping else 200)
 
     def authorise(self, request: Request) -> None:
-        if not self.token:
-            return
         given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
+        if self.token and not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
             raise _Refused(401, f"a bearer token is needed; the client takes it from {TOKEN_VARIABLE}")
+        request.scope[KNOWN] = True
 
     async def body(self, request: Request) -> bytes:
         """The request's body, given up as soon as it is too large or too slow."""
@@ -253,21 +257,24 @@ def bind(host: str, port: int, *, token: str) -> socket.socket:
         raise ValueError(message) from error
 
 
-def uvicorn_server(app: Starlette, *, max_waiting: int) -> uvicorn.Server:
+def uvicorn_server(app: Starlette, *, limits: Limits) -> uvicorn.Server:
     """The HTTP server of an application; it takes 16 kB of headers, and says 503 beyond its connections."""
     import uvicorn
 
+    from rlt2i.serve.connections import patient
+
+    most = limits.max_waiting + limits.max_strangers + 64
     return uvicorn.Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=patient(seconds=limits.header_seconds, most_strangers=limits.max_strangers, most_connections=most),
             ws="none",
             lifespan="on",
             log_level="warning",
             access_log=False,
             server_header=False,
             h11_max_incomplete_event_size=16 << 10,
-            limit_concurrency=max_waiting + 64,
+            limit_concurrency=most,
             timeout_graceful_shutdown=10,
         )
     )
@@ -292,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         json.dumps({"reward": type(reward).__name__, "url": f"http://{f'[{host}]' if ':' in host else host}:{port}"}),
         flush=True,
     )
-    uvicorn_server(app, max_waiting=limits.max_waiting).run(sockets=[listening])
+    uvicorn_server(app, limits=limits).run(sockets=[listening])
     return 0
 
 

@@ -25,7 +25,7 @@ def serving(reward: Reward, *, port: int = 0, token: str = "", **limits: Any) ->
     """Our server, for as long as the block lasts; its URL."""
     settings = Limits(**limits)
     listening = bind("127.0.0.1", port, token=token)
-    server = uvicorn_server(application(reward, limits=settings, token=token), max_waiting=settings.max_waiting)
+    server = uvicorn_server(application(reward, limits=settings, token=token), limits=settings)
     server.config.timeout_graceful_shutdown = 1
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
