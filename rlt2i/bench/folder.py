@@ -60,7 +60,7 @@ class BenchFolder:
 
     def recipe(self, arm: str, seed: int) -> Recipe:
         """The recipe of one trial, as it was when the benchmark began."""
-        return load_recipe(self.path / "recipes" / f"{arm}.yaml", [f"train.seed={seed}"])
+        return load_recipe(self.path / "recipes" / f"{arm}.yaml", [f"train.seed={seed}"], trusted=False)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -57,6 +57,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that a recipe can name `my_module:MyPart`, as `python -m` can
     options = parser().parse_args(arguments)
+    if getattr(options, "trust_code", False) or getattr(options, "accept_changes", False):
+        os.environ["RLT2I_TRUST_CODE"] = "1"  # processes that this one starts must know, too
     if os.environ.get(DEBUG):
         return _obey(options)
     try:

@@ -177,6 +177,11 @@ class _Version(argparse.Action):
 
 
 def _add_set(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run code that a run directory names and that was never run here; look at it first",
+    )
     sub.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field; may be repeated")
 
 

@@ -122,7 +122,7 @@ def _eval_suite(options: argparse.Namespace) -> None:
     if (there.path / "fingerprint.json").is_file():
         if options.suite:
             raise ValueError(f"eval: {options.run} is an evaluation and knows its suite; leave --suite out.")
-        target, run_dir, suite, score_only = there, None, load_suite(there.path / "suite.yaml"), True
+        target, run_dir, suite, score_only = there, None, load_suite(there.path / "suite.yaml", trusted=False), True
     else:
         target, run_dir = _loaded(options)
         suite, score_only = load_suite(options.suite), options.score_only

@@ -16,6 +16,7 @@ from typing import Any
 import attrs
 import yaml
 
+from rlt2i.config.trust import TRUST, untrusted
 from rlt2i.inputs.textfiles import TextFileError, read_text, refuse_surrogates, user_path
 
 
@@ -190,7 +191,8 @@ def load_object(reference: str, *, folder: Path | None = None) -> Any:
     """Import `module:attribute`, or `file.py:attribute` relative to the working directory or to `folder`.
 
     Raises:
-        ConfigError: when the module, the file or the attribute does not exist.
+        ConfigError: when the module, the file or the attribute does not exist, or a run directory names code that was
+            never run here (`rlt2i.config.trust`).
         ModuleNotFoundError: when it exists and needs a package that is not installed.
     """
     name, _, attribute = reference.rpartition(":")
@@ -231,7 +233,17 @@ def _pin(reference: str) -> str:
     return f"{path.name}:{attribute}@{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
+def _refuse_untrusted(reference: str, file: Path | None) -> None:
+    if refused := untrusted(reference.rpartition(":")[0], file):
+        folder, code = refused
+        raise ConfigError(
+            f"{reference}: named by {folder}, and its code was never run here, so {code} is not executed. Look at it, "
+            f"then say --trust-code (or {TRUST}=1); a recipe file that you name yourself is trusted."
+        )
+
+
 def _import(name: str, reference: str) -> ModuleType:
+    _refuse_untrusted(reference, None)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -254,6 +266,7 @@ def _load_file(name: str, folder: Path | None) -> ModuleType:
     module_name = f"rlt2i_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if module_name in sys.modules:
         return sys.modules[module_name]
+    _refuse_untrusted(f"{name}:", path)
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None

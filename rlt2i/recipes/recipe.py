@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from rlt2i.config import (
     recipe_hash,
     to_mapping,
 )
+from rlt2i.config.trust import foreign
+from rlt2i.inputs.textfiles import user_path
 from rlt2i.interfaces import CreditAssigner, Objective, PolicySpec, Reward, Sampler
 from rlt2i.recipes.catalogue import find_recipe
 from rlt2i.recipes.extends import read_recipe
@@ -128,12 +131,14 @@ def recipe_from_mapping(mapping: Mapping[str, Any], *, folder: Path | None = Non
     return build_part(Recipe, mapping, folder=folder)
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, trusted: bool | None = None) -> Recipe:
     """A shipped recipe by name, a YAML file, that of a run directory, or a `module:function` that returns a Recipe.
 
     Args:
         name_or_path: which.
         overrides: `section.field=value`, see `apply_overrides`.
+        trusted: whether any code that it names may run; by default that of a run directory may not, unless it is
+            installed or has been run here before (`rlt2i.config.trust`).
 
     Raises:
         ConfigError: naming the file and the field that is wrong.
@@ -141,8 +146,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     found = find_recipe(str(name_or_path))
     if isinstance(found, Path):
         mapping = read_recipe(found)
+        if trusted is None:
+            trusted = not user_path(str(name_or_path)).is_dir()
         try:
-            recipe = recipe_from_mapping(mapping, folder=found.parent)
+            with contextlib.nullcontext() if trusted else foreign(found.parent):
+                recipe = recipe_from_mapping(mapping, folder=found.parent)
         except ConfigError as error:
             raise ConfigError(f"{found}: {error}") from error
     else:

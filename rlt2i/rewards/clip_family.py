@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as transform
 
 from rlt2i.interfaces import CODE, Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import with_reasons
-from rlt2i.rewards.weights import find_weights, full_precision, weights_identity
+from rlt2i.rewards.weights import find_weights, from_safetensors, full_precision, weights_identity
 
 MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 STD: Final = (0.26862954, 0.26130258, 0.27577711)
@@ -197,7 +197,7 @@ def load_clip(path: str, revision: str, tokenizer: str, device: str) -> CLIPTowe
     from transformers import AutoTokenizer, CLIPModel
 
     source = find_weights(path, of="CLIP reward")
-    model = CLIPModel.from_pretrained(source, revision=revision, dtype=torch.float32)
+    model = from_safetensors(CLIPModel, source, of="CLIP reward", revision=revision, dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(find_weights(tokenizer, of="CLIP reward") if tokenizer else source)
     return CLIPTowers(model.eval().requires_grad_(False).to(device), words)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlt2i.rewards.aesthetic import HEAD_FILE
 from rlt2i.rewards.clip_family import ImageTextReward, Towers
-from rlt2i.rewards.weights import find_weights
+from rlt2i.rewards.weights import find_weights, from_safetensors
 
 MEAN: Final = 0.16717362830052426
 STD: Final = 1.0333394966054072
@@ -94,8 +94,10 @@ def load_blip(path: str, tokenizer: str, device: str) -> BLIPTowers:
     from transformers import AutoTokenizer, BlipTextModel, BlipVisionModel
 
     folder = Path(find_weights(path, of="ImageReward"))
-    vision = BlipVisionModel.from_pretrained(folder / "vision", dtype=torch.float32)
-    text = BlipTextModel.from_pretrained(folder / "text", dtype=torch.float32, add_pooling_layer=False)
+    vision = from_safetensors(BlipVisionModel, folder / "vision", of="ImageReward", dtype=torch.float32)
+    text = from_safetensors(
+        BlipTextModel, folder / "text", of="ImageReward", dtype=torch.float32, add_pooling_layer=False
+    )
     head = load_file(folder / HEAD_FILE, device=device)
     return BLIPTowers(
         vision=vision.eval().requires_grad_(False).to(device),

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transform
 
-from rlt2i.rewards.weights import find_weights
+from rlt2i.rewards.weights import find_weights, from_safetensors
 
 MEAN: Final = (123.675, 116.28, 103.53)
 STD: Final = (58.395, 57.12, 57.375)
@@ -142,7 +142,7 @@ def detector_class() -> Any:
 def load_detector(path: str, device: str) -> Any:
     """A frozen float32 detector from converted weights or the hub."""
     source = find_weights(path, of="GenEvalReward")
-    model = detector_class().from_pretrained(source, dtype=torch.float32)
+    model = from_safetensors(detector_class(), source, of="GenEvalReward", dtype=torch.float32)
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -44,6 +44,28 @@ def find_weights(path: str, *, of: str) -> str:
         f"{of}: there are no weights at {path!r} nor at {weights_home() / path}. Get them once with "
         f"`{CONVERT} {path}`, or give the folder of a converted model."
     )
+
+
+def from_safetensors(kind: Any, source: str | Path, *, of: str, **options: Any) -> Any:
+    """`kind.from_pretrained(source, ...)`, from safetensors alone: a pickle of weights can run any code.
+
+    Args:
+        kind: a model class of transformers.
+        source: folder or hub name.
+        of: the part that needs it, for the message.
+
+    Raises:
+        FileNotFoundError: when there are none, or the hub cannot be reached.
+    """
+    try:
+        return kind.from_pretrained(source, use_safetensors=True, **options)
+    except OSError as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{of}: no safetensors of {kind.__name__} could be read at {str(source)!r} ({first}). Pickled weights "
+            "(.bin, .pt) are never loaded. Fetch a revision with safetensors where there is a network (hf download), "
+            f"or convert the released checkpoint with `{CONVERT}`, and give the folder."
+        ) from error
 
 
 def weights_identity(path: str) -> str:

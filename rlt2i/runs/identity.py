@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from rlt2i.config.references import is_reference
+from rlt2i.config.trust import is_ours_or_installed, remember
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.files import sha256
 
 Inputs = dict[str, dict[str, str]]
 """Field of the recipe -> {"path": absolute, "sha256": hexadecimal}."""
 
-_OWN = Path(__file__).resolve().parents[1]
-_INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 _NOT_IDENTITY = ("heldout",)
 """Parts that cannot change the training."""
 
@@ -37,6 +36,14 @@ def inputs_of(recipe: Recipe) -> Inputs:
             for name, path in _files(getattr(recipe, field.name), field.name):
                 found[name] = {"path": str(path), "sha256": sha256(path)}
     return found
+
+
+def remember_code(recipe: Recipe) -> None:
+    """This user runs the recipe, so its run directory may name this code again; see `rlt2i.config.trust`."""
+    found = [_files(getattr(recipe, field.name), field.name) for field in attrs.fields(type(recipe))]
+    code = [path for files in found for name, path in files if name.endswith(")")]
+    around = [folder / "__init__.py" for path in code for folder in path.parents]
+    remember([*code, *(path for path in around if path.is_file() and not is_ours_or_installed(path))])
 
 
 def file_fields(recipe: Recipe) -> dict[str, Path]:
@@ -85,6 +92,11 @@ def _files(value: Any, field: str) -> Iterator[tuple[str, Path]]:
     if isinstance(value, str | Path):
         if path := _file(value):
             yield field, path
+        elif isinstance(value, str) and is_reference(value):
+            name = value.rpartition(":")[0]
+            code = _file(name if name.endswith(".py") else getattr(sys.modules.get(name), "__file__", None) or "")
+            if code is not None and not is_ours_or_installed(code):
+                yield f"{field} ({code.name if name.endswith('.py') else name})", code
     elif attrs.has(type(value)):
         yield from ((f"{field} ({module})", path) for module, path in _code(type(value)))
         for part in attrs.fields(type(value)):
@@ -113,5 +125,5 @@ def _code(cls: type) -> Iterator[tuple[str, Path]]:
     for name in dict.fromkeys(base.__module__ for base in cls.__mro__):
         file = getattr(sys.modules.get(name), "__file__", None)
         path = Path(file).resolve() if file else None
-        if path is not None and path.is_file() and not any(path.is_relative_to(root) for root in (_OWN, *_INSTALLED)):
+        if path is not None and path.is_file() and not is_ours_or_installed(path):
             yield (path.name if name.startswith("rlt2i_file_") else name), path

@@ -133,7 +133,7 @@ def train_on_worker(config: Mapping[str, Any]) -> str | None:
     run_dir, resume = Path(config["run_dir"]), config["resume"]
     again = latest_checkpoint(run_dir) if run_dir.is_dir() else None
     try:
-        recipe = load_recipe(config["recipe"], config["overrides"])
+        recipe = load_recipe(config["recipe"], config["overrides"], trusted=True)  # the driver has looked
         train(recipe, run_dir, resume=resume if again is None else "latest")
     except ProcessLost:
         raise

@@ -25,7 +25,7 @@ from rlt2i.runs.checkpoint import CheckpointError, has_checkpoint, latest_checkp
 from rlt2i.runs.directory import INPUTS
 from rlt2i.runs.files import replace_text
 from rlt2i.runs.generators import seed_global_generators
-from rlt2i.runs.identity import changes, inputs_of, read_inputs
+from rlt2i.runs.identity import changes, inputs_of, read_inputs, remember_code
 from rlt2i.runs.logbook import Logbook
 from rlt2i.tasks.base import TaskPrompt
 from rlt2i.tasks.reading import MOST_DRAWN, report_on
@@ -116,6 +116,7 @@ def _logbook(
     recipe: Recipe, run_dir: Path, checkpoint: Path | None, accept_changes: bool, say: Callable[[str], None]
 ) -> Logbook:
     inputs = inputs_of(recipe)
+    remember_code(recipe)
     before = read_inputs(run_dir / INPUTS) if checkpoint is not None else None
     changed = changes(before, inputs) if before is not None else []
     if changed and not accept_changes:
@@ -154,7 +155,7 @@ def _resolved(recipe: Recipe, run_dir: Path | None, distributed: Distributed, sa
     if run_dir is not None:
         from rlt2i.recipes import load_recipe
 
-        return attrs.evolve(recipe, credit=load_recipe(run_dir / "recipe.yaml").credit)
+        return attrs.evolve(recipe, credit=load_recipe(run_dir).credit)
     resolved, measured = resolve_auto(recipe, device=distributed.device)
     if measured is not None:
         direction, block = measured.best()

@@ -17,11 +17,37 @@ def _load(model: str, resolution: int, device: str) -> tuple[Any, Tensor, Tensor
     import timm
 
     name = f"local-dir:{model}" if Path(model).is_dir() else model
-    network = timm.create_model(name, pretrained=True, num_classes=0, img_size=resolution)
+    file = _safetensors(model)
+    overlay = None if Path(model).is_dir() else {"file": str(file)}
+    network = timm.create_model(
+        name, pretrained=True, num_classes=0, img_size=resolution, pretrained_cfg_overlay=overlay
+    )
     network = network.eval().requires_grad_(False).to(device)
     config: dict[str, Any] = network.pretrained_cfg
     mean, std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
     return network, mean, std
+
+
+def _safetensors(model: str) -> Path:
+    """The weights of a model of timm; timm itself would also take pickled ones, which can run any code."""
+    if Path(model).is_dir():
+        file = Path(model) / "model.safetensors"
+        if not file.is_file():
+            raise FileNotFoundError(f"model={model!r}: {file} is missing; weights are read from safetensors alone.")
+        return file
+    import timm
+    from huggingface_hub import hf_hub_download
+
+    config = timm.models.get_pretrained_cfg(model, allow_unregistered=False)
+    if not config.hf_hub_id:
+        raise ValueError(f"model={model!r}: timm knows no repository of the hub with its weights. Choose another one.")
+    try:
+        return Path(hf_hub_download(config.hf_hub_id, "model.safetensors"))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model={model!r}: {config.hf_hub_id}/model.safetensors cannot be fetched ({error}). Fetch it where there "
+            f"is a network (hf download {config.hf_hub_id}) and give the folder."
+        ) from error
 
 
 def patch_features(images: Tensor, model: str, resolution: int = 224) -> Tensor:

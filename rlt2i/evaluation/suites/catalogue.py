@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from rlt2i.config import ConfigError, build, read_yaml, to_mapping
 from rlt2i.config.references import did_you_mean
+from rlt2i.config.trust import foreign
 from rlt2i.evaluation.suites.suite import Suite
 from rlt2i.inputs.textfiles import has_suffix, user_path
 from rlt2i.recipes.parts import PARTS
@@ -18,8 +20,12 @@ def list_suites() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_suite(name_or_path: str | Path) -> Suite:
+def load_suite(name_or_path: str | Path, *, trusted: bool = True) -> Suite:
     """A shipped suite by name, or the suite of a YAML file; no prompt is fetched and no weight is read.
+
+    Args:
+        name_or_path: which.
+        trusted: whether any code that it names may run; see `rlt2i.config.trust`.
 
     Raises:
         ConfigError: naming the file and the field that is wrong.
@@ -30,7 +36,8 @@ def load_suite(name_or_path: str | Path) -> Suite:
         near = did_you_mean(name, list_suites())
         raise ConfigError(f"unknown suite {name!r}{near} Shipped: {', '.join(list_suites())}. Or give a YAML file.")
     try:
-        return build(Suite, read_yaml(path), parts=PARTS, folder=path.parent)
+        with contextlib.nullcontext() if trusted else foreign(path.parent):
+            return build(Suite, read_yaml(path), parts=PARTS, folder=path.parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -252,9 +252,12 @@ def fetching(spec: PretrainedSpec) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not isinstance(spec.source, str):
-            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not isinstance(spec.source, str):
+            raise ValueError(
+                f"{type(spec).__name__}(path={spec.path!r}): {reason} Weights are read from .safetensors alone, since "
+                "pickled ones (.bin) can run any code; save the pipeline with safe_serialization=True."
+            ) from error
         raise ValueError(
             f"{type(spec).__name__}(path={spec.path!r}): its files cannot be fetched ({reason}) Without a network, "
             f"fetch them where there is one (hf download {spec.path}) and set policy.path to the folder."

@@ -221,7 +221,7 @@ def load_pipeline(directory: Path) -> StableDiffusion3Pipeline:
             "Train one with `rlt2i pretrain WORLD --out DIR`."
         )
     return StableDiffusion3Pipeline.from_pretrained(
-        directory, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
+        directory, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32, use_safetensors=True
     )
 
 

@@ -283,7 +283,7 @@ def _own_autoencoder(directory: Path, seed: int, steps: int, log: Logbook) -> Au
         trained = pretrain_autoencoder(seed=seed, steps=steps, log=log)
         trained.save_pretrained(directory.with_suffix(".partial"))
         directory.with_suffix(".partial").rename(directory)
-    return AutoencoderKL.from_pretrained(directory).eval().requires_grad_(False)
+    return AutoencoderKL.from_pretrained(directory, use_safetensors=True).eval().requires_grad_(False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
