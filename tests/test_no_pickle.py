@@ -137,7 +137,7 @@ def test_every_model_is_read_from_safetensors_alone():
                 calls += 1
                 said = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 # `**source` of the pipeline's reader holds it; what that gives is tried below.
-                safe = said.get("use_safetensors") == "True" or said.get(None) == "source"
+                safe = said.get("use_safetensors") == "True" or "**source" in ast.unparse(node)
                 assert safe, f"{path.name}:{node.lineno}: {ast.unparse(node)}"
     assert calls >= 6
 
@@ -151,10 +151,8 @@ def test_a_pipeline_with_a_pickled_component_is_refused(component, tmp_path):
 
     folder = save_tiny("StableDiffusion3Pipeline", tmp_path / "tiny", with_t5=False, clip_length=16)
     (file,) = (folder / component).glob("*.safetensors")
-    torch.save(
-        {"weight": torch.zeros(1)},
-        file.with_name({"diffusion_pytorch_model": "diffusion_pytorch_model.bin"}.get(file.stem, "pytorch_model.bin")),
-    )
+    name = "diffusion_pytorch_model.bin" if file.stem.startswith("diffusion") else "pytorch_model.bin"
+    torch.save({"weight": torch.zeros(1)}, file.with_name(name))
     file.unlink()
     with pytest.raises(ValueError, match=r"no file named|\.safetensors alone"):
         SD3(path=str(folder)).load()
@@ -169,7 +167,7 @@ def test_a_reward_with_pickled_weights_is_refused(tmp_path):
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = CLIPModel(CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 8, "patch_size": 4}))
     model.save_pretrained(tmp_path)
-    assert from_safetensors(CLIPModel, tmp_path, of="CLIP reward").config == model.config
+    assert from_safetensors(CLIPModel, tmp_path, of="CLIP reward").num_parameters() == model.num_parameters()
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"CLIP reward: no safetensors of CLIPModel .* never loaded"):
