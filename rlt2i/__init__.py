@@ -33,6 +33,7 @@ _WORDS = {
         "UpdateContext",
     ),
     "rlt2i.objectives.draws": ("SigmaDraws",),
+    "rlt2i.objectives.penalty": ("KLPenalty", "VelocityPenalty"),
     "rlt2i.recipes.catalogue": ("list_recipes",),
     "rlt2i.recipes.recipe": ("Recipe", "load_recipe"),
     "rlt2i.report": ("compare_runs", "write_report"),

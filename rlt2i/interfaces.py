@@ -460,7 +460,7 @@ class CreditContext:
             that needs the reward's gradient.
         complete: (latents [N, C, H, W], step, rollouts [N]) -> [N, C, H, W], the deterministic completion from `step`.
         gather: concatenates a [B] tensor over all processes; batch-wide statistics go through it.
-        rank: number of this process; its rows come at this place in what `gather` returns.
+        rank: number of this process; `local` are its rows of what `gather` returns.
     """
 
     prompts: Prompts
@@ -480,6 +480,11 @@ class CreditContext:
     @property
     def group_size(self) -> int:
         return self.prompts.group_size
+
+    def local(self, gathered: Tensor) -> Tensor:
+        """[B, ...] this process's rows of what was made of gathered rows; every process has equally many."""
+        count = len(self.keys)
+        return gathered[self.rank * count : (self.rank + 1) * count]
 
 
 class CreditAssigner(ABC):

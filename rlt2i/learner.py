@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.distributed import sum_in_buckets
 from rlt2i.engine import reward_gradient
 from rlt2i.interfaces import Objective, Policy, Reward, UpdateContext
 from rlt2i.objectives.reduction import trainable_steps
@@ -277,11 +278,10 @@ class Learner:
 
     def _reduced_gradient_norm(self) -> float:
         """Sum the gradients over processes (the losses are shares of one mean) and take their global norm."""
-        for parameter in self.parameters:
-            if self.reduce_sum is not None:
-                parameter.grad = self.reduce_sum(
-                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                )
+        if self.reduce_sum is not None:
+            own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+            for parameter, gradient in zip(self.parameters, sum_in_buckets(own, self.reduce_sum), strict=True):
+                parameter.grad = gradient
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 

@@ -17,6 +17,7 @@ from rlt2i.interfaces import Needs
 from rlt2i.objectives.awm import AWM
 from rlt2i.objectives.dgpo import DGPO
 from rlt2i.objectives.nft import DiffusionNFT
+from rlt2i.objectives.penalty import VelocityPenalty
 from rlt2i.objectives.sft import WeightedMatching
 from rlt2i.samplers.ode import ODE
 from tests.helpers.build import collect, toy_algorithm, toy_engine
@@ -54,7 +55,8 @@ def test_which_rollouts_have_a_gradient_depends_on_the_penalty():
     assert AWM().needs.rows == "valid"
     assert AWM(ema_kl_weight=0.0).needs.rows == "advantage"
     assert DGPO().needs.rows == "groups"
-    assert DGPO(kl_weight=0.1).needs.rows == WeightedMatching(kl_weight=0.1).needs.rows == "valid"
+    pulling = VelocityPenalty(weight=0.1)
+    assert DGPO(kl_penalty=pulling).needs.rows == WeightedMatching(kl_penalty=pulling).needs.rows == "valid"
     assert WeightedMatching().needs.rows == "advantage"
 
 

@@ -35,7 +35,7 @@ class RecordedVelocity:
         if self.reference is None:
             raise ValueError(
                 f"the objective needs the {name!r} policy and the actor ran none. Pass --diffusion-kl-beta > 0 with "
-                "--use-lora, or use kl_weight=0."
+                "--use-lora, or use kl_penalty.weight=0."
             )
         self._of_reference = True
         yield

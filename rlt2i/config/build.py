@@ -22,32 +22,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import attrs
 
 from rlt2i.config.describe import accepts, describe, diagnose, mismatch
-from rlt2i.config.overrides import apply_overrides
 from rlt2i.config.references import (
     ConfigError,
     did_you_mean,
-    dump_yaml,
     is_reference,
     load_object,
-    parse_yaml,
     pin_files,
-    read_yaml,
     reference_to,
 )
-
-__all__ = [
-    "ConfigError",
-    "Parts",
-    "apply_overrides",
-    "build",
-    "dump_yaml",
-    "load_object",
-    "neutral",
-    "parse_yaml",
-    "read_yaml",
-    "recipe_hash",
-    "to_mapping",
-]
 
 Part = TypeVar("Part")
 Parts = Mapping[str, Mapping[str, str]]
@@ -134,6 +116,33 @@ def to_mapping(part: Any, *, parts: Parts | None = None, typed: bool = True, has
     return mapping
 
 
+def renamed_fields(cls: type) -> dict[str, str]:
+    """What fields of a part were called before -> what they are called now.
+
+    A class says so in `RENAMED`, and the class of a field in `ONCE_FLAT`: what its own fields were called when they
+    still lay in the part that holds it.
+    """
+    renamed = dict(getattr(cls, "RENAMED", {}))
+    for key, field in _fields(cls).items():
+        for old, new in getattr(_hints(cls)[field.name], "ONCE_FLAT", {}).items():
+            renamed.setdefault(old, f"{key}.{new}")
+    return renamed
+
+
+def renamed_paths(part: Any, path: str = "") -> dict[str, str]:
+    """`renamed_fields` of a part and of every part inside it, with the path to each, former ones and today's."""
+    paths: dict[str, str] = {}
+    if attrs.has(type(part)):
+        paths = {f"{path}{old}": f"{path}{new}" for old, new in renamed_fields(type(part)).items()}
+        inside = {key: getattr(part, field.name) for key, field in _fields(type(part)).items()}
+    else:
+        inside = dict(part.items() if isinstance(part, Mapping) else enumerate(part))
+    for key, value in inside.items():
+        if attrs.has(type(value)) or isinstance(value, Mapping | list | tuple):
+            paths |= renamed_paths(value, f"{path}{key}.")
+    return paths
+
+
 def recipe_hash(mapping: Mapping[str, Any]) -> str:
     """SHA-256 of the canonical JSON of a resolved recipe, without what cannot change its results (`_IN_NO_HASH`).
 
@@ -172,7 +181,7 @@ class _Builder:
         dot = f"{path}." if path else ""
         unknown = [key for key in given if key not in fields]
         if unknown:
-            renamed = getattr(cls, "RENAMED", {})
+            renamed = renamed_fields(cls)
             lines = [
                 f"{dot}{key}: {cls.__name__} has no such field"
                 + (f": it is called {renamed[key]!r} now." if key in renamed else did_you_mean(str(key), fields))

@@ -16,12 +16,19 @@ class _Fresh(dict[str, Any]):
     """A part that an override put in place: its defaults are not spelt out, so any field may be set."""
 
 
-def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(
+    mapping: Mapping[str, Any], overrides: Sequence[str], *, renamed: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """A copy of a resolved recipe with some fields changed.
 
     `credit.allocations.0.mix=1` (or `allocations[0]`) names a field exactly. `credit.mix=0.7` is a shorthand,
     good when exactly one field called `mix` exists anywhere under `credit`. Values are YAML. Setting a part, or its
     `type`, replaces the whole part: the other fields take the defaults of the new one.
+
+    Args:
+        mapping: a resolved recipe.
+        overrides: `section.field=value`.
+        renamed: former path of a field -> today's, for the message that refuses the former.
 
     Raises:
         ConfigError: on a malformed override, or a path that names nothing or more than one thing.
@@ -32,7 +39,7 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dic
         if not equals or not name.strip():
             raise ConfigError(f"--set {override}: write section.field=value, for example train.seed=1.")
         value = _value(text, override)
-        *parents, last = _locate(result, _split(name.strip()), override)
+        *parents, last = _locate(result, _split(name.strip()), override, renamed or {})
         if last == "type" and parents:
             value = {"type": value}
             *parents, last = parents
@@ -76,10 +83,11 @@ def _split(name: str) -> list[str]:
     return [word for word in re.sub(r"\[(\d+)\]", r".\1", name).split(".") if word]
 
 
-def _locate(root: dict[str, Any], words: list[str], override: str) -> Keys:
+def _locate(root: dict[str, Any], words: list[str], override: str, renamed: Mapping[str, str]) -> Keys:
     """The keys of the field that the words name: exactly, or else as the only match under their first word."""
     section, rest = words[0], words[1:]
     if section not in root:
+        _refuse_former(words, override, renamed)
         elsewhere = [_dotted(path) for path in _matches(root, words, ())]
         hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(section, root)
         raise ConfigError(f"--set {override}: a recipe has no {section!r}{hint} It has: {', '.join(root)}.")
@@ -91,9 +99,26 @@ def _locate(root: dict[str, Any], words: list[str], override: str) -> Keys:
         return found[0]
     if found:
         raise ConfigError(f"--set {override}: several fields match, name one: {', '.join(map(_dotted, found))}.")
+    _refuse_former(words, override, renamed)
     fields = [_dotted(path) for path in _every_field(root[section], (section,))]
     near = did_you_mean(words[-1], {path.rpartition(".")[2] for path in fields})
     raise ConfigError(f"--set {override}: there is no such field{near} Known: {', '.join(fields)}.")
+
+
+def _refuse_former(words: list[str], override: str, renamed: Mapping[str, str]) -> None:
+    """Raise where the words are a former name: a whole path, its last field, or that within the section named first."""
+    section, rest = words[0], words[1:] or words
+    news = {
+        new
+        for old, new in renamed.items()
+        if _ends(old.split("."), rest) and (not words[1:] or old.split(".")[0] == section)
+    }
+    if news:
+        raise ConfigError(f"--set {override}: this field is called {' or '.join(sorted(news))} now.")
+
+
+def _ends(path: list[str], words: list[str]) -> bool:
+    return path[-len(words) :] == words
 
 
 def _follow(node: Any, words: list[str]) -> Keys | None:

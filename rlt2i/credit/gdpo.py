@@ -49,7 +49,6 @@ class GDPO(Advantage):
                 f"GDPO: the reward has no term {missing}. It has {sorted(rewards.terms) or 'none'}; use those names, "
                 "or a reward that reports its parts, such as WeightedSum."
             )
-        count = len(rewards.valid)
         terms = context.gather(torch.stack([rewards.terms[name].float() for name in self.weights], dim=1))
         judged = torch.isfinite(terms) & context.gather(rewards.valid)[:, None]
         applies = judged.view(-1, size, terms.shape[1]).any(dim=1).repeat_interleave(size, dim=0)
@@ -61,5 +60,4 @@ class GDPO(Advantage):
         # The batch statistics leave rounding noise in groups that no term tells apart.
         spread = torch.stack([group_std(term, size, valid=valid) for term in terms.unbind(dim=1)])
         advantage = torch.where((spread > 0).any(dim=0).repeat_interleave(size), advantage, 0)
-        mine = advantage[context.rank * count : (context.rank + 1) * count]
-        return mine.clamp(-self.clip, self.clip).float()[:, None, None, None]
+        return context.local(advantage).clamp(-self.clip, self.clip).float()[:, None, None, None]

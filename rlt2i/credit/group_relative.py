@@ -28,9 +28,6 @@ class GroupRelative(Advantage):
     eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
 
     def advantage(self, context: CreditContext) -> Tensor:
-        # Every process holds the same number of whole groups, so this one's rows are one slice of what is gathered.
         rewards, valid = context.gather(context.rewards.final), context.gather(context.rewards.valid)
         advantage = group_relative_advantage(rewards, context.group_size, eps=self.eps, std=self.std, valid=valid)
-        count = len(context.rewards.final)
-        mine = advantage[context.rank * count : (context.rank + 1) * count]
-        return mine.clamp(-self.clip, self.clip).float()[:, None, None, None]
+        return context.local(advantage).clamp(-self.clip, self.clip).float()[:, None, None, None]

@@ -45,8 +45,7 @@ class TurningPoints(Advantage):
         points = turning_points(ode, after, final) & valid[:, None]
         if self.balance:
             change = (final - ode)[:, None].expand_as(after).contiguous()
-            balanced = balance_turning_points(context.gather(points), context.gather(change))
-            points = balanced[context.rank * len(points) : (context.rank + 1) * len(points)]
+            points = context.local(balance_turning_points(context.gather(points), context.gather(change)))
         reward = turning_point_reward(ode, after, final, points, eta=self.eta).reward
         size = values.abs().amax(dim=1, keepdim=True)
         advantage = group_relative_advantage(reward, context.group_size, eps=self.eps, valid=valid, size=size)

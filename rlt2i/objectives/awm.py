@@ -8,12 +8,13 @@ import attrs
 from attrs import validators
 from torch import Tensor
 
-from rlt2i.functional.awm import AWMKLWeighting, AWMWeighting, awm_advantage, awm_kl_map, awm_log_likelihood
+from rlt2i.functional.awm import AWMWeighting, awm_advantage, awm_log_likelihood
 from rlt2i.functional.ema import dgpo_reference_decay
 from rlt2i.functional.surrogate import clipped_surrogate, scaled_clip_range
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import NoisyPairs, noisy_pairs
+from rlt2i.objectives.penalty import VelocityPenalty
 from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, share, trainable_steps
 from rlt2i.objectives.reverse import Pooled, at_ratio_grid, surrogate_metrics
 from rlt2i.types import Experience, Loss
@@ -35,10 +36,9 @@ class AWM(Objective):
         clip_range: eps of a ratio per sample, widened by sqrt(P) for a ratio over P cells, and by sqrt(mean w^2) where
             a map lies inside the ratio; 1 hardly ever clips.
         advantage_clip, advantage_scale: A' = clamp(A, +-clip) / clip * scale.
-        kl_weight: weight of the distance to the reference policy.
-        ema_kl_weight: weight of the distance to a slow average of the policy, min(.3, .001 s), refreshed once per
+        kl_penalty: towards the reference policy.
+        ema_kl_weight: weight of the same distance to a slow average of the policy, min(.3, .001 s), refreshed once per
             rollout batch. It takes the place of the old policy, so a second update on the same rollouts needs 0.
-        kl: form of both distances: mean (v - v')^2, or that divided by 2 s(sigma)^2 ("elbo").
         sigmas: the noise levels trained at.
     """
 
@@ -50,16 +50,16 @@ class AWM(Objective):
     clip_range: float = attrs.field(default=1.0, validator=validators.gt(0))
     advantage_clip: float = attrs.field(default=5.0, validator=validators.gt(0))
     advantage_scale: float = attrs.field(default=1.0, validator=validators.gt(0))
-    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    kl_penalty: VelocityPenalty = attrs.field(factory=VelocityPenalty)
     ema_kl_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
-    kl: AWMKLWeighting = attrs.field(default="uniform", validator=validators.in_(("uniform", "elbo")))
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
 
     @property
     def needs(self) -> Needs:
-        sets = {"old", "reference"} if self.kl_weight > 0 else {"old"}
         # Both distances pull on every image, whatever it earned.
-        return Needs(parameter_sets=sets, rows="valid" if self.kl_weight + self.ema_kl_weight > 0 else "advantage")
+        pulling = self.kl_penalty.weight + self.ema_kl_weight > 0
+        sets = {"old"} | self.kl_penalty.parameter_sets
+        return Needs(parameter_sets=sets, rows="valid" if pulling else "advantage")
 
     def old_decay(self, optimizer_step: int) -> float:
         return dgpo_reference_decay(optimizer_step) if self.ema_kl_weight > 0 else 0.0
@@ -95,15 +95,18 @@ class AWM(Objective):
             metrics = surrogate_metrics(surrogate, log_ratio, mask)
             metrics["log_likelihood"] = likelihood.detach().mean(dim=(1, 2))
 
-            for name, strength in (("reference", self.kl_weight), ("old", self.ema_kl_weight)):
-                if strength > 0:
-                    divergence = self._distance(noisy, velocity, noisy.velocity_under(name, policy, context))
-                    per_pair = per_pair + strength * divergence
-                    metrics[f"kl/{name}"] = divergence.detach()
+            per_pair, held = self.kl_penalty.add(
+                per_pair, velocity, policy, states, context, latents=noisy.state, sigma=noisy.sigma
+            )
+            if self.ema_kl_weight > 0:
+                average = noisy.velocity_under("old", policy, context)
+                drift = self.kl_penalty.distance(velocity, average, states, noisy.sigma)
+                per_pair = per_pair + self.ema_kl_weight * drift
+                metrics["kl/old"] = drift.detach()
 
             yield Loss(
                 value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
-                metrics=metrics,
+                metrics=metrics | held,
                 steps=states.steps,
             )
 
@@ -112,6 +115,3 @@ class AWM(Objective):
         error = at_ratio_grid(noisy.error(velocity), noisy.states, grid)
         likelihood = awm_log_likelihood(error.values, noisy.sigma, weighting=self.weighting, power=self.power)
         return error._replace(values=likelihood)
-
-    def _distance(self, noisy: NoisyPairs, velocity: Tensor, other: Tensor) -> Tensor:
-        return awm_kl_map(velocity, other, noisy.sigma, weighting=self.kl).mean(dim=(1, 2))

@@ -12,13 +12,12 @@ from attrs import validators
 from rlt2i.config import neutral
 from rlt2i.functional.surrogate import clipped_surrogate, detached_log_ratio, scaled_clip_range
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
+from rlt2i.objectives.penalty import KLPenalty
 from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, trainable_steps
 from rlt2i.objectives.reverse import (
     NO_LIKELIHOOD,
-    KLMap,
     at_ratio_grid,
     denoising_step,
-    reference_kl,
     surrogate_metrics,
     whole_sample,
 )
@@ -27,7 +26,7 @@ from rlt2i.types import Experience, Loss
 
 @attrs.frozen(kw_only=True)
 class ClippedSurrogate(Objective):
-    """mean w max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + kl_weight KL(policy || reference).
+    """mean w max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + KL penalty.
 
     PPO's surrogate (arXiv 1707.06347) on denoising steps (Flow-GRPO, arXiv 2505.05470). The weight w of the credit
     enters at its own resolution: where the ratio is finer than the map, w multiplies the loss of each cell; where it
@@ -43,9 +42,7 @@ class ClippedSurrogate(Objective):
             log-ratio grows with the square root of the number of coordinates that are no longer averaged. A map inside
             a coarser ratio makes it noisier by sqrt(mean w^2), and widens the range of that pair as much.
         ratio: granularity of the ratio.
-        kl_weight: beta of the penalty towards the reference policy.
-        kl: its form; "flow_grpo" is |dt| times the true KL per dimension, as the published betas assume.
-        kl_map: where the penalty acts: everywhere, as the credit's weights, or as their inverse.
+        kl_penalty: towards the reference policy.
     """
 
     clip_range: float = attrs.field(default=1e-4, validator=validators.gt(0))
@@ -53,16 +50,14 @@ class ClippedSurrogate(Objective):
     form: Literal["direct", "detached"] = neutral("direct", validator=validators.in_(("direct", "detached")))
     channels: Literal["mean", "sum"] = neutral("mean", validator=validators.in_(("mean", "sum")))
     clip_at: Literal["sample", "ratio"] = neutral("sample", validator=validators.in_(("sample", "ratio")))
-    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
-    kl: Literal["flow_grpo", "exact", "v", "x"] = "flow_grpo"
-    kl_map: KLMap = attrs.field(default="uniform", validator=validators.in_(("uniform", "credit", "inverse")))
+    kl_penalty: KLPenalty = attrs.field(factory=KLPenalty)
 
     @property
     def needs(self) -> Needs:
         return Needs(
             noise=True,
             old_log_probs=True,
-            parameter_sets={"reference"} if self.kl_weight > 0 else (),
+            parameter_sets=self.kl_penalty.parameter_sets,
             remedies=NO_LIKELIHOOD,
         )
 
@@ -90,16 +85,8 @@ class ClippedSurrogate(Objective):
             per_pair = masked_mean(surrogate.loss, mask)
             metrics = surrogate_metrics(surrogate, log_ratio, mask)
 
-            if self.kl_weight > 0:
-                divergence = reference_kl(policy, trajectory, states, now, context, form=self.kl, where=self.kl_map)
-                per_pair = per_pair + self.kl_weight * divergence
-                metrics["kl/reference"] = divergence.detach()
-
-            yield Loss(
-                value=(per_pair / context.num_pairs).sum(),
-                metrics=metrics,
-                steps=steps,
-            )
+            per_pair, held = self.kl_penalty.add(per_pair, policy, trajectory, states, now, context)
+            yield Loss(value=(per_pair / context.num_pairs).sum(), metrics=metrics | held, steps=steps)
 
     def _clip_range(self, grid: tuple[int, int], summed: int) -> float:
         """Of the ratio that is used."""

@@ -16,6 +16,7 @@ from rlt2i.functional.matching import nft_label
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs, whole_groups
+from rlt2i.objectives.penalty import VelocityPenalty
 from rlt2i.objectives.reduction import share, trainable_steps, weight_and_mask
 from rlt2i.types import Experience, Loss
 
@@ -36,7 +37,7 @@ class CRD(Objective):
         adaptive: divide each error by its own scale, without gradient.
         centre: over the rollouts of a prompt, or, as the public code does, over everything in a micro-batch: then
             results depend on micro_batch_size and on the number of processes.
-        kl_weight: weight of mean (v - v_reference)^2 for the best samples; the worst get 1e-4.
+        kl_penalty: towards the reference policy, of full weight for the best samples; the worst get 1e-4.
         sigmas: the noise levels trained at, drawn once per group.
         decay: of the old policy, "start_step-start_value-slope-end_value".
         sample_with: which weights sample.
@@ -53,7 +54,7 @@ class CRD(Objective):
     centre: Literal["group", "micro_batch"] = attrs.field(
         default="group", validator=validators.in_(("group", "micro_batch"))
     )
-    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    kl_penalty: VelocityPenalty = attrs.field(factory=VelocityPenalty)
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
     decay: str = attrs.field(default="0-0.25-0.005-0.999")
     sample_with: Literal["online", "old"] = attrs.field(default="old", validator=validators.in_(("online", "old")))
@@ -68,9 +69,8 @@ class CRD(Objective):
 
     @property
     def needs(self) -> Needs:
-        sets = {"old", "reference"} if self.kl_weight > 0 else {"old"}
         # In a group without advantage all labels are 1/2: its implicit rewards are pulled together.
-        return Needs(parameter_sets=sets, groups=True, rows="valid")
+        return Needs(parameter_sets={"old"} | self.kl_penalty.parameter_sets, groups=True, rows="valid")
 
     def old_decay(self, optimizer_step: int) -> float:
         return ramp_decay(optimizer_step, self.decay)
@@ -98,15 +98,13 @@ class CRD(Objective):
                 "kl/old_v": (velocity - old).detach().pow(2).mean(dim=(1, 2, 3)),
             }
 
-            if self.kl_weight > 0:
-                reference = noisy.velocity_under("reference", policy, context)
-                divergence = (velocity - reference).pow(2).mean(dim=(1, 2, 3))
-                held = crd_kl_weight(label, kl_beta=self.kl_weight)
-                per_pair = per_pair + self.kl_weight * held * divergence
-                metrics["kl/reference"] = divergence.detach()
-
+            strength = self.kl_penalty.weight
+            per_pair, held = self.kl_penalty.add(
+                per_pair, velocity, policy, states, context, latents=noisy.state, sigma=noisy.sigma,
+                scale=crd_kl_weight(label, kl_beta=strength) if strength > 0 else None,
+            )  # fmt: skip
             yield Loss(
                 value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
-                metrics=metrics,
+                metrics=metrics | held,
                 steps=states.steps,
             )

@@ -15,13 +15,14 @@ from rlt2i.functional.group_matching import dgpo_clipped, dgpo_group_weight, dgp
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import NoisyPairs, noisy_pairs, whole_groups
+from rlt2i.objectives.penalty import VelocityPenalty
 from rlt2i.objectives.reduction import on_grid, share, trainable_steps, weight_and_mask
 from rlt2i.types import Experience, Loss
 
 
 @attrs.frozen(kw_only=True)
 class DGPO(Objective):
-    """mean W_g A w m + kl_weight |v - v_reference|^2, W_g = sigmoid(beta / G sum_i A_i mean_p w_ip (m - m_anchor)_ip).
+    """mean W_g A w m + KL penalty, W_g = sigmoid(beta / G sum_i A_i mean_p w_ip (m - m_anchor)_ip).
 
     Direct group preference optimisation (arXiv 2510.08425). m is the flow-matching error of a finished image; noise and
     noise level are shared by a group, so that errors differ by the images and not by the draw. W_g falls as the group's
@@ -32,7 +33,7 @@ class DGPO(Objective):
         anchor: what W_g compares with: the starting weights, or the moving reference.
         clip_range: a sample stops learning once exp(m_moving - m) has left 1 +- eps in the direction of its advantage;
             the moving reference follows with decay min(.3, .001 s), once per rollout batch. Null never clips.
-        kl_weight: weight of mean (v - v_reference)^2.
+        kl_penalty: towards the reference policy.
         sigmas: the noise levels trained at, drawn once per group.
         sample_with: "old" samples with the moving reference, as the authors do after some hundred updates.
     """
@@ -45,7 +46,7 @@ class DGPO(Objective):
         default=1e-2,
         validator=validators.optional(validators.gt(0.0)),  # type: ignore[arg-type]
     )
-    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    kl_penalty: VelocityPenalty = attrs.field(factory=VelocityPenalty)
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
     sample_with: Literal["online", "old"] = attrs.field(default="online", validator=validators.in_(("online", "old")))
 
@@ -55,9 +56,9 @@ class DGPO(Objective):
 
     @property
     def needs(self) -> Needs:
-        reference: set[str] = {"reference"} if self.anchor == "reference" or self.kl_weight > 0 else set()
+        reference: set[str] = {"reference"} if self.anchor == "reference" or self.kl_penalty.weight > 0 else set()
         moving: set[str] = {"old"} if "old" in (self.anchor, self.sample_with) or self.clip_range is not None else set()
-        pulling = self.kl_weight > 0
+        pulling = self.kl_penalty.weight > 0
         return Needs(parameter_sets=reference | moving, groups=True, rows="valid" if pulling else "groups")
 
     def old_decay(self, optimizer_step: int) -> float:
@@ -86,10 +87,10 @@ class DGPO(Objective):
             per_pair = dgpo_loss_map(learning, advantage, group_weight, weight=weight).mean(dim=(1, 2))
             metrics |= {"loss/dgpo": per_pair.detach(), "dgpo/group_weight": group_weight}
 
-            if self.kl_weight > 0:
-                divergence = (velocity - old["reference"]).pow(2).mean(dim=(1, 2, 3))
-                per_pair = per_pair + self.kl_weight * divergence
-                metrics["kl/reference"] = divergence.detach()
+            if self.kl_penalty.weight > 0:
+                distance = self.kl_penalty.distance(velocity, old["reference"], states, noisy.sigma)
+                per_pair, held = self.kl_penalty.plus(per_pair, distance)
+                metrics |= held
 
             yield Loss(
                 value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
@@ -101,7 +102,7 @@ class DGPO(Objective):
     def _compared(self) -> tuple[str, ...]:
         """The parameter sets whose velocities a loss looks at."""
         clipping = {"old"} if self.clip_range is not None else set()
-        return tuple(sorted({self.anchor} | clipping | ({"reference"} if self.kl_weight > 0 else set())))
+        return tuple(sorted({self.anchor} | clipping | self.kl_penalty.parameter_sets))
 
     def _clip(
         self, noisy: NoisyPairs, error: Tensor, old: dict[str, Tensor], advantage: Tensor

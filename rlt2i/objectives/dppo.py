@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import attrs
 from attrs import validators
 
-from rlt2i.functional.gaussian import KLForm, kl_map
+from rlt2i.functional.gaussian import kl_map
 from rlt2i.functional.surrogate import flow_dppo_surrogate, pool_log_ratio
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
+from rlt2i.objectives.penalty import KLPenalty
 from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, trainable_steps
 from rlt2i.objectives.reverse import (
     NO_LIKELIHOOD,
     at_ratio_grid,
     denoising_step,
     old_transition,
-    reference_kl,
     surrogate_metrics,
 )
 from rlt2i.types import Experience, Loss
@@ -33,19 +33,16 @@ class FlowDPPO(Objective):
     Attributes:
         threshold: of the KL per latent coordinate; published 1e-5.
         ratio: granularity of ratio and mask.
-        kl_weight: beta of the penalty towards the reference policy.
-        kl: its form.
+        kl_penalty: towards the reference policy.
     """
 
     threshold: float = attrs.field(default=1e-5, validator=validators.gt(0))
     ratio: Granularity = attrs.field(default="sample", validator=validators.in_(("sample", "token", "location")))
-    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
-    kl: KLForm = attrs.field(default="flow_grpo", validator=validators.in_(("flow_grpo", "exact", "v", "x")))
+    kl_penalty: KLPenalty = attrs.field(factory=KLPenalty)
 
     @property
     def needs(self) -> Needs:
-        sets = {"old", "reference"} if self.kl_weight > 0 else {"old"}
-        return Needs(noise=True, parameter_sets=sets, remedies=NO_LIKELIHOOD)
+        return Needs(noise=True, parameter_sets={"old"} | self.kl_penalty.parameter_sets, remedies=NO_LIKELIHOOD)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         trajectory = experience.trajectory
@@ -69,13 +66,5 @@ class FlowDPPO(Objective):
             metrics = surrogate_metrics(surrogate, log_ratio, mask)
             metrics |= {"kl/old": divergence.mean(dim=(1, 2)), "kl/old_max": divergence.amax(dim=(1, 2))}
 
-            if self.kl_weight > 0:
-                distance = reference_kl(policy, trajectory, states, now, context, form=self.kl)
-                per_pair = per_pair + self.kl_weight * distance
-                metrics["kl/reference"] = distance.detach()
-
-            yield Loss(
-                value=(per_pair / context.num_pairs).sum(),
-                metrics=metrics,
-                steps=steps,
-            )
+            per_pair, held = self.kl_penalty.add(per_pair, policy, trajectory, states, now, context)
+            yield Loss(value=(per_pair / context.num_pairs).sum(), metrics=metrics | held, steps=steps)

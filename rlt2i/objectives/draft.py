@@ -15,6 +15,7 @@ from rlt2i.functional.reward_backprop import last_steps, random_depth, scale_gra
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import Needs, Objective, Policy, Sampler, UpdateContext
 from rlt2i.objectives.draws import shared_noise
+from rlt2i.objectives.penalty import VelocityPenalty
 from rlt2i.objectives.reduction import share, trainable_steps
 from rlt2i.objectives.reward_backprop import rewarded, scale_credit_gradient
 from rlt2i.seeds import uniform
@@ -23,7 +24,7 @@ from rlt2i.types import Experience, Loss
 
 @attrs.frozen(kw_only=True)
 class DRaFT(Objective):
-    """-r(x_0), the last K steps x' = x + v dt taken again with gradient, + kl_weight |v - v_reference|^2.
+    """-r(x_0), the last K steps x' = x + v dt taken again with gradient, + KL penalty.
 
     DRaFT-K (arXiv 2309.17400): d r / d theta = sum over the last K steps of (d v_t / d theta)^T g_t, where g_t is the
     reward's gradient that reaches the velocity of step t. The rollout's stored state T - K is where it starts; any
@@ -38,7 +39,7 @@ class DRaFT(Objective):
             (DRTune).
         renoised: DRaFT-LV, for K = 1: the mean over the stored step and so many copies of it, each from the finished
             latents noised anew.
-        kl_weight: weight of mean (v - v_reference)^2 over the K steps.
+        kl_penalty: towards the reference policy, the mean over the K steps.
     """
 
     uses_advantage = False
@@ -47,7 +48,7 @@ class DRaFT(Objective):
     truncation: Literal["fixed", "random"] = attrs.field(default="fixed", validator=validators.in_(("fixed", "random")))
     detach_input: bool = False
     renoised: int = attrs.field(default=0, validator=validators.ge(0))
-    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    kl_penalty: VelocityPenalty = attrs.field(factory=VelocityPenalty)
 
     def __attrs_post_init__(self) -> None:
         if self.renoised and self.steps > 1:
@@ -58,7 +59,7 @@ class DRaFT(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(reward={"gradient"}, parameter_sets={"reference"} if self.kl_weight > 0 else (), rows="valid")
+        return Needs(reward={"gradient"}, parameter_sets=self.kl_penalty.parameter_sets, rows="valid")
 
     def trained_steps(self, sampler: Sampler) -> int:
         self._check(sampler.num_steps)
@@ -79,9 +80,9 @@ class DRaFT(Objective):
             reward, metrics = rewarded(finished, experience, rollouts, context)
             per_pair = -reward
             metrics["loss/draft"] = per_pair.detach()
-            if self.kl_weight > 0:
-                per_pair = per_pair + self.kl_weight * divergence
-                metrics["kl/reference"] = divergence.detach()
+            if self.kl_penalty.weight > 0:
+                per_pair, penalty = self.kl_penalty.plus(per_pair, divergence)
+                metrics |= penalty
             yield Loss(value=(per_pair * share(starts, rollouts, context.num_rollouts)).sum(), metrics=metrics)
 
     def _learning(self, experience: Experience, context: UpdateContext) -> Tensor:
@@ -120,10 +121,10 @@ class DRaFT(Objective):
             seen = latents.detach() if self.detach_input else latents
             with torch.set_grad_enabled(bool(learns.any())):
                 velocity = policy.velocity(seen, states.sigma, states.conditioning)
-            if self.kl_weight > 0 and learns.any():
+            if self.kl_penalty.weight > 0 and learns.any():
                 with torch.no_grad(), context.weights("reference"):
                     reference = policy.velocity(seen, states.sigma, states.conditioning)
-                divergence = divergence + learns * (velocity - reference).pow(2).mean(dim=(1, 2, 3))
+                divergence = divergence + learns * self.kl_penalty.distance(velocity, reference, states, states.sigma)
             learned = scale_gradient(scale_credit_gradient(velocity, states), learns[:, None, None, None].float())
             latents = euler(latents, learned, states.sigma, states.sigma_next).mean
         return latents, divergence / learning.sum(dim=1)

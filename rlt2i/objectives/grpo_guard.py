@@ -9,17 +9,17 @@ import torch
 from attrs import validators
 from torch import Tensor
 
-from rlt2i.functional.gaussian import KLForm, kl_map, log_prob_map
+from rlt2i.functional.gaussian import kl_map, log_prob_map
 from rlt2i.functional.surrogate import clipped_surrogate, grpo_guard_log_ratio, scaled_clip_range
 from rlt2i.functional.transitions import Transition
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
+from rlt2i.objectives.penalty import KLPenalty
 from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, trainable_steps
 from rlt2i.objectives.reverse import (
     NO_LIKELIHOOD,
     at_ratio_grid,
     denoising_step,
     old_transition,
-    reference_kl,
     surrogate_metrics,
 )
 from rlt2i.types import Experience, Loss
@@ -39,20 +39,17 @@ class GRPOGuard(Objective):
             by sqrt(mean w^2) where a map lies inside the ratio.
         ratio: granularity of the ratio.
         inverse_dt: divide the loss of a step by its length, as the paper does; Flow-Factory does not.
-        kl_weight: beta of the penalty towards the reference policy; the paper has none.
-        kl: its form.
+        kl_penalty: towards the reference policy; the paper has none.
     """
 
     clip_range: float = attrs.field(default=2e-6, validator=validators.gt(0))
     ratio: Granularity = attrs.field(default="sample", validator=validators.in_(("sample", "token", "location")))
     inverse_dt: bool = True
-    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
-    kl: KLForm = attrs.field(default="flow_grpo", validator=validators.in_(("flow_grpo", "exact", "v", "x")))
+    kl_penalty: KLPenalty = attrs.field(factory=KLPenalty)
 
     @property
     def needs(self) -> Needs:
-        sets = {"old", "reference"} if self.kl_weight > 0 else {"old"}
-        return Needs(noise=True, parameter_sets=sets, remedies=NO_LIKELIHOOD)
+        return Needs(noise=True, parameter_sets={"old"} | self.kl_penalty.parameter_sets, remedies=NO_LIKELIHOOD)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         trajectory = experience.trajectory
@@ -75,16 +72,8 @@ class GRPOGuard(Objective):
             bias = kl_map(now.transition.mean.detach(), old.mean, old.std).mean(dim=(1, 2))
             metrics = surrogate_metrics(surrogate, log_ratio, mask) | {"guard/bias": bias}
 
-            if self.kl_weight > 0:
-                divergence = reference_kl(policy, trajectory, states, now, context, form=self.kl)
-                per_pair = per_pair + self.kl_weight * divergence
-                metrics["kl/reference"] = divergence.detach()
-
-            yield Loss(
-                value=(per_pair / context.num_pairs).sum(),
-                metrics=metrics,
-                steps=steps,
-            )
+            per_pair, held = self.kl_penalty.add(per_pair, policy, trajectory, states, now, context)
+            yield Loss(value=(per_pair / context.num_pairs).sum(), metrics=metrics | held, steps=steps)
 
 
 def _guarded(next_latents: Tensor, now: Transition, old: Transition) -> Tensor:

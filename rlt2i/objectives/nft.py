@@ -14,6 +14,7 @@ from rlt2i.functional.matching import nft_label, nft_loss_map
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs
+from rlt2i.objectives.penalty import VelocityPenalty
 from rlt2i.objectives.reduction import masked_mean, on_grid, share, trainable_steps
 from rlt2i.types import Experience, Loss
 
@@ -32,7 +33,7 @@ class DiffusionNFT(Objective):
         spatial: how a weight map enters. "weight" scales the loss of a location on both branches; "label" scales the
             advantage before it becomes a label, so that places without credit say "no preference" and stay anchored.
         label: what the advantage is replaced by ("all" keeps it).
-        kl_weight: weight of mean (v - v_reference)^2.
+        kl_penalty: towards the reference policy.
         sigmas: the noise levels trained at.
         decay: schedule of the old policy: 0 follows at once, 1 is min(.001 s, .5), 2 waits 75 updates; or a constant
             share below 1.
@@ -43,7 +44,7 @@ class DiffusionNFT(Objective):
     advantage_clip: float = attrs.field(default=5.0, validator=validators.gt(0))
     spatial: Literal["weight", "label"] = attrs.field(default="weight", validator=validators.in_(("weight", "label")))
     label: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
-    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    kl_penalty: VelocityPenalty = attrs.field(factory=VelocityPenalty)
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
     decay: Literal[0, 1, 2] | float = attrs.field(default=1)
     sample_with: Literal["online", "old"] = "old"
@@ -63,7 +64,7 @@ class DiffusionNFT(Objective):
     @property
     def needs(self) -> Needs:
         # A rollout without advantage has the label 1/2: it pulls towards the old policy.
-        return Needs(parameter_sets={"old", "reference"} if self.kl_weight > 0 else {"old"}, rows="valid")
+        return Needs(parameter_sets={"old"} | self.kl_penalty.parameter_sets, rows="valid")
 
     def old_decay(self, optimizer_step: int) -> float:
         return nft_old_decay(optimizer_step, int(self.decay)) if self.decay in (0, 1, 2) else float(self.decay)
@@ -90,14 +91,11 @@ class DiffusionNFT(Objective):
             drift = (velocity - old).pow(2).mean(dim=(1, 2, 3))
             metrics = {"loss/nft": per_pair.detach(), "kl/old_v": drift.detach()}
 
-            if self.kl_weight > 0:
-                reference = noisy.velocity_under("reference", policy, context)
-                divergence = (velocity - reference).pow(2).mean(dim=(1, 2, 3))
-                per_pair = per_pair + self.kl_weight * divergence
-                metrics["kl/reference"] = divergence.detach()
-
+            per_pair, held = self.kl_penalty.add(
+                per_pair, velocity, policy, states, context, latents=noisy.state, sigma=noisy.sigma
+            )
             yield Loss(
                 value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
-                metrics=metrics,
+                metrics=metrics | held,
                 steps=states.steps,
             )

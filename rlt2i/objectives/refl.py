@@ -12,6 +12,7 @@ from torch import Tensor
 from rlt2i.functional.reward_backprop import last_steps, refl_loss
 from rlt2i.functional.transitions import clean_prediction
 from rlt2i.interfaces import Needs, Objective, Policy, Sampler, UpdateContext
+from rlt2i.objectives.penalty import VelocityPenalty
 from rlt2i.objectives.reduction import share, trainable_steps
 from rlt2i.objectives.reward_backprop import rewarded, scale_credit_gradient
 from rlt2i.seeds import uniform
@@ -20,7 +21,7 @@ from rlt2i.types import Experience, Loss
 
 @attrs.frozen(kw_only=True)
 class ReFL(Objective):
-    """grad_scale max(margin - r(x_t - sigma_t v), 0) + kl_weight |v - v_reference|^2, t a random late step.
+    """grad_scale max(margin - r(x_t - sigma_t v), 0) + KL penalty, t a random late step.
 
     Reward feedback learning (ImageReward, arXiv 2304.05977). Until step t the rollout is taken as it was, so its stored
     state is all that is needed; the gradient flows through one call of the network, its one-step clean prediction, the
@@ -32,7 +33,7 @@ class ReFL(Objective):
         margin: reward above which an image teaches nothing, in the unit of the reward.
         grad_scale: factor of the reward's loss.
         window: (first, last), last exclusive, the steps to draw from; None stands for the last quarter.
-        kl_weight: weight of mean (v - v_reference)^2. ReFL holds the policy back with its pretraining loss instead.
+        kl_penalty: towards the reference policy. ReFL holds the policy back with its pretraining loss instead.
     """
 
     uses_advantage = False
@@ -40,7 +41,7 @@ class ReFL(Objective):
     margin: float = 2.0
     grad_scale: float = attrs.field(default=1e-3, validator=validators.gt(0))
     window: tuple[int, int] | None = None
-    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    kl_penalty: VelocityPenalty = attrs.field(factory=VelocityPenalty)
 
     def __attrs_post_init__(self) -> None:
         if self.window is not None and not 0 <= self.window[0] < self.window[1]:
@@ -48,7 +49,7 @@ class ReFL(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(reward={"gradient"}, parameter_sets={"reference"} if self.kl_weight > 0 else (), rows="valid")
+        return Needs(reward={"gradient"}, parameter_sets=self.kl_penalty.parameter_sets, rows="valid")
 
     def trained_steps(self, sampler: Sampler) -> int:
         self._window(sampler.num_steps)
@@ -74,15 +75,13 @@ class ReFL(Objective):
             per_pair = self.grad_scale * hinge
             metrics |= {"loss/refl": per_pair.detach(), "backprop/above_margin": (hinge.detach() == 0).float()}
 
-            if self.kl_weight > 0:
-                with torch.no_grad(), context.weights("reference"):
-                    reference = policy.velocity(states.latents, states.sigma, states.conditioning)
-                divergence = (velocity - reference).pow(2).mean(dim=(1, 2, 3))
-                per_pair = per_pair + self.kl_weight * divergence
-                metrics["kl/reference"] = divergence.detach()
-
+            per_pair, held = self.kl_penalty.add(
+                per_pair, velocity, policy, states, context, latents=states.latents, sigma=states.sigma
+            )
             yield Loss(
-                value=(per_pair * share(chosen, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=steps
+                value=(per_pair * share(chosen, rollouts, context.num_rollouts)).sum(),
+                metrics=metrics | held,
+                steps=steps,
             )
 
     def _draw(self, experience: Experience, context: UpdateContext) -> Tensor:

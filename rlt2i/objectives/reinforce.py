@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import attrs
-from attrs import validators
 
-from rlt2i.functional.gaussian import KLForm
 from rlt2i.functional.surrogate import reinforce
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
+from rlt2i.objectives.penalty import KLPenalty
 from rlt2i.objectives.reduction import masked_mean, on_grid, ratio_grid, trainable_steps
-from rlt2i.objectives.reverse import NO_LIKELIHOOD, denoising_step, reference_kl
+from rlt2i.objectives.reverse import NO_LIKELIHOOD, denoising_step
 from rlt2i.types import Experience, Loss
 
 
@@ -23,16 +22,14 @@ class Reinforce(Objective):
     older policy, so a second update on the same rollouts is refused.
 
     Attributes:
-        kl_weight: beta of the penalty towards the reference policy.
-        kl: its form.
+        kl_penalty: towards the reference policy.
     """
 
-    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
-    kl: KLForm = attrs.field(default="flow_grpo", validator=validators.in_(("flow_grpo", "exact", "v", "x")))
+    kl_penalty: KLPenalty = attrs.field(factory=KLPenalty)
 
     @property
     def needs(self) -> Needs:
-        return Needs(noise=True, parameter_sets={"reference"} if self.kl_weight > 0 else (), remedies=NO_LIKELIHOOD)
+        return Needs(noise=True, parameter_sets=self.kl_penalty.parameter_sets, remedies=NO_LIKELIHOOD)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         if not context.on_policy:
@@ -52,13 +49,5 @@ class Reinforce(Objective):
             per_pair = masked_mean(loss_map, on_grid(states.mask.float(), grid) > 0)
             metrics = {"loss/reinforce": per_pair.detach(), "log_prob/mean": log_prob.detach().mean(dim=(1, 2))}
 
-            if self.kl_weight > 0:
-                divergence = reference_kl(policy, trajectory, states, now, context, form=self.kl)
-                per_pair = per_pair + self.kl_weight * divergence
-                metrics["kl/reference"] = divergence.detach()
-
-            yield Loss(
-                value=(per_pair / context.num_pairs).sum(),
-                metrics=metrics,
-                steps=steps,
-            )
+            per_pair, held = self.kl_penalty.add(per_pair, policy, trajectory, states, now, context)
+            yield Loss(value=(per_pair / context.num_pairs).sum(), metrics=metrics | held, steps=steps)

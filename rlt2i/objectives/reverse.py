@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.functional.gaussian import KLForm, reference_kl_map
-from rlt2i.functional.maps import inverted_map
 from rlt2i.functional.surrogate import SurrogateLoss, pool_log_ratio
 from rlt2i.functional.transitions import Transition
 from rlt2i.interfaces import Policy, UpdateContext
@@ -20,9 +18,6 @@ NO_LIKELIHOOD = {
     "noise": "Use a stochastic sampler such as SDE(...), or a forward-process objective such as DiffusionNFT()."
 }
 """The way out for an objective on log-probabilities and a sampler without any."""
-
-KLMap = Literal["uniform", "credit", "inverse"]
-"""Where a penalty holds the policy back: everywhere alike, where the credit's weights are high, or where low."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -100,31 +95,6 @@ def whole_sample(values: Tensor, states: StepBatch) -> Tensor:
     """[N, 1, 1] plain mean of a map [N, H, W] over unmasked places, without the credit's weight."""
     unweighted = attrs.evolve(states, weight=values.new_ones(1, 1, 1))
     return at_ratio_grid(values, unweighted, (1, 1)).values
-
-
-def reference_kl(
-    policy: Policy,
-    trajectory: Trajectory,
-    states: StepBatch,
-    now: Step,
-    context: UpdateContext,
-    *,
-    form: KLForm,
-    where: KLMap = "uniform",
-) -> Tensor:
-    """[N] distance to the reference policy at the steps `now`."""
-    with torch.no_grad(), context.weights("reference"):
-        reference = denoising_step(policy, trajectory, states)
-    divergence = reference_kl_map(now.transition, reference.transition, now.velocity, reference.velocity, form=form)
-    return (penalty_weight(states, divergence, where) * divergence).mean(dim=(1, 2))
-
-
-def penalty_weight(states: StepBatch, like: Tensor, where: KLMap) -> Tensor:
-    """The map of a penalty, broadcastable to `like` [N, H, W]."""
-    if where == "uniform":
-        return like.new_ones(1, 1, 1)
-    weight = on_grid(states.weight, (like.shape[1], like.shape[2]))
-    return weight if where == "credit" else inverted_map(weight)
 
 
 def surrogate_metrics(surrogate: SurrogateLoss, log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import attrs
-from attrs import validators
 
 from rlt2i.functional.matching import weighted_matching_loss_map
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs
+from rlt2i.objectives.penalty import VelocityPenalty
 from rlt2i.objectives.reduction import on_grid, share, trainable_steps, weight_and_mask
 from rlt2i.types import Experience, Loss
 
 
 @attrs.frozen(kw_only=True)
 class WeightedMatching(Objective):
-    """mean w A+ |v - (eps - x_0)|^2 + kl_weight |v - v_reference|^2, A+ = max(A, 0).
+    """mean w A+ |v - (eps - x_0)|^2 + KL penalty, A+ = max(A, 0).
 
     With the raw reward as advantage this is reward-weighted regression, with 1[best of group] it is supervised
     fine-tuning on the best image (the two baselines of Flow-GRPO, arXiv 2505.05470). A negative A would push the
@@ -25,18 +25,17 @@ class WeightedMatching(Objective):
     though not out of the denominator. Use AWM or DiffusionNFT to learn from them.
 
     Attributes:
-        kl_weight: weight of mean (v - v_reference)^2.
+        kl_penalty: towards the reference policy.
         sigmas: the noise levels trained at.
     """
 
-    kl_weight: float = attrs.field(default=0.0, validator=validators.ge(0))
+    kl_penalty: VelocityPenalty = attrs.field(factory=VelocityPenalty)
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
 
     @property
     def needs(self) -> Needs:
-        if self.kl_weight > 0:
-            return Needs(parameter_sets={"reference"}, rows="valid")
-        return Needs()
+        pulling = self.kl_penalty.weight > 0
+        return Needs(parameter_sets=self.kl_penalty.parameter_sets, rows="valid" if pulling else "advantage")
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         keys = experience.keys
@@ -44,7 +43,7 @@ class WeightedMatching(Objective):
         kept = trainable_steps(experience, stochastic_only=False).gather(1, step)
         praised = (experience.credit.advantage > 0).flatten(2).any(dim=2)
         praised = praised.expand(-1, experience.trajectory.num_steps).gather(1, step)
-        worthwhile = kept if self.kl_weight > 0 else kept & praised
+        worthwhile = kept if self.kl_penalty.weight > 0 else kept & praised
 
         for rollouts, draws in context.micro_batches(worthwhile):
             noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=keys, context=context)
@@ -60,14 +59,11 @@ class WeightedMatching(Objective):
                 "error/velocity": error.detach().mean(dim=(1, 2)),
             }
 
-            if self.kl_weight > 0:
-                reference = noisy.velocity_under("reference", policy, context)
-                divergence = (velocity - reference).pow(2).mean(dim=(1, 2, 3))
-                per_pair = per_pair + self.kl_weight * divergence
-                metrics["kl/reference"] = divergence.detach()
-
+            per_pair, held = self.kl_penalty.add(
+                per_pair, velocity, policy, states, context, latents=noisy.state, sigma=noisy.sigma
+            )
             yield Loss(
                 value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
-                metrics=metrics,
+                metrics=metrics | held,
                 steps=states.steps,
             )

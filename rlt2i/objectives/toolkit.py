@@ -10,6 +10,7 @@ from rlt2i.functional.surrogate import clipped_surrogate, scaled_clip_range
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws, shared_noise
 from rlt2i.objectives.forward import NoisyPairs, noisy_pairs, whole_groups
+from rlt2i.objectives.penalty import KLPenalty, VelocityPenalty
 from rlt2i.objectives.reduction import (
     Granularity,
     masked_mean,
@@ -21,13 +22,10 @@ from rlt2i.objectives.reduction import (
 )
 from rlt2i.objectives.reverse import (
     NO_LIKELIHOOD,
-    KLMap,
     Pooled,
     at_ratio_grid,
     denoising_step,
     old_transition,
-    penalty_weight,
-    reference_kl,
     surrogate_metrics,
 )
 from rlt2i.objectives.reward_backprop import rewarded, scale_credit_gradient
@@ -37,7 +35,7 @@ __all__ = [
     "NO_LIKELIHOOD",
     "Experience",
     "Granularity",
-    "KLMap",
+    "KLPenalty",
     "Loss",
     "Needs",
     "NoisyPairs",
@@ -47,6 +45,7 @@ __all__ = [
     "SigmaDraws",
     "StepBatch",
     "UpdateContext",
+    "VelocityPenalty",
     "at_ratio_grid",
     "clipped_surrogate",
     "denoising_step",
@@ -54,9 +53,7 @@ __all__ = [
     "noisy_pairs",
     "old_transition",
     "on_grid",
-    "penalty_weight",
     "ratio_grid",
-    "reference_kl",
     "rewarded",
     "scale_credit_gradient",
     "scaled_clip_range",

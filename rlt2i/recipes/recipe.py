@@ -18,6 +18,7 @@ from rlt2i.config import (
     dump_yaml,
     load_object,
     recipe_hash,
+    renamed_paths,
     to_mapping,
 )
 from rlt2i.config.trust import foreign
@@ -160,4 +161,4 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, trus
             raise ConfigError(f"{found}: returned {type(recipe).__name__}, expected a Recipe.")
     if not overrides:
         return recipe
-    return recipe_from_mapping(apply_overrides(recipe.mapping(), overrides))
+    return recipe_from_mapping(apply_overrides(recipe.mapping(), overrides, renamed=renamed_paths(recipe)))

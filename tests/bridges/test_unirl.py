@@ -25,6 +25,7 @@ from rlt2i.functional.allocation import attention_allocation
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.dgpo import DGPO
 from rlt2i.objectives.nft import DiffusionNFT
+from rlt2i.objectives.penalty import KLPenalty
 from tests.helpers.tiny_sd3 import GROUP, NUM, NUM_STEPS, SDE_STEPS, SIDE, TEXTS, Tiny
 from tests.helpers.unirl_source import REAL_UNIRL, provide_unirl
 
@@ -288,7 +289,10 @@ def test_a_reward_that_failed_teaches_nothing(unirl, tiny):
     [
         ({"objective": DGPO()}, "DGPO compares the rollouts of a group in one forward pass, and UniRL cuts"),
         ({"objective": DiffusionNFT()}, "DiffusionNFT needs the parameters of an old policy"),
-        ({"objective": ClippedSurrogate(kl_weight=0.1)}, "ClippedSurrogate needs the reference policy"),
+        (
+            {"objective": ClippedSurrogate(kl_penalty=KLPenalty(weight=0.1))},
+            "ClippedSurrogate needs the reference policy",
+        ),
         (
             {
                 "objective": ClippedSurrogate(),

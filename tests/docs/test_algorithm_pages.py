@@ -90,8 +90,8 @@ def _toy_batch(page: Page) -> dict[str, float]:
         sampler = SDE(num_steps=6, window=(0, 4), kernel=part("TransitionKernel", mine["TransitionKernel"][0]))
     of_recipe = type(load_recipe(page.embedded[0]).objective).__name__
     objective: Objective = own("Objective", None) or part("Objective", of_recipe)
-    if "kl_weight" in attrs.fields_dict(type(objective)):
-        objective = attrs.evolve(objective, kl_weight=0.1)
+    if hasattr(objective, "kl_penalty"):
+        objective = attrs.evolve(objective, kl_penalty=attrs.evolve(objective.kl_penalty, weight=0.1))
     credit = Product(
         advantage=own("Advantage", GroupRelative()),
         allocations=tuple(part("Allocation", name) for name in mine["Allocation"][:1]),

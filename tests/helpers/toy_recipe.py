@@ -14,6 +14,7 @@ from rlt2i.credit.tree import TreeAdvantage
 from rlt2i.interfaces import RewardBatch, RewardOutput
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.nft import DiffusionNFT
+from rlt2i.objectives.penalty import KLPenalty, VelocityPenalty
 from rlt2i.recipes import Recipe
 from rlt2i.recipes.train_config import TrainConfig
 from rlt2i.rewards.jpeg import JPEGCompressibility
@@ -53,7 +54,7 @@ def clipped(**train: object) -> Recipe:
         sampler=SDE(num_steps=5, window=(0, 3)),
         reward=QuadrantBrightness(),
         credit=STAR,
-        objective=ClippedSurrogate(clip_range=1e-3, kl_weight=0.01),
+        objective=ClippedSurrogate(clip_range=1e-3, kl_penalty=KLPenalty(weight=0.01)),
         task=ToyTask(),
         train=TrainConfig(**(settings | train)),  # type: ignore[arg-type]
     )
@@ -68,7 +69,8 @@ def tree() -> Recipe:
 
 def nft() -> Recipe:
     """A forward-process objective with an old policy that lags."""
-    return attrs.evolve(clipped(), sampler=ODE(num_steps=5), objective=DiffusionNFT(decay=0.5, kl_weight=0.01))
+    objective = DiffusionNFT(decay=0.5, kl_penalty=VelocityPenalty(weight=0.01))
+    return attrs.evolve(clipped(), sampler=ODE(num_steps=5), objective=objective)
 
 
 def slow() -> Recipe:

@@ -13,19 +13,21 @@ from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.crd import CRD
 from rlt2i.objectives.dgpo import DGPO
 from rlt2i.objectives.nft import DiffusionNFT
+from rlt2i.objectives.penalty import KLPenalty, VelocityPenalty
 from rlt2i.objectives.sft import WeightedMatching
 from rlt2i.types import Experience
 from tests.helpers.build import gradients, toy_algorithm, toy_learner
 from tests.helpers.objective_cases import experience_for, sampler_for, with_credit
 
+PULL = VelocityPenalty(weight=0.5)
 PULLING: dict[str, Objective] = {
     "nft": DiffusionNFT(),
-    "nft+kl": DiffusionNFT(kl_weight=0.5),
+    "nft+kl": DiffusionNFT(kl_penalty=PULL),
     "awm": AWM(),
-    "awm+kl": AWM(ema_kl_weight=0.0, kl_weight=0.5),
+    "awm+kl": AWM(ema_kl_weight=0.0, kl_penalty=PULL),
     "crd": CRD(),
-    "dgpo+kl": DGPO(kl_weight=0.5),
-    "sft+kl": WeightedMatching(kl_weight=0.5),
+    "dgpo+kl": DGPO(kl_penalty=PULL),
+    "sft+kl": WeightedMatching(kl_penalty=PULL),
 }
 SILENT: dict[str, Objective] = {"awm": AWM(ema_kl_weight=0.0), "dgpo": DGPO(), "sft": WeightedMatching()}
 
@@ -93,4 +95,4 @@ def test_an_invalid_rollout_is_left_out_whoever_pulls():
 
 
 def test_the_clipped_surrogate_trains_on_what_has_an_advantage_as_its_authors_do():
-    assert ClippedSurrogate(kl_weight=0.1).needs.rows == "advantage"
+    assert ClippedSurrogate(kl_penalty=KLPenalty(weight=0.1)).needs.rows == "advantage"

@@ -14,6 +14,7 @@ from rlt2i.objectives.crd import CRD
 from rlt2i.objectives.dgpo import DGPO
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs, whole_groups
+from rlt2i.objectives.penalty import VelocityPenalty
 from rlt2i.objectives.sft import WeightedMatching
 from tests.helpers.build import collect, toy_algorithm, toy_engine, toy_learner
 from tests.helpers.objective_cases import FLOW, assert_same, experience_for, gradient, with_credit
@@ -118,7 +119,10 @@ def test_crd_centres_in_the_group_or_in_the_micro_batch():
     assert loss("micro_batch") == pytest.approx(5 * 0.1**2, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"form": "bce"}, {"temperature": 0.5}, {"adaptive": False}, {"kl_weight": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"form": "bce"}, {"temperature": 0.5}, {"adaptive": False}, {"kl_penalty": VelocityPenalty(weight=0.1)}],
+)
 def test_crd_variants_update(options):
     algorithm = toy_algorithm(CRD(**options), sampler=FLOW)
     metrics = toy_learner(algorithm).learn(collect(toy_engine(algorithm), prompts=2, group_size=4).experience)
@@ -136,7 +140,7 @@ def test_uniform_awm_is_a_fifth_of_weighted_matching_where_all_are_praised():
 @pytest.mark.parametrize("weighting", ["uniform", "t", "t2", "huber", "ghuber"])
 @pytest.mark.parametrize("kl", ["uniform", "elbo"])
 def test_awm_forms_update_and_log_their_distances(weighting, kl):
-    objective = AWM(weighting=weighting, kl=kl, kl_weight=0.1)
+    objective = AWM(weighting=weighting, kl_penalty=VelocityPenalty(weight=0.1, form=kl))
     algorithm = toy_algorithm(objective, sampler=FLOW)
     engine, learner = toy_engine(algorithm), toy_learner(algorithm)
     learner.learn(collect(engine, prompts=2, group_size=4).experience)
@@ -149,7 +153,9 @@ def test_awm_forms_update_and_log_their_distances(weighting, kl):
 def test_awm_elbo_distance_by_hand():
     # A velocity 0.1 away everywhere: (0.1)^2 / (2 s^2), s^2 = 0.49 sigma / (1 - sigma).
     objective = AWM(
-        kl="elbo", kl_weight=1.0, ema_kl_weight=0.0, sigmas=SigmaDraws(count=1, grid="rollout", steps=(3, 4))
+        kl_penalty=VelocityPenalty(weight=1.0, form="elbo"),
+        ema_kl_weight=0.0,
+        sigmas=SigmaDraws(count=1, grid="rollout", steps=(3, 4)),
     )
     _, _, _, losses = evaluate(objective, moved=0.1)
     by_hand = 0.01 / (2 * 0.49 * 0.5 / 0.5)  # step 3 of 6 even ones is sigma = 1/2

@@ -26,6 +26,7 @@ from rlt2i.objectives.draws import shared_noise
 from rlt2i.objectives.grpo_guard import GRPOGuard
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.objectives.online_dpo import OnlineDPO
+from rlt2i.objectives.penalty import KLPenalty, VelocityPenalty
 from rlt2i.objectives.sft import WeightedMatching
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.ode import ODE
@@ -173,7 +174,7 @@ def clip(A: Tensor, ratio: Tensor, eps: float) -> Tensor:
 
 @pytest.mark.parametrize(("form", "eps"), [("flow_grpo", 1e-3), ("exact", 0.2), ("v", 1e-2), ("x", 1e-2)])
 def test_clipped_surrogate(form, eps: float):
-    objective = ClippedSurrogate(ratio="sample", clip_range=eps, kl_weight=0.4, kl=form)
+    objective = ClippedSurrogate(ratio="sample", clip_range=eps, kl_penalty=KLPenalty(weight=0.4, form=form))
     world = World.of(objective, REVERSE)
     with torch.no_grad():
         old = [world.step(t, "old")[5] for t in range(STEPS)]
@@ -242,7 +243,7 @@ def test_flow_dppo(threshold: float):
 @pytest.mark.parametrize(("beta", "mode"), [(1.0, "all"), (0.1, "binary"), (1.0, "one_only"), (0.5, "positive_only")])
 @pytest.mark.parametrize("spatial", ["weight", "label"])
 def test_diffusion_nft(beta: float, mode, spatial):
-    objective = DiffusionNFT(beta=beta, label=mode, kl_weight=0.1, spatial=spatial)
+    objective = DiffusionNFT(beta=beta, label=mode, kl_penalty=VelocityPenalty(weight=0.1), spatial=spatial)
     world = World.of(objective, ODE(num_steps=6))
     # A map either weighs the loss of a place on both branches, or scales the advantage behind its label.
     A, loss_map = world.A[:, None, None].expand_as(world.map), world.map
@@ -275,7 +276,10 @@ def test_diffusion_nft(beta: float, mode, spatial):
 @pytest.mark.parametrize("weighting", ["ghuber", "huber", "t2", "t", "uniform"])
 @pytest.mark.parametrize(("kl", "ema"), [("uniform", 0.0), ("elbo", 0.0), ("uniform", 0.7)])
 def test_awm(weighting, kl, ema: float):
-    objective = AWM(weighting=weighting, kl=kl, kl_weight=0.3, ema_kl_weight=ema, clip_range=0.02, advantage_scale=2.0)
+    objective = AWM(
+        weighting=weighting, kl_penalty=VelocityPenalty(weight=0.3, form=kl), ema_kl_weight=ema,
+        clip_range=0.02, advantage_scale=2.0,
+    )  # fmt: skip
     world = World.of(objective, ODE(num_steps=6))
     A, on_policy = world.A.clamp(-5, 5) / 5 * 2, ema > 0  # with a slow average there is no old policy
 
@@ -309,7 +313,7 @@ def test_awm(weighting, kl, ema: float):
     [(100.0, None, "reference", 0.02), (10.0, 1e-2, "old", 0.0), (10.0, 5e-3, "reference", 0.1)],
 )
 def test_dgpo(beta: float, clip_range: float | None, anchor, kl: float):
-    objective = DGPO(beta=beta, clip_range=clip_range, anchor=anchor, kl_weight=kl)
+    objective = DGPO(beta=beta, clip_range=clip_range, anchor=anchor, kl_penalty=VelocityPenalty(weight=kl))
     world = World.of(objective, ODE(num_steps=6))
     groups, A = world.experience.groups, world.A
 
@@ -339,7 +343,14 @@ def test_dgpo(beta: float, clip_range: float | None, anchor, kl: float):
 )
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_crd(temperature: float | None, form, centre, kl: float, adaptive: bool):
-    objective = CRD(temperature=temperature, form=form, centre=centre, kl_weight=kl, beta=2.0, adaptive=adaptive)
+    objective = CRD(
+        temperature=temperature,
+        form=form,
+        centre=centre,
+        kl_penalty=VelocityPenalty(weight=kl),
+        beta=2.0,
+        adaptive=adaptive,
+    )
     world = World.of(objective, ODE(num_steps=6))
     a = (world.A / 10 + 0.5).clamp(0, 1)
     together = world.experience.groups if centre == "group" else torch.zeros_like(world.experience.groups)
@@ -400,7 +411,7 @@ def test_online_dpo():
 
 
 def test_weighted_matching():
-    objective = WeightedMatching(kl_weight=0.1)
+    objective = WeightedMatching(kl_penalty=VelocityPenalty(weight=0.1))
     world = World.of(objective, ODE(num_steps=6))
 
     def published() -> Tensor:

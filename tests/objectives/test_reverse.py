@@ -9,6 +9,7 @@ from rlt2i.functional.gaussian import kl_map, log_prob_map
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.dppo import FlowDPPO
 from rlt2i.objectives.grpo_guard import GRPOGuard
+from rlt2i.objectives.penalty import KLPenalty
 from rlt2i.objectives.reinforce import Reinforce
 from rlt2i.types import Experience
 from tests.helpers.build import collect, toy_algorithm, toy_engine, toy_learner
@@ -132,7 +133,7 @@ def test_reinforce_refuses_stale_rollouts():
 @pytest.mark.parametrize("where", ["uniform", "credit", "inverse"])
 def test_a_penalty_has_its_own_map(where):
     # The policy moved by the same amount everywhere, so a mean-one map leaves the distance and moves its gradient.
-    objective = ClippedSurrogate(kl_weight=1.0, kl="v", kl_map=where)
+    objective = ClippedSurrogate(kl_penalty=KLPenalty(weight=1.0, form="v", where=where))
     algorithm = toy_algorithm(objective, credit=STAR, sampler=WINDOW)
     experience = collect(toy_engine(algorithm), prompts=2, group_size=4).experience
     learner = toy_learner(algorithm)

@@ -23,6 +23,7 @@ from rlt2i.functional.transitions import clean_prediction, euler
 from rlt2i.interfaces import Objective, Policy, Reward, RewardBatch, RewardOutput
 from rlt2i.objectives.draft import DRaFT
 from rlt2i.objectives.draws import shared_noise
+from rlt2i.objectives.penalty import VelocityPenalty
 from rlt2i.objectives.refl import ReFL
 from rlt2i.recipes import recipe_from_mapping
 from rlt2i.rewards.validity import Guarded
@@ -330,7 +331,11 @@ def test_a_run_may_have_groups_of_one(tmp_path: Path):
 # ---------------------------------------------------------------------------------------------- penalty and plumbing
 
 
-@pytest.mark.parametrize("objective", [DRaFT(steps=2, kl_weight=0.5), ReFL(kl_weight=0.5)], ids=["draft", "refl"])
+@pytest.mark.parametrize(
+    "objective",
+    [DRaFT(steps=2, kl_penalty=VelocityPenalty(weight=0.5)), ReFL(kl_penalty=VelocityPenalty(weight=0.5))],
+    ids=["draft", "refl"],
+)
 def test_distance_from_the_reference_by_hand(objective: Objective):
     algorithm, experience = linear(objective)
     learner = toy_learner(algorithm)
