@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlt2i.distributed import sum_in_buckets
 from rlt2i.engine import reward_gradient
+from rlt2i.functional.ema import power_decay
 from rlt2i.interfaces import Objective, Policy, Reward, UpdateContext
 from rlt2i.objectives.reduction import trainable_steps
 from rlt2i.parameter_sets import ParameterSets
@@ -274,7 +275,7 @@ class Learner:
         self.optimizer.step()
         if self.ema_decay is not None:
             step = self.optimizer_step + 1
-            self.sets.blend("ema", min((1 + step) / (10 + step), self.ema_decay))
+            self.sets.blend("ema", power_decay(step, decay=self.ema_decay, warmup=10))
 
     def _reduced_gradient_norm(self) -> float:
         """Sum the gradients over processes (the losses are shares of one mean) and take their global norm."""

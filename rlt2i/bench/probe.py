@@ -32,7 +32,7 @@ from rlt2i.credit.influence import Influence
 from rlt2i.credit.steps import trained_steps
 from rlt2i.engine import Engine
 from rlt2i.evaluation.localisation import area_under_roc
-from rlt2i.functional.maps import effective_support, map_entropy
+from rlt2i.functional.maps import effective_support
 from rlt2i.functional.surrogate import scaled_clip_range
 from rlt2i.interfaces import CreditContext, Policy
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
@@ -40,6 +40,7 @@ from rlt2i.parameter_sets import ParameterSets
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.checkpoint import load_checkpoint
 from rlt2i.tasks.base import as_prompts
+from rlt2i.training.observations import map_entropy
 from rlt2i.types import Credit, Experience
 
 BLOCKS = 4

@@ -136,7 +136,7 @@ def renamed_paths(part: Any, path: str = "") -> dict[str, str]:
         paths = {f"{path}{old}": f"{path}{new}" for old, new in renamed_fields(type(part)).items()}
         inside = {key: getattr(part, field.name) for key, field in _fields(type(part)).items()}
     else:
-        inside = dict(part.items() if isinstance(part, Mapping) else enumerate(part))
+        inside = dict(part) if isinstance(part, Mapping) else {str(i): item for i, item in enumerate(part)}
     for key, value in inside.items():
         if attrs.has(type(value)) or isinstance(value, Mapping | list | tuple):
             paths |= renamed_paths(value, f"{path}{key}.")

@@ -6,9 +6,10 @@ import attrs
 from attrs import validators
 from torch import Tensor
 
+from rlt2i.config import neutral
 from rlt2i.credit.algebra import Mask
 from rlt2i.credit.steps import step_mask, trained_steps
-from rlt2i.functional.windows import sliding_window
+from rlt2i.functional.windows import PACES, Pace, paced, sliding_window
 from rlt2i.interfaces import CreditContext
 
 
@@ -24,11 +25,14 @@ class SlidingWindow(Mask):
         width: steps at once; fewer at the end of a pass.
         period: rollout batches at each place.
         stride: how far the window moves.
+        pace: "constant" stays `period` batches at every place; "linear" and "exponential" stay fewer at cleaner steps,
+            down to a quarter of `period`, or by e^-.1 a step from the 14th on.
     """
 
     width: int = attrs.field(default=4, validator=validators.ge(1))
     period: int = attrs.field(default=25, validator=validators.ge(1))
     stride: int = attrs.field(default=1, validator=validators.ge(1))
+    pace: Pace = neutral("constant", validator=validators.in_(PACES))
 
     def mask(self, context: CreditContext) -> Tensor:
         steps = trained_steps(context)
@@ -36,7 +40,7 @@ class SlidingWindow(Mask):
             context.iteration,
             num_steps=len(steps),
             width=self.width,
-            period=self.period,
+            period=paced(self.period, self.pace, last=len(steps)),
             stride=self.stride,
             last=len(steps),
         )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rlt2i.config import to_mapping
+from rlt2i.evaluation.best_worst import best_worst_pairs
 from rlt2i.evaluation.draw import Draw
-from rlt2i.functional.preference import best_worst_pairs
 from rlt2i.inputs.textfiles import read_objects
 from rlt2i.interfaces import Policy
 from rlt2i.recipes.recipe import Recipe

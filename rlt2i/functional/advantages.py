@@ -97,45 +97,6 @@ def step_gain(
     return group_relative_advantage(values.diff(dim=1), group_size, eps=eps, std=std, valid=valid, size=size)
 
 
-def sum_of_normalised(
-    rewards: Tensor,
-    weights: Tensor,
-    group_size: int | Tensor,
-    *,
-    eps: float = 1e-8,
-    correction: int = 1,
-    trim: float = 0.0,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """Normalise each reward in its group first, then add (MixGRPO, arXiv 2507.21802).
-
-        A_i = sum_k w_k (r_ik - mean_group) / (std_group + eps)
-
-    Args:
-        rewards: [B, K] one column per reward.
-        weights: [K].
-        group_size: G for adjacent groups, or [B] integer group ids.
-        eps: added to each std.
-        correction: 1 for the unbiased std (MixGRPO), 0 for the population std.
-        trim: this share of a group's *lowest* rewards is left out of its mean and std (but still gets an
-            advantage).
-        valid: [B] bool.
-
-    Returns:
-        [B].
-    """
-    if not 0 <= trim < 1:
-        raise ValueError(f"trim={trim}: the share of left-out rewards lies in [0, 1); 0 keeps all of them.")
-    rewards = full_precision(rewards)
-    groups, mask = group_mask(group_size, rewards, valid)
-    split = groups.split(rewards)
-    kept = mask & (_rank_in_group(split, mask) >= (mask.sum(dim=1, keepdim=True).double() * trim).floor())
-    centred = split - masked_mean(split, kept, 1)
-    normalised = centred / (masked_std(split, kept, 1, correction=correction) + eps)
-    advantage = torch.where(mask & ~tied(split, mask), normalised, 0)
-    return (groups.merge(advantage, len(rewards)) * _column_weights(weights, rewards)).sum(dim=1)
-
-
 def gdpo(
     rewards: Tensor,
     weights: Tensor,
@@ -279,26 +240,6 @@ def group_std(rewards: Tensor, group_size: int | Tensor, *, valid: Tensor | None
     groups, mask = group_mask(group_size, rewards, valid)
     split = groups.split(rewards)
     return torch.where(tied(split, mask), 0, masked_std(split, mask, 1, correction=0))[:, 0]
-
-
-def zero_std_ratio(rewards: Tensor, group_size: int | Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Share of groups whose rewards are all equal (Flow-GRPO's metric of the same name).
-
-    Args:
-        rewards: [B].
-        group_size: G for adjacent groups, or [B] integer group ids.
-        valid: [B] bool.
-
-    Returns:
-        [] in [0, 1].
-    """
-    spread = group_std(rewards, group_size, valid=valid)
-    return (spread == 0).to(spread.dtype).mean()
-
-
-def _rank_in_group(split: Tensor, mask: Tensor) -> Tensor:
-    """[P, G, ...] place of each reward in its group in ascending order; what does not count comes last."""
-    return torch.where(mask, split, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
 
 
 def _mean_over_opponents(beats: Tensor, mask: Tensor) -> Tensor:

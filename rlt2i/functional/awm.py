@@ -55,27 +55,6 @@ def awm_log_likelihood(error: Tensor, t: Scalar, *, weighting: AWMWeighting = "g
     raise ValueError(f"weighting={weighting!r}: unknown. Use 'uniform', 't', 't2', 'huber' or 'ghuber'.")
 
 
-def awm_sum_first(log_ratio: Tensor, times: int) -> Tensor:
-    """One log-ratio per sample from those at its times, their mean ("sum first"; AWM, arXiv 2509.25050).
-
-    exp of it is the geometric mean of the ratios. The published default, "exp first", keeps one ratio per sample and
-    time instead, and so does the part `AWM`. On policy both have the same gradient.
-
-    Args:
-        log_ratio: [T B, ...] differences l - l_old, times outermost: the first B are the samples at their first time.
-        times: T.
-
-    Returns:
-        [B, ...].
-    """
-    if times < 1 or len(log_ratio) % times:
-        raise ValueError(
-            f"times={times} does not divide {len(log_ratio)} log-ratios. Pass every sample at equally many times, the "
-            "times outermost."
-        )
-    return full_precision(log_ratio).unflatten(0, (times, -1)).mean(dim=0)
-
-
 def awm_advantage(advantage: Tensor, *, clip: float = 5.0, scale: float = 1.0) -> Tensor:
     """AWM's scaled advantage, A' = clamp(A, +-clip) / clip * scale.
 

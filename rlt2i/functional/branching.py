@@ -133,7 +133,7 @@ def edge_advantage(
 
         A(e) = (V(e) - mean) / (std + eps),   mean and population std over the distinct edges of e's group and step
 
-    The authors divide by the unbiased std + 1e-8 (`tree_depth_advantage`). With one branching step per rollout the
+    The authors divide by the unbiased std + 1e-8. With one branching step per rollout the
     edges of a step are its branches, and this is TempFlow-GRPO's advantage per prompt and step (arXiv 2508.04324).
 
     Args:

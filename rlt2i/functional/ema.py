@@ -2,36 +2,6 @@
 
 import math
 
-import torch
-from torch import Tensor
-
-
-def ema_update(average: Tensor, parameter: Tensor, decay: float) -> Tensor:
-    """One step of an exponential moving average, e + (1 - d)(p - e).
-
-    Args:
-        average: any shape.
-        parameter: the same shape.
-        decay: d in [0, 1]; 0 copies the parameter, 1 keeps the average.
-
-    Returns:
-        The same shape, detached; never an alias of the parameter.
-    """
-    return torch.lerp(average.detach(), parameter.detach().to(average.dtype), 1 - decay)
-
-
-def flow_grpo_ema_decay(step: int, *, decay: float = 0.9) -> float:
-    """Flow-GRPO's warm-up, d(s) = min((1 + s) / (10 + s), decay).
-
-    Its recipes update where (s + 1) % 8 == 0 only, once per optimizer update (its code repeats the update once per
-    micro-batch at such a step).
-
-    Args:
-        step: s >= 0.
-        decay: final decay.
-    """
-    return power_decay(step, decay=decay, warmup=10)
-
 
 def nft_old_decay(step: int, kind: int) -> float:
     """DiffusionNFT's decay of the data-collecting policy (arXiv 2509.16117), applied once per epoch.
@@ -84,15 +54,6 @@ def ramp_decay(step: int, ramp: str) -> float:
         preset = (int(start), value, slope, end)
     first, value, slope, end = preset
     return value if step < first else min(value + (step - first) * slope, end)
-
-
-def dgpo_reference_decay(step: int) -> float:
-    """DGPO's decay of its moving reference (arXiv 2510.08425), d(s) = min(.3, .001 s).
-
-    Args:
-        step: s, the number of optimizer updates so far.
-    """
-    return min(0.3, 0.001 * step)
 
 
 def constant_decay(step: int, *, decay: float = 0.999) -> float:

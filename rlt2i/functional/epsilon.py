@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .numerics import Scalar, check_same_shape, full_precision, per_sample
-from .transitions import Transition
 
 Spacing = Literal["leading", "trailing"]
 
@@ -80,21 +79,6 @@ def vp_sigmas(alpha_bars: Tensor, timesteps: Tensor, *, final_alpha_bar: float =
     """
     levels = full_precision(alpha_bars)[timesteps]
     return torch.cat([vp_sigma(levels), vp_sigma(levels.new_tensor([final_alpha_bar]))])
-
-
-def vp_to_flow(x_vp: Tensor, alpha_bar: Scalar) -> tuple[Tensor, Tensor]:
-    """Change a variance-preserving state into a flow state, x = x_vp / (alpha + s).
-
-    Args:
-        x_vp: [B, C, H, W].
-        alpha_bar: float or [B].
-
-    Returns:
-        (x [B, C, H, W], sigma [B, 1, 1, 1]).
-    """
-    x_vp = full_precision(x_vp)
-    alpha_bar = per_sample(alpha_bar, x_vp, name="alpha_bar")
-    return x_vp / (torch.sqrt(alpha_bar) + torch.sqrt(1 - alpha_bar)), vp_sigma(alpha_bar)
 
 
 def flow_to_vp(x: Tensor, sigma: Scalar) -> tuple[Tensor, Tensor]:
@@ -203,64 +187,6 @@ def nearest_timestep(sigma: Tensor, alpha_bars: Tensor) -> Tensor:
     """
     levels = vp_sigma(alpha_bars)
     return (full_precision(sigma)[:, None] - levels).abs().argmin(dim=1)
-
-
-def ddim_previous_timestep(timestep: Tensor, *, num_steps: int, num_train_timesteps: int = 1000) -> Tensor:
-    """DDPO's next timestep, t' = max(t - M // N, 0): the last step ends at alpha_bar_0, not at a clean image.
-
-    Args:
-        timestep: [B] long.
-        num_steps: N.
-        num_train_timesteps: M.
-
-    Returns:
-        [B] long.
-    """
-    return (timestep - num_train_timesteps // num_steps).clamp(min=0)
-
-
-def ddim(x_vp: Tensor, epsilon: Tensor, alpha_bar: Scalar, alpha_bar_next: Scalar, *, eta: Scalar) -> Transition:
-    """DDIM step of an epsilon-prediction model (arXiv 2010.02502, eq. 12 and 16), DDPO's policy (2305.13301).
-
-        x0_hat = (x - sqrt(1 - ab) eps) / sqrt(ab),   std = eta sqrt( (1 - ab') / (1 - ab) (1 - ab / ab') )
-        mean   = sqrt(ab') x0_hat + sqrt(1 - ab' - std^2) eps
-
-    Its log-prob is `log_prob_map`, in variance-preserving coordinates.
-
-    Args:
-        x_vp: [B, C, H, W].
-        epsilon: [B, C, H, W] noise prediction; gradients flow.
-        alpha_bar: ab, float or [B].
-        alpha_bar_next: ab', float or [B], larger than `alpha_bar`.
-        eta: float or [B]; 1 in DDPO, 0 is deterministic.
-
-    Returns:
-        Transition in variance-preserving coordinates, with scale = std.
-    """
-    check_same_shape(x_vp=x_vp, epsilon=epsilon)
-    x_vp, epsilon = full_precision(x_vp), full_precision(epsilon)
-    now = per_sample(alpha_bar, x_vp, name="alpha_bar")
-    then = per_sample(alpha_bar_next, x_vp, name="alpha_bar_next")
-    variance = (1 - then) / (1 - now) * (1 - now / then)
-    std = per_sample(eta, x_vp, name="eta") * torch.sqrt(variance)
-    clean = (x_vp - torch.sqrt(1 - now) * epsilon) / torch.sqrt(now)
-    mean = torch.sqrt(then) * clean + torch.sqrt(1 - then - std**2) * epsilon
-    return Transition(mean, std, std)
-
-
-def transition_to_flow(transition: Transition, alpha_bar_next: Scalar) -> Transition:
-    """Express a step in variance-preserving coordinates as a step of the flow: divide by k' = alpha' + s'.
-
-    Args:
-        transition: from `ddim`.
-        alpha_bar_next: float or [B], of the state that the step leads to.
-
-    Returns:
-        Transition in flow coordinates.
-    """
-    then = per_sample(alpha_bar_next, transition.mean, name="alpha_bar_next")
-    scale = torch.sqrt(then) + torch.sqrt(1 - then)
-    return Transition(transition.mean / scale, transition.std / scale, transition.scale / scale)
 
 
 def _flow_scale(sigma: Tensor) -> Tensor:

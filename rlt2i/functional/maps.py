@@ -79,25 +79,6 @@ def inverted_map(weight: Tensor) -> Tensor:
     return mean_one(high + low - weight, (-2, -1))
 
 
-def shuffled_map(weight: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Control: the same values at random places, one permutation per sample, shared by its steps.
-
-    A shuffled map keeps every statistic but the location: what it still gains over uniform is not due to *where*.
-
-    Args:
-        weight: [B, ..., h, w].
-        generator: source of the permutations; its device decides where they are drawn.
-
-    Returns:
-        [B, ..., h, w].
-    """
-    flat = weight.flatten(-2)
-    keys = torch.rand((flat.shape[0], flat.shape[-1]), generator=generator, device=generator.device)
-    order = keys.argsort(dim=-1).to(weight.device)
-    order = order.view((flat.shape[0],) + (1,) * (flat.ndim - 2) + (flat.shape[-1],))
-    return flat.gather(-1, order.expand_as(flat)).view_as(weight)
-
-
 def residual_contrast(error_better: Tensor, error_worse: Tensor) -> Tensor:
     """ToPO's signal: where the frozen reference tells a preferred image from a rejected one.
 
@@ -113,23 +94,6 @@ def residual_contrast(error_better: Tensor, error_worse: Tensor) -> Tensor:
     return mean_one((full_precision(error_better) - full_precision(error_worse)).abs(), (-2, -1))
 
 
-def map_entropy(weight: Tensor) -> Tensor:
-    """Entropy of a map as a fraction of the uniform map's, H(w / sum w) / log P.
-
-    Args:
-        weight: [..., h, w], non-negative, not all zero.
-
-    Returns:
-        [...] in [0, 1]; 1 for a constant map (also when there is a single location).
-    """
-    share = full_precision(weight).flatten(-2)
-    share = share / share.sum(dim=-1, keepdim=True)
-    highest = torch.log(torch.tensor(float(share.shape[-1]), dtype=share.dtype, device=share.device))
-    entropy = -torch.xlogy(share, share).sum(dim=-1)
-    flat = share.amax(dim=-1) == share.amin(dim=-1)
-    return torch.where(flat, 1, (entropy / torch.where(highest > 0, highest, 1)).clamp(0, 1))
-
-
 def effective_support(weight: Tensor) -> Tensor:
     """Effective share of locations that a map uses, (sum w)^2 / (P sum w^2) (Kish's effective sample size).
 
@@ -141,18 +105,6 @@ def effective_support(weight: Tensor) -> Tensor:
     """
     flat = full_precision(weight).flatten(-2)
     return flat.sum(dim=-1) ** 2 / (flat.shape[-1] * (flat**2).sum(dim=-1))
-
-
-def map_peak(weight: Tensor) -> Tensor:
-    """Largest weight of each map: how much faster than uniform the favourite location moves.
-
-    Args:
-        weight: [..., h, w].
-
-    Returns:
-        [...].
-    """
-    return weight.amax(dim=(-2, -1))
 
 
 def _blur_matrix(size: int, sigma: float, like: Tensor) -> Tensor:

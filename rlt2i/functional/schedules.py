@@ -50,20 +50,6 @@ def sd3_sigmas(num_steps: int, *, shift: float = 3.0, num_train_timesteps: int =
     return torch.cat([shift_sigma(base, shift), base.new_zeros(1)]).float()
 
 
-def shifted_linspace_sigmas(num_steps: int, *, shift: float) -> Tensor:
-    """DanceGRPO's and MixGRPO's schedule, shift(linspace(1, 0, N + 1)) (arXiv 2505.07818, 2507.21802).
-
-    Args:
-        num_steps: N >= 1.
-        shift: as in `shift_sigma`.
-
-    Returns:
-        [N + 1] float32, from 1 to 0.
-    """
-    _check_num_steps(num_steps)
-    return shift_sigma(torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64), shift).float()
-
-
 def even_sigmas(num_steps: int) -> Tensor:
     """Equal steps, sigma = linspace(1, 0, N + 1): for tests, and for models trained without a shift.
 
@@ -75,25 +61,6 @@ def even_sigmas(num_steps: int) -> Tensor:
     """
     _check_num_steps(num_steps)
     return torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64).float()
-
-
-def constructed_sigmas(*, shift: float = 3.0, num_train_timesteps: int = 1000) -> Tensor:
-    """The training sigmas of a diffusers flow scheduler as constructed: shifted once, no 0 at the end.
-
-        sigma_i = shift( (M - i) / M ),   i = 0 .. M - 1,   M = num_train_timesteps
-
-    Flow-GRPO's SFT and DPO draw an index into them (see `logit_normal_indices`).
-
-    Args:
-        shift: as in `shift_sigma`.
-        num_train_timesteps: M >= 1.
-
-    Returns:
-        [M] float32, decreasing from 1.
-    """
-    _check_num_steps(num_train_timesteps, name="num_train_timesteps")
-    base = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
-    return shift_sigma(base, shift).float()
 
 
 def _check_num_steps(value: int, name: str = "num_steps") -> None:

@@ -6,30 +6,6 @@ from torch import Tensor
 from .numerics import Scalar, check_same_shape, full_precision, per_sample
 
 
-def dpm_solver_1(x: Tensor, v: Tensor, sigma: Scalar, sigma_next: Scalar) -> Tensor:
-    """First-order DPM-Solver++ in flow coordinates (arXiv 2211.01095).
-
-        x' = (s'/s) x - (1 - s')(e^{-h} - 1) x0_hat
-
-    With lambda = log((1 - s) / s) and h = lambda' - lambda the second coefficient is 1 - s'/s, which needs no
-    logarithm and is finite at both ends. The step equals Euler's and DDIM's (eta = 0) exactly; it differs in
-    rounding only.
-
-    Args:
-        x: [B, C, H, W].
-        v: [B, C, H, W].
-        sigma: float or [B], above 0.
-        sigma_next: float or [B], smaller than `sigma`.
-
-    Returns:
-        [B, C, H, W].
-    """
-    check_same_shape(x=x, v=v)
-    x, v = full_precision(x), full_precision(v)
-    sigma, sigma_next = per_sample(sigma, x, name="sigma"), per_sample(sigma_next, x, name="sigma_next")
-    return _exponential_step(x, x - sigma * v, sigma, sigma_next)
-
-
 def dpm_solver_2m(
     x: Tensor, v: Tensor, sigma: Scalar, sigma_next: Scalar, *, previous_clean: Tensor, sigma_previous: Scalar
 ) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .advantages import group_relative_advantage
-from .groups import group_layout, masked_std
 from .numerics import full_precision, rounding
 
 Reference = Literal["remaining", "global", "final"]
@@ -198,66 +197,6 @@ def turning_point_reward(
     value = eta * value
     main = torch.where(value != 0, 0, gain) if replace else gain
     return TurningPointReward(reward=main + value, gain=gain, agreement=agreement, bonus=value, main=main)
-
-
-def tree_node_rewards(leaf_rewards: Tensor, parents: Tensor, log_probs: Tensor | None = None) -> Tensor:
-    """Reward of every node of a branching rollout, from the leaves upwards (BranchGRPO, arXiv 2509.06040).
-
-    Without log-probs a node gets the mean over its leaf descendants; with them the mean over its children,
-    weighted by the softmax of the log-probs of the edges that lead to them.
-
-    Args:
-        leaf_rewards: [N]; only the entries of leaves are read.
-        parents: [N] long, the parent's index, smaller than the node's own; -1 for a root. Several trees may
-            share one list.
-        log_probs: [N] log-prob of the edge into each node (not read for roots), or None for the plain mean.
-
-    Returns:
-        [N].
-    """
-    rewards = full_precision(leaf_rewards)
-    parent_of = [int(parent) for parent in parents.tolist()]
-    if any(parent >= node for node, parent in enumerate(parent_of)):
-        raise ValueError("a parent must come before its children: order the nodes from the root to the leaves.")
-    children: list[list[int]] = [[] for _ in parent_of]
-    for node, parent in enumerate(parent_of):
-        if parent >= 0:
-            children[parent].append(node)
-    values: list[Tensor] = list(rewards.unbind())
-    leaves = rewards.new_ones(len(parent_of))
-    for node in reversed(range(len(parent_of))):
-        below = children[node]
-        if not below:
-            continue
-        child_values = torch.stack([values[child] for child in below])
-        share = leaves[below] if log_probs is None else torch.softmax(log_probs[below].to(rewards), dim=0)
-        values[node] = (share * child_values).sum() / share.sum()
-        leaves[node] = leaves[below].sum()
-    return torch.stack(values)
-
-
-def tree_depth_advantage(
-    node_rewards: Tensor, depth: Tensor, tree: Tensor, *, eps: float = 1e-8, min_std: float = 1e-6
-) -> Tensor:
-    """Compare nodes of one depth of one tree (BranchGRPO, arXiv 2509.06040): (R - mean) / (unbiased std + eps).
-
-    Args:
-        node_rewards: [N] from `tree_node_rewards`.
-        depth: [N] long.
-        tree: [N] long, which tree a node belongs to.
-        eps: added to the std.
-        min_std: a depth with a smaller std (or a single node) gets 0.
-
-    Returns:
-        [N].
-    """
-    rewards = full_precision(node_rewards)
-    ids = tree.long() * (int(depth.max()) + 1) + depth.long()
-    layout = group_layout(ids, len(rewards), rewards.device)
-    split = layout.split(rewards)
-    spread = masked_std(split, layout.present, 1, correction=1)
-    advantage = group_relative_advantage(rewards, ids, eps=eps, correction=1)
-    return torch.where(layout.merge((spread >= min_std).expand_as(split), len(rewards)), advantage, 0)
 
 
 def _trends(ode_reward: Tensor, step_rewards: Tensor, final_reward: Tensor) -> tuple[Tensor, ...]:

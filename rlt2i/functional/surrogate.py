@@ -216,27 +216,6 @@ def flow_dppo_surrogate(
     return SurrogateLoss(loss=loss, ratio=fixed, clipped_high=high, clipped_low=low)
 
 
-def log_hinge_surrogate(log_ratio: Tensor, advantage: Tensor, margin: float, *, weight: Scalar = 1.0) -> Tensor:
-    """PCPO's hinge on the log-ratio instead of a clip on the ratio (arXiv 2509.25774), per element.
-
-        loss = weight max( 0, margin |A| - A log rho )
-
-    Args:
-        log_ratio: any shape.
-        advantage: broadcastable to `log_ratio`.
-        margin: xi > 0, the log-ratio beyond which an element stops learning.
-        weight: non-negative, float or tensor broadcastable to `log_ratio`.
-
-    Returns:
-        The shape of `log_ratio`.
-    """
-    if margin <= 0:
-        raise ValueError(f"margin={margin}: nothing would be learned on policy. Use margin > 0.")
-    log_ratio = full_precision(log_ratio)
-    check_broadcasts_into(log_ratio, advantage=advantage, weight=weight)
-    return weight * (margin * advantage.abs() - advantage * log_ratio).clamp(min=0)
-
-
 def _clip(ratio: Tensor, clip_range: Scalar) -> Tensor:
     if isinstance(clip_range, Tensor):
         return ratio.clamp(1 - clip_range, 1 + clip_range)

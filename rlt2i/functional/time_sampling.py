@@ -1,8 +1,7 @@
-"""Times at which a forward-process loss is evaluated: sigmas (1 = noise), or indices where the name says so.
+"""Noise levels at which a forward-process loss is evaluated, from uniform or normal numbers that the caller draws.
 
-"shift" has two directions in published code: AWM and SD3 move times towards noise, Flow-Factory's option of
-the same name towards the image (t = 1000 (1 - shift(f))). It is an argument here and never a default hidden
-in a name.
+"shift" has two directions in published code: AWM and SD3 move times towards noise, Flow-Factory's option of the same
+name towards the image (t = 1000 (1 - shift(f))). It is an argument here and never a default hidden in a name.
 """
 
 import math
@@ -34,136 +33,66 @@ def shift_towards(sigma: Tensor, shift: float, direction: Direction) -> Tensor:
     raise ValueError(f"direction={direction!r}: times move towards 'noise' or towards the 'image'.")
 
 
-def logit_normal_times(
-    num: int, *, generator: torch.Generator, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
-) -> Tensor:
-    """Independent logit-normal times, shift(sigmoid(mean + std z)) (SD3, arXiv 2403.03206; AWM with shift 3).
+def stratified_times(within: Tensor, *, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """One time in each of N equal parts of [low, high]: less variance than N independent draws.
 
     Args:
-        num: N.
-        generator: source of the draws; decides the device.
+        within: [..., N] in [0, 1), where in its part each time lies.
+        low: smallest sigma.
+        high: largest sigma.
+
+    Returns:
+        [..., N] ascending.
+    """
+    if not low < high:
+        raise ValueError(f"low={low}, high={high}: low must be below high.")
+    count = within.shape[-1]
+    return low + (high - low) * (torch.arange(count, device=within.device) + within) / count
+
+
+def normal_quantile(share: Tensor) -> Tensor:
+    """The standard normal number below which a share of all of them lies; shares are kept 1e-7 away from 0 and 1.
+
+    Args:
+        share: any shape, in [0, 1].
+
+    Returns:
+        The same shape.
+    """
+    return math.sqrt(2.0) * torch.erfinv(2 * share.clamp(1e-7, 1 - 1e-7) - 1)
+
+
+def logit_normal(normal: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Logit-normal times, sigmoid(mean + std z): most draws in the middle, where SD3 trains (arXiv 2403.03206; AWM).
+
+    Args:
+        normal: any shape, standard normal z.
         mean: location; positive favours noise.
         std: width.
-        shift: moves times towards noise.
 
     Returns:
-        [N] float32 in (0, 1).
+        The same shape, in (0, 1).
     """
-    normal = torch.randn(num, generator=generator, device=generator.device)
-    return shift_sigma(torch.sigmoid(mean + std * normal), shift)
+    return torch.sigmoid(mean + std * normal)
 
 
-def logit_normal_indices(
-    num: int, *, generator: torch.Generator, size: int = 1000, mean: float = 0.0, std: float = 1.0
-) -> Tensor:
-    """Indices floor(size u), u logit-normal, into `constructed_sigmas`: the times of Flow-GRPO's SFT and DPO.
+def stratified_steps(within: Tensor, *, first: int, last: int) -> Tensor:
+    """One step index in each of N bins of the sampler's own steps (AWM's "discrete", arXiv 2509.25050).
 
-    Args:
-        num: N.
-        generator: source of the draws; decides the device.
-        size: number of training sigmas.
-        mean: location of u; index 0 is pure noise.
-        std: width of u.
+        bounds = floor(linspace(first, last, N + 1)),   index_j uniform in [bounds_j, bounds_{j+1})
 
-    Returns:
-        [N] long in [0, size).
-    """
-    u = logit_normal_times(num, generator=generator, mean=mean, std=std)
-    return (u * size).long().clamp(max=size - 1)
-
-
-def stratified_uniform(num: int, *, generator: torch.Generator) -> Tensor:
-    """One uniform draw in each of N equal bins, in random order: less variance than N independent draws.
-
-    Args:
-        num: N.
-        generator: source of the draws; decides the device.
-
-    Returns:
-        [N] float32 in [0, 1).
-    """
-    offsets = torch.rand(num, generator=generator, device=generator.device)
-    places = (torch.arange(num, device=generator.device) + offsets) / num
-    return places[torch.randperm(num, generator=generator, device=generator.device)]
-
-
-def stratified_times(
-    num: int,
-    *,
-    generator: torch.Generator,
-    low: float = 0.0,
-    high: float = 1.0,
-    shift: float = 1.0,
-    direction: Direction = "noise",
-) -> Tensor:
-    """Stratified uniform times in [low, high], then shifted (Flow-Factory's "uniform").
-
-    Args:
-        num: N.
-        generator: source of the draws; decides the device.
-        low: smallest sigma before the shift.
-        high: largest sigma before the shift.
-        shift: 1 for none.
-        direction: of the shift; Flow-Factory "image".
-
-    Returns:
-        [N] float32.
-    """
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"low={low}, high={high}: times lie in [0, 1] and low is below high.")
-    u = stratified_uniform(num, generator=generator)
-    sigma = high - u * (high - low) if direction == "image" else low + u * (high - low)
-    return shift_towards(sigma, shift, direction)
-
-
-def stratified_logit_normal_times(
-    num: int,
-    *,
-    generator: torch.Generator,
-    mean: float = 0.0,
-    std: float = 1.0,
-    shift: float = 1.0,
-    direction: Direction = "noise",
-) -> Tensor:
-    """Stratified logit-normal times (Flow-Factory's "logit_normal"): sigmoid(mean + std z) of even quantiles.
-
-    Args:
-        num: N.
-        generator: source of the draws; decides the device.
-        mean: location of the logit of the time *before* a shift towards the image mirrors it.
-        std: width.
-        shift: 1 for none.
-        direction: of the shift; Flow-Factory "image".
-
-    Returns:
-        [N] float32 in (0, 1).
-    """
-    quantile = stratified_uniform(num, generator=generator).clamp(1e-7, 1 - 1e-7)
-    normal = math.sqrt(2.0) * torch.erfinv(2 * quantile - 1)
-    moved = shift_sigma(torch.sigmoid(mean + std * normal), shift)
-    return moved if direction == "noise" else 1 - moved
-
-
-def stratified_steps(num: int, *, first: int, end: int, generator: torch.Generator) -> Tensor:
-    """One step index in each of `num` bins of the sampler's own steps (AWM's "discrete", arXiv 2509.25050).
-
-        bounds = floor(linspace(first, end, num + 1)),   index_j uniform in [bounds_j, bounds_{j+1})
-
-    A bin without width gives its lower bound, so indices may repeat. AWM: end = int(T * fraction), first = 0
+    A bin without width gives its lower bound, so indices may repeat. AWM: last = int(T * fraction), first = 0
     ("discrete") or 1 ("discrete_wo_init", which never trains at pure noise).
 
     Args:
-        num: N.
+        within: [..., N] in [0, 1), where in its bin each index lies.
         first: smallest index.
-        end: upper bound, excluded except from bins without width.
-        generator: source of the draws; decides the device.
+        last: upper bound, excluded except from bins without width.
 
     Returns:
-        [N] long, ascending.
+        [..., N] long, ascending.
     """
-    if not 0 <= first <= end:
-        raise ValueError(f"first={first}, end={end}: the range of steps is empty.")
-    bounds = torch.linspace(first, end, num + 1, device=generator.device).long()
-    width = bounds[1:] - bounds[:-1]
-    draws = torch.rand(num, generator=generator, device=generator.device)
-    return bounds[:-1] + (draws * width).long()
+    if not 0 <= first <= last:
+        raise ValueError(f"first={first}, last={last}: the range of steps is empty.")
+    bounds = torch.linspace(first, last, within.shape[-1] + 1, device=within.device).long()
+    return bounds[:-1] + (within * bounds.diff()).long()

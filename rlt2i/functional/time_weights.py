@@ -94,23 +94,6 @@ def chunk_by_relative_l1(change: Tensor, num_chunks: int) -> tuple[int, ...]:
     return best[-1][1]
 
 
-def chunk_mean(log_ratio: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """One log-ratio per chunk of steps, the mean over its steps (GCPO, arXiv 2510.21583).
-
-    The mean of log-ratios is the log of the geometric mean of ratios.
-
-    Args:
-        log_ratio: [B, T, ...].
-        lengths: J chunk lengths that sum to T.
-
-    Returns:
-        [B, J, ...].
-    """
-    if sum(lengths) != log_ratio.shape[1] or min(lengths) < 1:
-        raise ValueError(f"chunks {lengths} do not cover {log_ratio.shape[1]} steps: their lengths must sum to it.")
-    return torch.stack([chunk.mean(dim=1) for chunk in torch.split(log_ratio, list(lengths), dim=1)], dim=1)
-
-
 def _spread(values: list[float]) -> float:
     mean = sum(values) / len(values)
     return sum((value - mean) ** 2 for value in values)

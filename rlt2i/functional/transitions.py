@@ -136,7 +136,7 @@ def dance_sde(x: Tensor, v: Tensor, sigma: Scalar, sigma_next: Scalar, *, eta: S
     x, v, sigma, sigma_next = _prepare(x, v, sigma, sigma_next)
     scale = per_sample(eta, x, name="eta")
     dt = sigma_next - sigma
-    score = -(x + (1 - sigma) * v) / sigma
+    score = -noise_prediction(x, v, sigma) / sigma
     mean = x + v * dt - 0.5 * scale**2 * score * dt
     return Transition(mean, scale * torch.sqrt(-dt), scale)
 
@@ -162,7 +162,7 @@ def cps(x: Tensor, v: Tensor, sigma: Scalar, sigma_next: Scalar, *, noise_level:
     x, v, sigma, sigma_next = _prepare(x, v, sigma, sigma_next)
     angle = per_sample(noise_level, x, name="noise_level") * (math.pi / 2)
     std = sigma_next * torch.sin(angle)
-    mean = (1 - sigma_next) * (x - sigma * v) + sigma_next * torch.cos(angle) * (x + (1 - sigma) * v)
+    mean = (1 - sigma_next) * (x - sigma * v) + sigma_next * torch.cos(angle) * noise_prediction(x, v, sigma)
     return Transition(mean, std, std)
 
 
@@ -190,7 +190,7 @@ def flow_ddim(x: Tensor, v: Tensor, sigma: Scalar, sigma_next: Scalar, *, eta: S
     kept = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))
     std = level * sigma_next * torch.sqrt(1 - kept**2)
     direction = torch.sqrt(sigma_next**2 - std**2)
-    mean = (1 - sigma_next) * (x - sigma * v) + direction * (x + (1 - sigma) * v)
+    mean = (1 - sigma_next) * (x - sigma * v) + direction * noise_prediction(x, v, sigma)
     return Transition(mean, std, std)
 
 

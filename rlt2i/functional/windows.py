@@ -2,8 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Final, Literal
 
 import torch
+
+Pace = Literal["constant", "linear", "exponential"]
+PACES: Final[tuple[Pace, ...]] = ("constant", "linear", "exponential")
+"""How the iterations that a sliding window stays at a place fall towards cleaner steps."""
 
 
 def sliding_window(
@@ -28,7 +34,7 @@ def sliding_window(
         update: index of the optimizer iteration, from 0.
         num_steps: T.
         width: how many steps are stochastic at once.
-        period: iterations per place, or a function from the place l to it (see `linear_period`).
+        period: iterations per place, or a function from the place l to it (see `paced`).
         stride: how far the window moves; MixGRPO 1, verl-omni `width`.
         last: end of the stochastic steps (exclusive); None stands for num_steps - 1.
         roll_back: start again after the last place; otherwise stay there.
@@ -76,6 +82,22 @@ def exponential_period(start: int, *, first: int, threshold: int, rate: float) -
         rate: MixGRPO .1.
     """
     return math.ceil(first * math.exp(-rate * max(0, start - threshold)))
+
+
+def paced(period: int, pace: Pace, *, last: int) -> int | Callable[[int], int]:
+    """The periods of a sliding window as MixGRPO's code has them, under the names of their shapes.
+
+    Args:
+        period: iterations at the first place.
+        pace: "constant" ("progressive" there); "linear" ("decay"), down to a quarter; "exponential" ("exp_decay"), by
+            e^-.1 a step from the 14th on.
+        last: end of the stochastic steps.
+    """
+    if pace == "linear":
+        return partial(linear_period, first=period, least=max(1, period // 4), last=last)
+    if pace == "exponential":
+        return partial(exponential_period, first=period, threshold=13, rate=0.1)
+    return period
 
 
 def random_window(*, width: int, low: int, high: int, generator: torch.Generator) -> tuple[int, ...]:

@@ -8,10 +8,11 @@ import attrs
 from attrs import validators
 from torch import Tensor
 
+from rlt2i.config import neutral
 from rlt2i.functional.awm import AWMWeighting, awm_advantage, awm_log_likelihood
-from rlt2i.functional.ema import dgpo_reference_decay
 from rlt2i.functional.surrogate import clipped_surrogate, scaled_clip_range
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
+from rlt2i.objectives.decay import Decay, PiecewiseLinearDecay
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import NoisyPairs, noisy_pairs
 from rlt2i.objectives.penalty import VelocityPenalty
@@ -37,9 +38,10 @@ class AWM(Objective):
             a map lies inside the ratio; 1 hardly ever clips.
         advantage_clip, advantage_scale: A' = clamp(A, +-clip) / clip * scale.
         kl_penalty: towards the reference policy.
-        ema_kl_weight: weight of the same distance to a slow average of the policy, min(.3, .001 s), refreshed once per
+        ema_kl_weight: weight of the same distance to a slow average of the policy, refreshed once per
             rollout batch. It takes the place of the old policy, so a second update on the same rollouts needs 0.
         sigmas: the noise levels trained at.
+        decay: how much of itself the slow average keeps; published min(.3, .001 s).
     """
 
     weighting: AWMWeighting = attrs.field(
@@ -53,6 +55,7 @@ class AWM(Objective):
     kl_penalty: VelocityPenalty = attrs.field(factory=VelocityPenalty)
     ema_kl_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
+    decay: Decay = neutral(PiecewiseLinearDecay(decay=0.3, rate=0.001))
 
     @property
     def needs(self) -> Needs:
@@ -62,7 +65,7 @@ class AWM(Objective):
         return Needs(parameter_sets=sets, rows="valid" if pulling else "advantage")
 
     def old_decay(self, optimizer_step: int) -> float:
-        return dgpo_reference_decay(optimizer_step) if self.ema_kl_weight > 0 else 0.0
+        return self.decay.at(optimizer_step) if self.ema_kl_weight > 0 else 0.0
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         if not context.on_policy and self.ema_kl_weight > 0:

@@ -14,6 +14,7 @@ from rlt2i.functional.ema import ramp_decay
 from rlt2i.functional.group_matching import CRDForm, crd_kl_weight, crd_loss, crd_reward_map
 from rlt2i.functional.matching import nft_label
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
+from rlt2i.objectives.decay import Decay
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs, whole_groups
 from rlt2i.objectives.penalty import VelocityPenalty
@@ -39,7 +40,7 @@ class CRD(Objective):
             results depend on micro_batch_size and on the number of processes.
         kl_penalty: towards the reference policy, of full weight for the best samples; the worst get 1e-4.
         sigmas: the noise levels trained at, drawn once per group.
-        decay: of the old policy, "start_step-start_value-slope-end_value".
+        decay: of the old policy, "start_step-start_value-slope-end_value", or a `Decay`.
         sample_with: which weights sample.
     """
 
@@ -56,12 +57,12 @@ class CRD(Objective):
     )
     kl_penalty: VelocityPenalty = attrs.field(factory=VelocityPenalty)
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
-    decay: str = attrs.field(default="0-0.25-0.005-0.999")
+    decay: str | Decay = attrs.field(default="0-0.25-0.005-0.999")
     sample_with: Literal["online", "old"] = attrs.field(default="old", validator=validators.in_(("online", "old")))
 
     @decay.validator
-    def _check_decay(self, _: Any, value: str) -> None:
-        ramp_decay(0, value)
+    def _check_decay(self, _: Any, value: str | Decay) -> None:
+        self._decay_at(0, value)
 
     @property
     def rollout_weights(self) -> Literal["online", "old"]:
@@ -73,7 +74,11 @@ class CRD(Objective):
         return Needs(parameter_sets={"old"} | self.kl_penalty.parameter_sets, groups=True, rows="valid")
 
     def old_decay(self, optimizer_step: int) -> float:
-        return ramp_decay(optimizer_step, self.decay)
+        return self._decay_at(optimizer_step, self.decay)
+
+    @staticmethod
+    def _decay_at(optimizer_step: int, decay: str | Decay) -> float:
+        return decay.at(optimizer_step) if isinstance(decay, Decay) else ramp_decay(optimizer_step, decay)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         groups, keys = experience.groups, experience.keys

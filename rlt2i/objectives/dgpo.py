@@ -10,9 +10,10 @@ import torch
 from attrs import validators
 from torch import Tensor
 
-from rlt2i.functional.ema import dgpo_reference_decay
+from rlt2i.config import neutral
 from rlt2i.functional.group_matching import dgpo_clipped, dgpo_group_weight, dgpo_loss_map
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
+from rlt2i.objectives.decay import Decay, PiecewiseLinearDecay
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import NoisyPairs, noisy_pairs, whole_groups
 from rlt2i.objectives.penalty import VelocityPenalty
@@ -32,10 +33,11 @@ class DGPO(Objective):
         beta: strength inside W_g, for errors that are means over latent dimensions.
         anchor: what W_g compares with: the starting weights, or the moving reference.
         clip_range: a sample stops learning once exp(m_moving - m) has left 1 +- eps in the direction of its advantage;
-            the moving reference follows with decay min(.3, .001 s), once per rollout batch. Null never clips.
+            the moving reference follows with `decay`, once per rollout batch. Null never clips.
         kl_penalty: towards the reference policy.
         sigmas: the noise levels trained at, drawn once per group.
         sample_with: "old" samples with the moving reference, as the authors do after some hundred updates.
+        decay: how much of itself the moving reference keeps; published min(.3, .001 s).
     """
 
     beta: float = attrs.field(default=100.0, validator=validators.gt(0))
@@ -48,6 +50,7 @@ class DGPO(Objective):
     )
     kl_penalty: VelocityPenalty = attrs.field(factory=VelocityPenalty)
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
+    decay: Decay = neutral(PiecewiseLinearDecay(decay=0.3, rate=0.001))
     sample_with: Literal["online", "old"] = attrs.field(default="online", validator=validators.in_(("online", "old")))
 
     @property
@@ -62,7 +65,7 @@ class DGPO(Objective):
         return Needs(parameter_sets=reference | moving, groups=True, rows="valid" if pulling else "groups")
 
     def old_decay(self, optimizer_step: int) -> float:
-        return dgpo_reference_decay(optimizer_step)
+        return self.decay.at(optimizer_step)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         groups = experience.groups

@@ -12,6 +12,7 @@ from attrs import validators
 from rlt2i.functional.ema import nft_old_decay
 from rlt2i.functional.matching import nft_label, nft_loss_map
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
+from rlt2i.objectives.decay import Decay
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs
 from rlt2i.objectives.penalty import VelocityPenalty
@@ -36,7 +37,7 @@ class DiffusionNFT(Objective):
         kl_penalty: towards the reference policy.
         sigmas: the noise levels trained at.
         decay: schedule of the old policy: 0 follows at once, 1 is min(.001 s, .5), 2 waits 75 updates; or a constant
-            share below 1.
+            share below 1; or a `Decay`.
         sample_with: which weights sample.
     """
 
@@ -46,15 +47,15 @@ class DiffusionNFT(Objective):
     label: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
     kl_penalty: VelocityPenalty = attrs.field(factory=VelocityPenalty)
     sigmas: SigmaDraws = attrs.field(factory=SigmaDraws)
-    decay: Literal[0, 1, 2] | float = attrs.field(default=1)
+    decay: Literal[0, 1, 2] | float | Decay = attrs.field(default=1)
     sample_with: Literal["online", "old"] = "old"
 
     @decay.validator
-    def _check_decay(self, _: Any, value: float) -> None:
-        if value not in (0, 1, 2) and not 0 <= value < 1:
+    def _check_decay(self, _: Any, value: float | Decay) -> None:
+        if not isinstance(value, Decay) and value not in (0, 1, 2) and not 0 <= value < 1:
             raise ValueError(
-                f"DiffusionNFT(decay={value}): the old policy keeps a share of itself. Use a schedule, 0, 1 or 2, or a "
-                "constant share below 1."
+                f"DiffusionNFT(decay={value}): the old policy keeps a share of itself. Use a schedule, 0, 1 or 2, a "
+                "constant share below 1, or a part such as LinearDecay."
             )
 
     @property
@@ -67,6 +68,8 @@ class DiffusionNFT(Objective):
         return Needs(parameter_sets={"old"} | self.kl_penalty.parameter_sets, rows="valid")
 
     def old_decay(self, optimizer_step: int) -> float:
+        if isinstance(self.decay, Decay):
+            return self.decay.at(optimizer_step)
         return nft_old_decay(optimizer_step, int(self.decay)) if self.decay in (0, 1, 2) else float(self.decay)
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:

@@ -22,6 +22,14 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "OffsetGuidance": "rlt2i.policies.guidance:OffsetGuidance",
             "RescaledGuidance": "rlt2i.policies.guidance:RescaledGuidance",
         },
+        "Decay": {
+            "ConstantDecay": "rlt2i.objectives.decay:ConstantDecay",
+            "CosineDecay": "rlt2i.objectives.decay:CosineDecay",
+            "LinearDecay": "rlt2i.objectives.decay:LinearDecay",
+            "PiecewiseLinearDecay": "rlt2i.objectives.decay:PiecewiseLinearDecay",
+            "PowerDecay": "rlt2i.objectives.decay:PowerDecay",
+            "WarmupCosineDecay": "rlt2i.objectives.decay:WarmupCosineDecay",
+        },
         "Sampler": {
             "BranchSDE": "rlt2i.samplers.branching:BranchSDE",
             "DPM2": "rlt2i.samplers.dpm2:DPM2",

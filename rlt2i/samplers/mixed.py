@@ -5,7 +5,8 @@ from __future__ import annotations
 import attrs
 from attrs import validators
 
-from rlt2i.functional.windows import random_window, sliding_window
+from rlt2i.config import neutral
+from rlt2i.functional.windows import PACES, Pace, paced, random_window, sliding_window
 from rlt2i.samplers.stochastic import StochasticSampler
 from rlt2i.seeds import generator
 
@@ -24,6 +25,8 @@ class SlidingSDE(StochasticSampler):
         period: rollout batches at each place.
         last: end of the stochastic steps, exclusive; None stands for all but the last step.
         roll_back: start again after the last place; otherwise stay there.
+        pace: "constant" stays `period` batches at every place; "linear" and "exponential" stay fewer at cleaner steps,
+            as MixGRPO's "decay" and "exp_decay" do.
     """
 
     width: int = attrs.field(default=4, validator=validators.ge(1))
@@ -31,6 +34,7 @@ class SlidingSDE(StochasticSampler):
     period: int = attrs.field(default=25, validator=validators.ge(1))
     last: int | None = None
     roll_back: bool = True
+    pace: Pace = neutral("constant", validator=validators.in_(PACES))
 
     def __attrs_post_init__(self) -> None:
         last = self._last
@@ -55,7 +59,7 @@ class SlidingSDE(StochasticSampler):
             num_steps=self.num_steps,
             width=self.width,
             stride=self.stride,
-            period=self.period,
+            period=paced(self.period, self.pace, last=self._last),
             last=self._last,
             roll_back=self.roll_back,
         )

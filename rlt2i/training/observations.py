@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from rlt2i.engine import Collected
 from rlt2i.functional.groups import masked_std, tied
-from rlt2i.functional.maps import effective_support, map_entropy
+from rlt2i.functional.maps import effective_support
+from rlt2i.functional.numerics import full_precision
 
 
 def observations(collected: Collected, mean: Callable[[Tensor], float]) -> dict[str, float]:
@@ -65,3 +67,20 @@ def _concentration(axis: str, weight: Tensor) -> dict[str, Tensor]:
         f"{axis}/effective_support": effective_support(weight),
         f"{axis}/max": weight.amax(dim=(-2, -1)),
     }
+
+
+def map_entropy(weight: Tensor) -> Tensor:
+    """Entropy of a map as a fraction of the uniform map's, H(w / sum w) / log P.
+
+    Args:
+        weight: [..., h, w], non-negative, not all zero.
+
+    Returns:
+        [...] in [0, 1]; 1 for a constant map (also when there is a single location).
+    """
+    share = full_precision(weight).flatten(-2)
+    share = share / share.sum(dim=-1, keepdim=True)
+    highest = torch.log(torch.tensor(float(share.shape[-1]), dtype=share.dtype, device=share.device))
+    entropy = -torch.xlogy(share, share).sum(dim=-1)
+    flat = share.amax(dim=-1) == share.amin(dim=-1)
+    return torch.where(flat, 1, (entropy / torch.where(highest > 0, highest, 1)).clamp(0, 1))

@@ -20,6 +20,7 @@ from rlt2i.credit.relative_l1_chunks import RelativeL1Chunks
 from rlt2i.credit.residual_contrast import ResidualContrast
 from rlt2i.credit.sliding_window import SlidingWindow
 from rlt2i.interfaces import RewardOutput
+from rlt2i.samplers.mixed import SlidingSDE
 from rlt2i.types import Region
 from tests.helpers.credit_contexts import make_context
 
@@ -79,6 +80,16 @@ def test_sliding_window_by_hand():
         context = make_context([0.0, 1.0], group_size=2, num_steps=6, stochastic=(1, 2, 4), iteration=iteration)
         seen.append(part.mask(context).flatten().nonzero().flatten().tolist())
     assert seen == [[1, 2], [1, 2], [2, 4], [2, 4], [4], [4], [1, 2]]
+
+
+def test_a_sliding_window_hurries_over_cleaner_steps():
+    # Four places; from 8 batches at the first to 2 = 8 // 4 at none: 8, 6.5, 5, 3.5, rounded down.
+    part, seen = SlidingWindow(width=1, period=8, pace="linear"), []
+    for iteration in range(8 + 6 + 5 + 3):
+        context = make_context([0.0, 1.0], group_size=2, num_steps=4, stochastic=(0, 1, 2, 3), iteration=iteration)
+        seen += part.mask(context).flatten().nonzero().flatten().tolist()
+    assert [seen.count(place) for place in range(4)] == [8, 6, 5, 3]
+    assert SlidingSDE(num_steps=5, width=1, period=8, pace="linear").stochastic_steps(8 + 6) == (2,)
 
 
 def test_random_window_is_the_same_on_every_process():

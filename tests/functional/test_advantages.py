@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
+from rlt2i.evaluation.best_worst import best_worst_pairs
 from rlt2i.functional.advantages import (
     best_of_group,
     gdpo,
@@ -14,13 +15,10 @@ from rlt2i.functional.advantages import (
     group_std,
     reward_weights,
     step_gain,
-    sum_of_normalised,
     win_rate,
     win_rate_advantage,
-    zero_std_ratio,
 )
-from rlt2i.functional.preference import best_worst_pairs, best_worst_signs
-from rlt2i.functional.tracking import tracked_advantage
+from tests.helpers.published_advantages import best_worst_signs, sum_of_normalised, tracked_advantage, zero_std_ratio
 
 rewards_of_groups = arrays("float64", st.tuples(st.integers(1, 4), st.integers(1, 6)), elements=st.integers(-3, 3))
 

@@ -9,27 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlt2i.functional.allocation import attention_allocation
-from rlt2i.functional.maps import (
-    blur2d,
-    effective_support,
-    inverted_map,
-    map_entropy,
-    map_peak,
-    mean_one,
-    rank_map,
-    residual_contrast,
-    shuffled_map,
-)
+from rlt2i.functional.maps import blur2d, effective_support, inverted_map, mean_one, rank_map, residual_contrast
 from rlt2i.functional.schedules import sd3_sigmas
 from rlt2i.functional.time_weights import (
     chunk_by_relative_l1,
-    chunk_mean,
     inverse_dt_weights,
     noise_aware_weights,
     proportional_dt_weights,
     relative_l1,
 )
 from rlt2i.functional.transitions import flow_sde
+from rlt2i.training.observations import map_entropy
 
 PLAIN = {"blur": 0.0, "floor": 0.0, "ceiling": 1e6, "doubt": 0.0}
 knobs = st.fixed_dictionaries(
@@ -177,14 +167,6 @@ def test_inverted_map_by_hand():
     assert (inverted_map(torch.full((3, 3), 0.7)) == 1).all()
 
 
-def test_shuffled_map_keeps_values_and_moves_all_steps_alike():
-    weight = torch.arange(24.0).view(2, 1, 3, 4).expand(2, 5, 3, 4)
-    shuffled = shuffled_map(weight, generator=torch.Generator().manual_seed(0))
-    assert not torch.equal(shuffled, weight)
-    assert torch.equal(shuffled.flatten(2).sort(dim=-1).values, weight.flatten(2))
-    assert (shuffled == shuffled[:, :1]).all()
-
-
 def test_residual_contrast_by_hand():
     contrast = residual_contrast(torch.tensor([[[1.0, 5.0]]]), torch.tensor([[[2.0, 2.0]]]))
     torch.testing.assert_close(contrast, torch.tensor([[[0.5, 1.5]]]))
@@ -194,7 +176,6 @@ def test_statistics_by_hand():
     weight = torch.tensor([[[2.0, 2.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]], [[4.0, 0.0], [0.0, 0.0]]])
     torch.testing.assert_close(map_entropy(weight), torch.tensor([0.5, 1.0, 0.0]))
     torch.testing.assert_close(effective_support(weight), torch.tensor([0.5, 1.0, 0.25]))
-    assert map_peak(weight).tolist() == [2.0, 1.0, 4.0]
     assert map_entropy(torch.ones(1, 1)) == 1  # a single place: nothing to be unsure about
 
 
@@ -224,8 +205,6 @@ def test_chunks_by_hand():
     assert chunk_by_relative_l1(curve, 3) == (2, 3, 1)
     assert chunk_by_relative_l1(curve, 1) == (6,)
     assert chunk_by_relative_l1(curve.expand(2, 6), 6) == (1,) * 6
-    ratios = torch.tensor([[1.0, 3.0, 5.0]])
-    torch.testing.assert_close(chunk_mean(ratios, (2, 1)), torch.tensor([[2.0, 5.0]]))
 
 
 def test_relative_change_by_hand():
@@ -247,7 +226,6 @@ def test_relative_change_by_hand():
         (lambda: attention_allocation(torch.rand(1, 1, 1, 2, 2), normalise="l2"), "normalise='l2'"),
         (lambda: blur2d(torch.rand(2, 2), -1.0), "blur=-1.0"),
         (lambda: chunk_by_relative_l1(torch.rand(3), 4), "num_chunks=4"),
-        (lambda: chunk_mean(torch.rand(1, 3), (2, 2)), "do not cover 3 steps"),
         (lambda: noise_aware_weights(torch.rand(2), mask=torch.zeros(2, dtype=torch.bool)), "selects no step"),
     ],
 )

@@ -18,7 +18,7 @@ from rlt2i.functional.branching import (
     tree_paths,
     trunk_paths,
 )
-from rlt2i.functional.step_credit import tree_depth_advantage, tree_node_rewards
+from tests.helpers.published_advantages import tree_depth_advantage, tree_node_rewards
 
 EIGHT = tree_paths(4, splits=(0, 1, 2), width=2, last=3)
 REWARDS = torch.tensor([1.0, 3.0, 5.0, 7.0, 0.0, 2.0, 4.0, 6.0])

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from rlt2i.functional.awm import awm_kl_map
-from rlt2i.functional.ema import ema_update
 from rlt2i.functional.gaussian import cps_log_prob_map, log_prob_map
 from rlt2i.functional.group_matching import (
     crd_centred_loss,
@@ -29,6 +28,7 @@ from rlt2i.functional.matching import (
 from rlt2i.functional.preference import dpo_logits
 from rlt2i.functional.surrogate import flow_dppo_surrogate, grpo_guard_log_ratio
 from rlt2i.functional.transitions import flow_sde
+from tests.helpers.published_steps import ema_update
 
 GROUPS = torch.tensor([0, 0, 1, 1])
 SIGMA = torch.tensor([0.3, 0.5, 0.7, 0.9], dtype=torch.float64)

@@ -5,21 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlt2i.functional.advantages import (
-    best_of_group,
-    gdpo,
-    group_relative_advantage,
-    group_std,
-    reward_weights,
-    sum_of_normalised,
-    zero_std_ratio,
-)
+from rlt2i.evaluation.best_worst import best_worst_pairs
+from rlt2i.functional.advantages import best_of_group, gdpo, group_relative_advantage, group_std, reward_weights
 from rlt2i.functional.ema import (
     constant_decay,
     cosine_decay,
-    dgpo_reference_decay,
-    ema_update,
-    flow_grpo_ema_decay,
     linear_decay,
     nft_old_decay,
     piecewise_linear_decay,
@@ -28,17 +18,19 @@ from rlt2i.functional.ema import (
     warmup_cosine_decay,
 )
 from rlt2i.functional.matching import nft_label
-from rlt2i.functional.preference import best_worst_pairs, best_worst_signs
-from rlt2i.functional.step_credit import (
-    balance_turning_points,
+from rlt2i.functional.step_credit import balance_turning_points, turning_point_reward, turning_points
+from rlt2i.functional.windows import exponential_period, paced, sliding_window
+from rlt2i.objectives.dgpo import DGPO
+from tests.helpers.golden_cases import Case, golden, group_ids
+from tests.helpers.published_advantages import (
+    best_worst_signs,
+    sum_of_normalised,
+    tracked_advantage,
     tree_depth_advantage,
     tree_node_rewards,
-    turning_point_reward,
-    turning_points,
+    zero_std_ratio,
 )
-from rlt2i.functional.tracking import tracked_advantage
-from rlt2i.functional.windows import exponential_period, linear_period, sliding_window
-from tests.helpers.golden_cases import Case, golden, group_ids
+from tests.helpers.published_steps import ema_update
 
 
 @golden("adv/flow_grpo_tracker/*", "adv/nft_tracker/*")
@@ -201,17 +193,11 @@ def test_turning_points(case: Case):
 
 
 def mixgrpo_period(case: Case) -> int | Callable[[int], int]:
-    first, last = case["iters_per_group"], case["max_timesteps"]
-    match case.get("sample_strategy", "progressive"):
-        case "progressive":
-            return first
-        case "decay":
-            return lambda start: linear_period(start, first=first, least=max(1, first // 4), last=last)
-        case "exp_decay":
-            threshold, rate = case.get("exp_decay_thre_timestep", 13), case.get("exp_decay_k", 0.1)
-            return lambda start: exponential_period(start, first=first, threshold=threshold, rate=rate)
-        case other:
-            raise AssertionError(other)
+    strategy, first, last = case.get("sample_strategy", "progressive"), case["iters_per_group"], case["max_timesteps"]
+    if strategy == "exp_decay":
+        threshold, rate = case.get("exp_decay_thre_timestep", 13), case.get("exp_decay_k", 0.1)
+        return lambda start: exponential_period(start, first=first, threshold=threshold, rate=rate)
+    return paced(first, {"progressive": "constant", "decay": "linear"}[strategy], last=last)  # type: ignore[arg-type]
 
 
 @golden("window/mixgrpo/*")
@@ -253,7 +239,7 @@ def test_crd_decay(case: Case):
 
 @golden("ema/flow_grpo")
 def test_flow_grpo_ema(case: Case):
-    decays = [flow_grpo_ema_decay(step, decay=case["decay"]) for step in case["steps"]]
+    decays = [power_decay(step, decay=case["decay"], warmup=10) for step in case["steps"]]
     case.expect("decay_at", torch.tensor(decays, dtype=torch.float64))
     for interval in (case["interval"], 1):
         expected = case.outputs[f"ema_interval{interval}"]
@@ -261,7 +247,7 @@ def test_flow_grpo_ema(case: Case):
         for step in range(len(expected) * interval):
             if (step + 1) % interval == 0:
                 parameter = torch.tensor([step + 1.0, 1.0])
-                average = ema_update(average, parameter, flow_grpo_ema_decay(step, decay=case["decay"]))
+                average = ema_update(average, parameter, power_decay(step, decay=case["decay"], warmup=10))
                 seen.append(average)
         case.expect(f"ema_interval{interval}", torch.stack(seen))
 
@@ -270,7 +256,7 @@ def test_flow_grpo_ema(case: Case):
 def test_dgpo_reference(case: Case):
     average, seen = torch.ones(1), []
     for step in case["steps"]:
-        average = ema_update(average, torch.tensor([1 + step / 100]), dgpo_reference_decay(step))
+        average = ema_update(average, torch.tensor([1 + step / 100]), DGPO().old_decay(step))
         seen.append(average)
     case.expect("ema", torch.stack(seen))
 

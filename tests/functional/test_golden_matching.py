@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlt2i.functional.awm import awm_advantage, awm_kl_map, awm_log_likelihood, awm_noise_scale, awm_sum_first
+from rlt2i.functional.awm import awm_advantage, awm_kl_map, awm_log_likelihood, awm_noise_scale
 from rlt2i.functional.gaussian import squared_error_map
 from rlt2i.functional.group_matching import (
     crd_centred_loss,
@@ -31,6 +31,7 @@ from rlt2i.functional.preference import dpo_logits, dpo_loss
 from rlt2i.functional.surrogate import clipped_surrogate
 from tests.functional.test_golden_losses import both_precisions, gradient_of
 from tests.helpers.golden_cases import Case, golden, per_sample_mean
+from tests.helpers.published_advantages import awm_sum_first
 
 
 @golden("loss/nft/*", "loss/verl_nft/*", "loss/flow_factory_nft/*")

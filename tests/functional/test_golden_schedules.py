@@ -2,11 +2,11 @@
 
 import torch
 
-from rlt2i.functional.prompt_order import k_repeat_indices
-from rlt2i.functional.schedules import constructed_sigmas, sd3_sigmas, shifted_linspace_sigmas
+from rlt2i.functional.schedules import sd3_sigmas
 from rlt2i.functional.time_sampling import (
-    logit_normal_times,
-    stratified_logit_normal_times,
+    logit_normal,
+    normal_quantile,
+    shift_towards,
     stratified_steps,
     stratified_times,
 )
@@ -14,6 +14,7 @@ from rlt2i.functional.time_weights import noise_aware_weights
 from rlt2i.functional.transitions import flow_sde
 from rlt2i.functional.windows import random_subset
 from tests.helpers.golden_cases import Case, golden
+from tests.helpers.published_steps import constructed_sigmas, k_repeat_indices, shifted_linspace_sigmas
 
 
 @golden("schedule/sd3_shift*/N*")
@@ -77,13 +78,8 @@ def test_random_subset(case: Case):
 
 @golden("timesteps/awm_logit_normal*")
 def test_logit_normal_times(case: Case):
-    times = logit_normal_times(
-        case["shape"][0],
-        generator=torch.Generator().manual_seed(case["seed"]),
-        mean=case["m"],
-        std=case["s"],
-        shift=case["shift"],
-    )
+    normal = torch.randn(case["shape"][0], generator=torch.Generator().manual_seed(case["seed"]))
+    times = shift_towards(logit_normal(normal, mean=case["m"], std=case["s"]), case["shift"], "noise")
     case.expect("t", times)
 
 
@@ -94,14 +90,21 @@ def test_flow_factory_times(case: Case):
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(case["seed"])
 
-    # The file does not record the ranges; these reproduce its draws: sigma >= .01 for "uniform".
-    uniform = stratified_times(num, generator=generator(), low=0.01, direction="image")
+    def places() -> torch.Tensor:
+        """Flow-Factory's stratified places, in the random order that it gives them."""
+        draws = generator()
+        inside = stratified_times(torch.rand(num, generator=draws))
+        return inside[torch.randperm(num, generator=draws)]
+
+    # The file does not record the ranges; these reproduce its draws: sigma >= .01 for "uniform". It counts time from
+    # the image, so that a place u is the sigma 1 - u.
+    uniform = 1 - places() * (1 - 0.01)
     case.expect("uniform", 1000 * uniform[:, None].expand(-1, case["batch"]))
-    shifted = stratified_times(num, generator=generator(), low=0.01, shift=3.0, direction="image")
+    shifted = shift_towards(uniform, 3.0, "image")
     case.expect("uniform_shift3", 1000 * shifted[:, None].expand(-1, case["batch"]))
-    logit = stratified_logit_normal_times(num, generator=generator(), shift=3.0, direction="image")
+    logit = shift_towards(1 - logit_normal(normal_quantile(places())), 3.0, "image")
     case.expect("logit_normal_shift3", 1000 * logit[:, None].expand(-1, case["batch"]))
     timesteps = 1000 * sd3_sigmas(10)
-    for name, first, end in (("discrete", 0, 5), ("discrete_wo_init", 1, 8)):
-        steps = stratified_steps(num, first=first, end=end, generator=generator())
+    for name, first, last in (("discrete", 0, 5), ("discrete_wo_init", 1, 8)):
+        steps = stratified_steps(torch.rand(num, generator=generator()), first=first, last=last)
         case.expect(name, timesteps[steps][:, None].expand(-1, case["batch"]))

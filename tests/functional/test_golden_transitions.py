@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlt2i.functional.epsilon import ddim, ddim_previous_timestep, scaled_linear_alpha_bars
+from rlt2i.functional.epsilon import scaled_linear_alpha_bars
 from rlt2i.functional.gaussian import LOG_SQRT_2PI, cps_log_prob_map, log_prob_map
-from rlt2i.functional.schedules import sd3_sigmas, shifted_linspace_sigmas
-from rlt2i.functional.solvers import dpm_solver_1, dpm_solver_2m
+from rlt2i.functional.schedules import sd3_sigmas
+from rlt2i.functional.solvers import dpm_solver_2m
 from rlt2i.functional.transitions import Transition, clean_prediction, cps, dance_sde, euler, flow_ddim, flow_sde
 from tests.helpers.golden_cases import Case, golden, per_sample_mean
+from tests.helpers.published_steps import ddim, ddim_previous_timestep, dpm_solver_1, shifted_linspace_sigmas
 
 
 def schedule(case: Case, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlt2i.functional.awm import awm_advantage, awm_kl_map, awm_log_likelihood, awm_noise_scale, awm_sum_first
+from rlt2i.functional.awm import awm_advantage, awm_kl_map, awm_log_likelihood, awm_noise_scale
 from rlt2i.functional.group_matching import (
     crd_centred_loss,
     crd_kl_weight,
@@ -30,6 +30,7 @@ from rlt2i.functional.matching import (
 from rlt2i.functional.preference import dpo_logits, dpo_loss
 from rlt2i.functional.surrogate import clipped_surrogate
 from rlt2i.functional.transitions import euler
+from tests.helpers.published_advantages import awm_sum_first
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -5,16 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlt2i.functional.schedules import constructed_sigmas, even_sigmas, sd3_sigmas, shift_sigma, shifted_linspace_sigmas
+from rlt2i.functional.schedules import even_sigmas, sd3_sigmas, shift_sigma
 from rlt2i.functional.time_sampling import (
-    logit_normal_indices,
-    logit_normal_times,
+    logit_normal,
+    normal_quantile,
     shift_towards,
-    stratified_logit_normal_times,
     stratified_steps,
     stratified_times,
-    stratified_uniform,
 )
+from tests.helpers.published_steps import constructed_sigmas, shifted_linspace_sigmas
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -60,43 +59,31 @@ def test_a_shift_towards_the_image_mirrors_one_towards_noise():
     torch.testing.assert_close(shift_towards(noise, 3.0, "image"), sigma)
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda g: logit_normal_times(64, generator=g, shift=3.0),
-        lambda g: stratified_times(64, generator=g, shift=2.0, direction="image"),
-        lambda g: stratified_logit_normal_times(64, generator=g, shift=2.0),
-    ],
-)
-def test_times_lie_between_image_and_noise_and_follow_their_seed(draw):
-    times = draw(seeded(3))
-    assert ((times >= 0) & (times <= 1)).all()
-    assert torch.equal(times, draw(seeded(3)))
-    assert not torch.equal(times, draw(seeded(4)))
+def test_stratified_draws_fall_one_into_each_part():
+    within = torch.rand(3, 16, generator=seeded())
+    places = stratified_times(within)
+    assert (places * 16).long().tolist() == [list(range(16))] * 3
+    # Parts of [.2, .6] are .1 wide; half way into each.
+    halves = stratified_times(torch.full((4,), 0.5), low=0.2, high=0.6)
+    torch.testing.assert_close(halves, torch.tensor([0.25, 0.35, 0.45, 0.55]))
 
 
-def test_stratified_draws_fall_one_into_each_bin():
-    places = stratified_uniform(16, generator=seeded())
-    assert (places * 16).long().sort().values.tolist() == list(range(16))
-    times = stratified_times(16, generator=seeded(), low=0.2, high=0.6)
-    assert times.min() >= 0.2
-    assert times.max() <= 0.6
+def test_logit_normal_by_hand():
+    # The median is sigmoid(mean); one standard deviation up, sigmoid(mean + std); 84.13 % lie below it.
+    normal = normal_quantile(torch.tensor([0.5, 0.8413447]))
+    torch.testing.assert_close(normal, torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0)
+    found = logit_normal(normal, mean=1.0, std=2.0)
+    torch.testing.assert_close(found, torch.sigmoid(torch.tensor([1.0, 3.0])), atol=1e-5, rtol=0)
+    assert torch.isfinite(normal_quantile(torch.tensor([0.0, 1.0]))).all()
 
 
 def test_steps_fall_one_into_each_bin_and_skip_the_first_on_request():
     # bounds floor(linspace(1, 9, 5)) = 1, 3, 5, 7, 9
     for seed in range(20):
-        steps = stratified_steps(4, first=1, end=9, generator=seeded(seed)).tolist()
+        steps = stratified_steps(torch.rand(4, generator=seeded(seed)), first=1, last=9).tolist()
         assert all(low <= step < low + 2 for low, step in zip((1, 3, 5, 7), steps, strict=True))
     # More draws than steps: bins without width repeat their lower bound.
-    assert stratified_steps(4, first=0, end=2, generator=seeded()).tolist() == [0, 0, 1, 1]
-
-
-def test_indices_fit_the_constructed_schedule():
-    indices = logit_normal_indices(500, generator=seeded())
-    assert indices.dtype == torch.long
-    assert indices.min() >= 0
-    assert indices.max() < len(constructed_sigmas())
+    assert stratified_steps(torch.rand(4, generator=seeded()), first=0, last=2).tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -105,8 +92,8 @@ def test_indices_fit_the_constructed_schedule():
         (lambda: sd3_sigmas(0), "num_steps=0"),
         (lambda: shift_sigma(0.5, 0.0), "shift=0.0"),
         (lambda: shift_towards(torch.ones(1), 3.0, "up"), "direction='up'"),
-        (lambda: stratified_times(2, generator=seeded(), low=0.5, high=0.5), "low=0.5"),
-        (lambda: stratified_steps(2, first=3, end=2, generator=seeded()), "first=3"),
+        (lambda: stratified_times(torch.zeros(2), low=0.5, high=0.5), "low=0.5"),
+        (lambda: stratified_steps(torch.zeros(2), first=3, last=2), "first=3"),
     ],
 )
 def test_mistakes_are_named(call, words):

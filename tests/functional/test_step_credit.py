@@ -9,11 +9,10 @@ from rlt2i.functional.step_credit import (
     clean_similarity,
     coca_advantage,
     coca_contribution,
-    tree_depth_advantage,
-    tree_node_rewards,
     turning_point_reward,
     turning_points,
 )
+from tests.helpers.published_advantages import tree_depth_advantage, tree_node_rewards
 
 
 def close(actual: Tensor, expected: list) -> None:

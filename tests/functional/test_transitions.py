@@ -10,20 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlt2i.functional.epsilon import (
-    ddim,
     epsilon_to_velocity,
     flow_to_vp,
     scaled_linear_alpha_bars,
-    transition_to_flow,
     v_prediction_to_velocity,
     vp_alpha_bar,
     vp_sigma,
     vp_sigmas,
-    vp_to_flow,
 )
 from rlt2i.functional.gaussian import cps_log_prob_map, kl_map, log_prob_map, reference_kl_map, squared_error_map
 from rlt2i.functional.schedules import sd3_sigmas
-from rlt2i.functional.solvers import dpm_solver_1, dpm_solver_2m
+from rlt2i.functional.solvers import dpm_solver_2m
 from rlt2i.functional.transitions import (
     Transition,
     clean_prediction,
@@ -34,6 +31,7 @@ from rlt2i.functional.transitions import (
     flow_sde,
     noise_prediction,
 )
+from tests.helpers.published_steps import ddim, dpm_solver_1, transition_to_flow, vp_to_flow
 
 SHAPE = (3, 4, 2, 6)
 

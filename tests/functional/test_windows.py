@@ -8,9 +8,6 @@ from hypothesis import strategies as st
 from rlt2i.functional.ema import (
     constant_decay,
     cosine_decay,
-    dgpo_reference_decay,
-    ema_update,
-    flow_grpo_ema_decay,
     linear_decay,
     nft_old_decay,
     piecewise_linear_decay,
@@ -18,8 +15,8 @@ from rlt2i.functional.ema import (
     ramp_decay,
     warmup_cosine_decay,
 )
-from rlt2i.functional.prompt_order import k_repeat_indices
 from rlt2i.functional.windows import exponential_period, linear_period, random_subset, random_window, sliding_window
+from tests.helpers.published_steps import ema_update, k_repeat_indices
 
 
 def test_sliding_window_by_hand():
@@ -68,12 +65,11 @@ def test_random_windows_cover_their_range():
 
 
 def test_decays_by_hand():
-    assert flow_grpo_ema_decay(0) == 0.1
-    assert flow_grpo_ema_decay(1000) == 0.9
+    assert power_decay(0, decay=0.9, warmup=10) == 0.1
+    assert power_decay(1000, decay=0.9, warmup=10) == 0.9
     assert [nft_old_decay(200, kind) for kind in range(3)] == [0.0, 0.2, 0.9375]
     assert ramp_decay(10, "0-0.25-0.005-0.999") == pytest.approx(0.3)
     assert ramp_decay(10, "slow") == ramp_decay(10, "1") == 0.01
-    assert dgpo_reference_decay(1000) == 0.3
     assert constant_decay(7, decay=0.5) == 0.5
     assert power_decay(7, decay=0.99, warmup=0) == 0.99
     assert linear_decay(5, decay=0.9, initial=0.1, warmup=10) == pytest.approx(0.5)

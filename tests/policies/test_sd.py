@@ -19,7 +19,7 @@ from rlt2i.credit.algebra import Product
 from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.credit.text_attention import TextAttention
 from rlt2i.engine import Engine
-from rlt2i.functional.epsilon import ddim, flow_to_vp, nearest_timestep, vp_sigma
+from rlt2i.functional.epsilon import flow_to_vp, nearest_timestep, vp_sigma
 from rlt2i.functional.gaussian import log_prob_map
 from rlt2i.interfaces import Policy, RolloutRequest
 from rlt2i.learner import Learner
@@ -34,6 +34,7 @@ from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.seeds import RolloutNoise
 from rlt2i.types import Prompts, Trajectory
+from tests.helpers.published_steps import ddim
 from tests.helpers.sd_pipelines import SCHEDULE, save_pipeline, stock_pipeline
 from tests.helpers.toy import QuadrantBrightness
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlt2i.functional.epsilon import ddim, flow_to_vp, transition_to_flow
+from rlt2i.functional.epsilon import flow_to_vp
 from rlt2i.functional.schedules import even_sigmas
 from rlt2i.interfaces import RolloutRequest
 from rlt2i.objectives.nft import DiffusionNFT
@@ -16,6 +16,7 @@ from rlt2i.samplers.ode import ODE
 from rlt2i.seeds import RolloutNoise
 from rlt2i.types import Conditioning
 from tests.helpers.build import collect, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.published_steps import ddim, transition_to_flow
 from tests.helpers.toy import SIDE, ToyPolicy
 
 MEAN, SPREAD = 0.5, 0.3

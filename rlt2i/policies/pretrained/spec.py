@@ -82,7 +82,7 @@ class PretrainedSpec(PolicySpec):
     )
     lora_seed: int = 0
     guidance_scale: float = attrs.field(default=1.0)
-    guidance: GuidanceForm = neutral(_LINEAR)  # noqa: RUF009 - a frozen part, as every default is
+    guidance: GuidanceForm = neutral(_LINEAR)
     negative_prompt: str = neutral("")
     uncond_grad: bool = False
     dtype: Dtype = attrs.field(default="float32", validator=validators.in_(tuple(_DTYPES)))
