@@ -15,7 +15,7 @@ from pathlib import Path
 from rlt2i.bench.analysis import MEASURES, Comparison, Results, compare, power_table, read_results, sentence
 from rlt2i.bench.folder import PLAN, read_table
 from rlt2i.bench.lab import expected_ratio_of_steps
-from rlt2i.bench.page import arm_rows, comparison_texts
+from rlt2i.bench.page import ARM_COLUMNS, arm_rows, comparison_texts
 from rlt2i.bench.plan import load_plan
 
 ROOT = Path(__file__).parents[1]
@@ -40,8 +40,9 @@ def plan_block(name: str) -> list[str]:
     plan = load_plan(folder / PLAN)
     results = read_results(folder, plan)
     comparisons = compare(results)
-    lines = [f"![curves and paired differences](assets/benchmark/{name}.svg)", ""]
-    lines += table(("arm", "seeds", f"{plan.metric} before", "after ± SD", "seconds an iteration"), arm_rows(results))
+    lines = [f"![held-out curves](assets/benchmark/{name}.svg)", ""]
+    lines += [f"![paired differences with intervals](assets/benchmark/{name}-differences.svg)", ""]
+    lines += table(("arm", *ARM_COLUMNS), arm_rows(results))
     lines += ["", *(f"* {line}" for line in sentence(results, comparisons).splitlines()), ""]
     lines += _comparisons(results, [c for c in comparisons if c.measure in MEASURES], "measure")
     rest = [c for c in comparisons if c.measure not in MEASURES and c.other == plan.reference]
@@ -158,8 +159,10 @@ def main() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     for file in [*TABLES.glob("*/curves.svg"), TABLES / "lab" / "lab.svg"]:
         if file.is_file():
-            name = "lab" if file.parent.name == "lab" else file.parent.name
+            name = file.parent.name
             shutil.copyfile(file, FIGURES / f"{name}.svg")
+            if (differences := file.with_name("differences.svg")).is_file():
+                shutil.copyfile(differences, FIGURES / f"{name}-differences.svg")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import attrs
 import torch
 
+from rlt2i.bench import derived
+from rlt2i.bench.curves import Curve, Trial, area, at, until
 from rlt2i.bench.folder import read_table
 from rlt2i.bench.plan import Plan
 from rlt2i.bench.statistics import FEWEST_SEEDS, Judged, detectable, judge, seeds_needed
@@ -17,13 +18,11 @@ from rlt2i.evaluation.statistics import Interval, clustered_mean
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.training.dry_run import batch_plan
 
-Trial = tuple[str, int]
-Curve = Mapping[int, float]
-
 MEASURES = {
     "final": "score after the last iteration",
     "area": "mean score over training (area under the curve)",
     "equal compute": "score at equal numbers of network evaluations (a backward pass counts as two)",
+    "area, equal compute": "mean score up to that number of network evaluations",
 }
 """What is compared, in the unit of the plan's metric."""
 
@@ -36,8 +35,10 @@ SECONDARY = (
     "edges/outside",
     "diversity/cosine_distance",
     "diversity/vendi",
+    "kl/",
+    *derived.MEANINGS,
 )
-"""Held-out measures after the last iteration that are compared without a margin, where they were recorded."""
+"""Measures after the last iteration that are compared without a margin, where they were recorded."""
 
 
 @attrs.frozen(kw_only=True)
@@ -67,6 +68,7 @@ class Results:
         plan: that was run.
         curves: metric -> (arm, seed) -> iteration -> value, on the iterations that all trials evaluated.
         seconds: (arm, seed) -> mean seconds of an iteration, evaluation left out.
+        credit_seconds: (arm, seed) -> those of them in which credit was assigned.
         cost: arm -> network evaluations of an iteration, see `network_evaluations`.
         samples: iteration -> images trained on.
         scores: (arm, seed) -> prompt -> (images, mean), of the plan's metric after the last iteration.
@@ -75,6 +77,7 @@ class Results:
     plan: Plan
     curves: Mapping[str, Mapping[Trial, Curve]]
     seconds: Mapping[Trial, float]
+    credit_seconds: Mapping[Trial, float]
     cost: Mapping[str, int]
     samples: Mapping[int, int]
     scores: Mapping[Trial, Mapping[int, tuple[int, float]]]
@@ -106,23 +109,37 @@ def read_results(path: Path, plan: Plan) -> Results:
         curves.setdefault(row["metric"], {}).setdefault(trial, {})[iteration] = float(row["value"])
     if plan.metric not in curves:
         raise ValueError(f"{path}: no metric {plan.metric!r} was recorded. There are: {', '.join(curves)}.")
+    training = _training(path / "training.csv")
+    curves |= derived.measures(curves, training, metric=plan.metric, last=max(samples))
     last, scores = max(samples), {}  # type: tuple[int, dict[Trial, dict[int, tuple[int, float]]]]
     for row in read_table(path / "scores.csv"):
         if row["metric"] == plan.metric and int(row["iteration"]) == last:
             prompts = scores.setdefault((row["arm"], int(row["seed"])), {})
             prompts[int(row["prompt"])] = (int(row["images"]), float(row["value"]))
-    seconds: dict[Trial, list[float]] = {}
+    seconds: dict[Trial, float] = {}
+    assigning: dict[Trial, float] = {}
     for row in read_table(path / "timing.csv"):
-        if row["phase"] != "eval":
-            seconds.setdefault((row["arm"], int(row["seed"])), []).append(float(row["seconds"]) / last)
+        for kept in (seconds, assigning) if row["phase"] == "credit" else (seconds,) if row["phase"] != "eval" else ():
+            trial = (row["arm"], int(row["seed"]))
+            kept[trial] = kept.get(trial, 0.0) + float(row["seconds"]) / last
     return Results(
         plan=plan,
         curves=curves,
-        seconds={trial: sum(values) for trial, values in seconds.items()},
+        seconds=seconds,
+        credit_seconds=assigning,
         cost={arm: network_evaluations(plan.recipe(arm)) for arm in plan.arms},
         samples=samples,
         scores=scores,
     )
+
+
+def _training(path: Path) -> dict[str, dict[Trial, dict[int, float]]]:
+    """metric -> trial -> iteration -> value of the training log, where there is one."""
+    found: dict[str, dict[Trial, dict[int, float]]] = {}
+    for row in read_table(path) if path.is_file() else ():
+        trial = (row["arm"], int(row["seed"]))
+        found.setdefault(row["metric"], {}).setdefault(trial, {})[int(row["iteration"])] = float(row["value"])
+    return found
 
 
 def network_evaluations(recipe: Recipe) -> int:
@@ -140,30 +157,15 @@ def network_evaluations(recipe: Recipe) -> int:
 # ------------------------------------------------------------------------------------------------------ comparisons
 
 
-def area(curve: Curve) -> float:
-    """Mean height of a curve by the trapezoid rule."""
-    steps = sorted(curve)
-    if len(steps) < 2:
-        return curve[steps[0]]
-    return sum((curve[a] + curve[b]) / 2 * (b - a) for a, b in pairwise(steps)) / (steps[-1] - steps[0])
-
-
-def at(curve: Curve, iteration: float) -> float:
-    """A curve between its points, by straight lines; its ends hold beyond them."""
-    steps = sorted(curve)
-    for a, b in pairwise(steps):
-        if a <= iteration <= b:
-            return curve[a] + (curve[b] - curve[a]) * (iteration - a) / (b - a)
-    return curve[steps[0]] if iteration < steps[0] else curve[steps[-1]]
-
-
 def differences(results: Results, measure: str, arm: str, other: str) -> dict[int, float]:
     """Seed -> arm minus other, over the seeds that both ran."""
     curves = results.curves.get(measure, results.main)
     shared = [seed for name, seed in curves if name == arm and (other, seed) in curves]
+    budget = min(results.cost[arm], results.cost[other]) * results.last  # what the cheaper has spent at the end
     if measure == "equal compute":
-        budget = min(results.cost[arm], results.cost[other]) * results.last  # what the cheaper has spent at the end
         value = lambda name, seed: at(curves[name, seed], budget / results.cost[name])
+    elif measure == "area, equal compute":
+        value = lambda name, seed: area(until(curves[name, seed], budget / results.cost[name]))
     elif measure == "area":
         value = lambda name, seed: area(curves[name, seed])
     else:
@@ -237,7 +239,9 @@ def _line(plan: Plan, comparison: Comparison) -> str:
     d, verdict = comparison.judged.difference, comparison.judged.verdict
     names = f"{plan.label(comparison.arm)} against {plan.label(comparison.other)}"
     if d.seeds < FEWEST_SEEDS:
-        return f"{names}: {d.mean:+.3f} on {d.seeds} seed{'s' * (d.seeds > 1)}, too few to claim anything."
+        prompts = comparison.prompts
+        within = f", [{prompts.low:+.3f}, {prompts.high:+.3f}] over prompts" if prompts else ""
+        return f"{names}: {d.mean:+.3f}{within}; {d.seeds} seed{'s' * (d.seeds > 1)}, too few to claim anything."
     size = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {d.seeds} seeds"
     words = {
         "better": f"better (p = {comparison.judged.p:.2g})",

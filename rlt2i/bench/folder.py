@@ -6,7 +6,7 @@ base/eval-000000.safetensors    how the common start was judged, computed once f
 trials/<arm>-s<seed>/           scores.csv, evaluations.csv, training.csv, timing.csv, log.txt; done.json comes last
 trials/<arm>-s<seed>/run/       the run directory, while it trains
 scores.csv, evaluations.csv, training.csv, timing.csv    of all finished trials
-differences.csv, index.html, curves.svg, sentence.txt    what they come to
+differences.csv, sentence.txt, curves.svg, differences.svg, index.html    what they come to
 
 All tables but timing.csv are a function of the plan and the machine: killed and resumed, they are the same to the byte.
 """

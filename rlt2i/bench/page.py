@@ -1,16 +1,13 @@
-"""The figures and the page of a benchmark."""
+"""The page of a benchmark, and the files beside it."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
-import jinja2
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from jinja2 import PackageLoader
 
 from rlt2i.bench.analysis import (
     COLUMNS,
@@ -19,76 +16,25 @@ from rlt2i.bench.analysis import (
     Results,
     compare,
     comparison_rows,
-    differences,
     power_table,
     read_results,
     sentence,
 )
-from rlt2i.bench.folder import csv_text
+from rlt2i.bench.figures import curve_chart, difference_chart, for_page
+from rlt2i.bench.folder import BenchFolder, csv_text
+from rlt2i.bench.pictures import kept_pictures
 from rlt2i.bench.plan import Plan
-from rlt2i.bench.statistics import FEWEST_SEEDS, paired
+from rlt2i.bench.statistics import FEWEST_SEEDS
 from rlt2i.config import dump_yaml, to_mapping
+from rlt2i.report.page import environment
 from rlt2i.runs.files import replace_text
 
-COLOURS = ("#0072b2", "#999999", "#d55e00", "#cc79a7", "#009e73", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's palette, which the colour-blind can tell apart."""
+ARM_COLUMNS = ("seeds", "before", "after ± SD", "seconds an iteration", "of these, credit", "network evaluations")
+"""What `arm_rows` says of an arm; the last as a multiple of the reference's."""
 
 
-def svg(figure: Figure) -> str:
-    """The figure as SVG text, the same for the same figure."""
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "rlt2i", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
-    text = buffer.getvalue()
-    return "\n".join(line.rstrip() for line in text[text.index("<svg") :].splitlines()) + "\n"
-
-
-def colour(plan: Plan, arm: str) -> str:
-    """The colour of an arm in every figure."""
-    return COLOURS[list(plan.arms).index(arm) % len(COLOURS)]
-
-
-def curves_svg(results: Results) -> str:
-    """Held-out curves, and the differences of the final score from the reference, seed by seed."""
-    plan = results.plan
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for arm in plan.arms:
-        seeds = results.seeds(arm)
-        if not seeds:
-            continue
-        steps = sorted(results.main[arm, seeds[0]])
-        for seed in seeds:
-            left.plot(steps, [results.main[arm, seed][s] for s in steps], color=colour(plan, arm), alpha=0.15, lw=0.8)
-        means = [fmean(results.main[arm, seed][s] for seed in seeds) for s in steps]
-        left.plot(steps, means, color=colour(plan, arm), lw=2, label=f"{plan.label(arm)} ({len(seeds)})")
-    left.set_xlabel("iteration")
-    left.set_ylabel(f"{plan.metric}, held-out")
-    left.legend(title="mean (seeds)", frameon=False, fontsize=8)
-    _differences(right, results)
-    return svg(figure)
-
-
-def _differences(axes: Axes, results: Results) -> None:
-    """A dot per seed and a 95 % interval per arm."""
-    plan = results.plan
-    arms = [arm for arm in plan.arms if arm != plan.reference and results.seeds(arm)]
-    axes.axvspan(-plan.margin, plan.margin, color="#eeeeee", lw=0)
-    axes.axvline(0, color="#999999", lw=1)
-    for row, arm in enumerate(arms):
-        values = list(differences(results, "final", arm, plan.reference).values())
-        axes.plot(values, [row] * len(values), ".", color=colour(plan, arm), alpha=0.4)
-        if len(values) > 1:
-            found = paired(values, confidence=1 - plan.alpha)
-            axes.plot([found.low, found.high], [row, row], color=colour(plan, arm), lw=2)
-            axes.plot([found.mean], [row], "o", color=colour(plan, arm))
-    axes.set_yticks(range(len(arms)), [plan.label(arm) for arm in arms])
-    axes.set_ylim(len(arms) - 0.5, -0.5)
-    axes.set_xlabel(f"{plan.metric} minus {plan.label(plan.reference)} (grey: within the margin)")
-
-
-def arm_rows(results: Results) -> list[tuple[str, str, str, str, str]]:
-    """(label, seeds, before, after, seconds an iteration) of every arm that ran."""
+def arm_rows(results: Results) -> list[tuple[str, ...]]:
+    """(label, *ARM_COLUMNS) of every arm that ran."""
     rows = []
     for arm in results.plan.arms:
         seeds = results.seeds(arm)
@@ -97,10 +43,14 @@ def arm_rows(results: Results) -> list[tuple[str, str, str, str, str]]:
         curves = [results.main[arm, seed] for seed in seeds]
         final = [curve[results.last] for curve in curves]
         spread = f" ± {stdev(final):.3f}" if len(final) > 1 else ""
-        seconds = fmean(results.seconds[arm, seed] for seed in seeds)
+        seconds, credit = (
+            fmean(s.get((arm, k), 0.0) for k in seeds) for s in (results.seconds, results.credit_seconds)
+        )
+        before = fmean(min(curve.items())[1] for curve in curves)
+        evaluations = results.cost[arm] / results.cost[results.plan.reference]
         rows.append(
-            (results.plan.label(arm), str(len(seeds)), f"{fmean(min(c.items())[1] for c in curves):.3f}",
-             f"{fmean(final):.3f}{spread}", f"{seconds:.2f}")
+            (results.plan.label(arm), str(len(seeds)), f"{before:.3f}", f"{fmean(final):.3f}{spread}",
+             f"{seconds:.2f}", f"{credit:.3f}", f"{evaluations:.2f}")
         )  # fmt: skip
     return rows
 
@@ -128,33 +78,53 @@ def comparison_texts(plan: Plan, comparisons: Sequence[Comparison]) -> list[tupl
     return rows
 
 
-def write_page(path: Path, results: Results, comparisons: Sequence[Comparison], text: str) -> None:
-    """One self-contained HTML page."""
+def _tiles(results: Results) -> list[tuple[str, str]]:
+    """(score after the last iteration, whose) of every arm that ran."""
+    return [(after.split(" ")[0], f"{label} (from {before})") for label, _, before, after, *_ in arm_rows(results)]
+
+
+def render_page(
+    results: Results, comparisons: Sequence[Comparison], text: str, pictures: Mapping[str, Any] | None
+) -> str:
+    """One self-contained HTML page.
+
+    Args:
+        text: the sentence, a line per comparison.
+        pictures: see `rlt2i.bench.pictures.kept_pictures`.
+    """
     plan = results.plan
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("rlt2i.bench", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    ).get_template("page.html.j2")
-    page = template.render(
+    template = environment(PackageLoader("rlt2i.bench", ".")).get_template("page.html.j2")
+    return template.render(
         plan=plan,
         lines=text.splitlines(),
-        figure=curves_svg(results),
+        tiles=_tiles(results),
+        charts=for_page(results, comparisons),
+        last=results.last,
+        arm_columns=ARM_COLUMNS,
         arms=arm_rows(results),
         main=comparison_texts(plan, [c for c in comparisons if c.measure in MEASURES]),
         rest=comparison_texts(plan, [c for c in comparisons if c.measure not in MEASURES]),
         measures=MEASURES,
-        power=power_table(results),
+        power=power_table(results) if plan.seeds > 1 else "",
+        pictures=pictures,
         yaml=dump_yaml(to_mapping(plan, typed=False)),
     )
-    replace_text(path, page)
 
 
-def write_results(path: Path, plan: Plan) -> str:
-    """Judge the tables of a folder and write differences.csv, curves.svg, index.html and sentence.txt."""
+def write_results(path: Path, plan: Plan, *, page: bool = True) -> str:
+    """Judge the tables of a folder and write differences.csv, curves.svg, differences.svg, sentence.txt.
+
+    Args:
+        page: also write index.html, with pictures where the runs were kept.
+    """
     results = read_results(path, plan)
     comparisons = compare(results)
     text = sentence(results, comparisons)
     replace_text(path / "differences.csv", csv_text(COLUMNS, comparison_rows(comparisons)))
-    replace_text(path / "curves.svg", curves_svg(results))
+    replace_text(path / "curves.svg", curve_chart(results, standalone=True) + "\n")
+    replace_text(path / "differences.svg", difference_chart(results, comparisons, standalone=True) + "\n")
     replace_text(path / "sentence.txt", text + "\n")
-    write_page(path / "index.html", results, comparisons, text)
+    if page:
+        pictures = kept_pictures(BenchFolder(path=path), plan)
+        replace_text(path / "index.html", render_page(results, comparisons, text, pictures))
     return text

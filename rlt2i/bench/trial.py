@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 
+from rlt2i.bench.divergence import IMAGES, inside_and_outside, path_divergence
 from rlt2i.bench.folder import BenchFolder, csv_text, finish
-from rlt2i.bench.measures import evaluation_measures
+from rlt2i.bench.measures import evaluation_measures, judged_places
 from rlt2i.evaluation.heldout import Evaluation, evaluate
+from rlt2i.interfaces import Policy
+from rlt2i.parameter_sets import ParameterSets
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.artifacts import evaluation_file
-from rlt2i.runs.checkpoint import latest_checkpoint
+from rlt2i.runs.checkpoint import latest_checkpoint, load_checkpoint
 from rlt2i.runs.metrics import read_metrics
 from rlt2i.training.start import train as train_recipe
 
@@ -49,7 +52,7 @@ def run_trial(folder: BenchFolder, arm: str, seed: int) -> int:
     last = recipe.train.iterations
     if not evaluation_file(run, last).is_file():
         return STOPPED
-    tables = trial_tables(recipe, arm, run)
+    tables = trial_tables(recipe, arm, run, moved=distance_moved(recipe, run))
     finish(place, tables, {"arm": arm, "seed": seed, "recipe": recipe.hash, "iterations": last})
     if not plan.keep_runs:
         shutil.rmtree(run)
@@ -74,11 +77,47 @@ def judge_base(folder: BenchFolder) -> None:
     result.write(folder.base)
 
 
+def distance_moved(recipe: Recipe, run: Path) -> dict[str, float]:
+    """Nats between the paths of the trained policy and of the base, on the first held-out prompts.
+
+    Args:
+        run: a finished run; its newest checkpoint is read.
+    """
+    train, newest = recipe.train, latest_checkpoint(run)
+    assert newest is not None, f"{run}: a finished run has a checkpoint"
+    policy = recipe.algorithm().load().policy
+    assert isinstance(policy, Policy)
+    parameters = policy.trainable_parameters()
+    sets = ParameterSets(parameters)
+    sets.add("reference")
+    saved = load_checkpoint(newest).tensors["online"]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    prompts = recipe.task.eval_prompts(min(IMAGES, train.eval_prompts))
+    nats = path_divergence(
+        policy,
+        sets,
+        prompts,
+        num_steps=train.eval_steps,
+        seed=train.eval_seed,
+        image_size=train.image_size,
+        rollout_batch_size=train.rollout_batch_size,
+    )
+    base = Evaluation.read(evaluation_file(run, 0), recipe.task.eval_prompts(train.eval_prompts))
+    looks = "maps" in recipe.reward.offers
+    return inside_and_outside(nats, judged_places(base, recipe.reward)[: len(nats)] if looks else None)
+
+
 # ---------------------------------------------------------------------------------------------------------- tables
 
 
-def trial_tables(recipe: Recipe, arm: str, run: Path) -> dict[str, str]:
-    """The tables of a finished run, name -> CSV."""
+def trial_tables(recipe: Recipe, arm: str, run: Path, *, moved: Mapping[str, float]) -> dict[str, str]:
+    """The tables of a finished run, name -> CSV.
+
+    Args:
+        moved: further measures of the trained policy, see `distance_moved`.
+    """
     seed, train = recipe.train.seed, recipe.train
     per_iteration = train.prompts_per_iteration * train.group_size
     prompts = recipe.task.eval_prompts(train.eval_prompts)
@@ -92,6 +131,8 @@ def trial_tables(recipe: Recipe, arm: str, run: Path) -> dict[str, str]:
         base = base or now
         scores += [(arm, seed, iteration, *row) for row in prompt_scores(now)]
         measured = evaluation_measures(now, base, recipe.reward)
+        if iteration == train.iterations:
+            measured |= moved
         evaluations += [(arm, seed, iteration, iteration * per_iteration, k, v) for k, v in measured.items()]
     training: list[tuple[Any, ...]] = []
     timing: list[tuple[Any, ...]] = []

@@ -21,15 +21,22 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from rlt2i.inputs.display import visible
 from rlt2i.report.numbers import short
 
-SERIES = ("#0072B2", "#D55E00", "#007A5A", "#A6439A", "#8A6D00", "#4C4C4C")
+SERIES = (
+    "#0072B2", "#D55E00", "#007A5A", "#A6439A", "#8A6D00", "#4C4C4C", "#A3133C", "#5B3FC4", "#4B6B00",
+)  # fmt: skip
 """Okabe and Ito's hues, darkened until each has a contrast of 3:1 against white."""
-SERIES_DARK = ("#5BB3E6", "#FF9A57", "#4FC9A2", "#E08FD6", "#DDBB4A", "#BDBDBD")
+SERIES_DARK = (
+    "#5BB3E6", "#FF9A57", "#4FC9A2", "#E08FD6", "#DDBB4A", "#BDBDBD", "#FF8098", "#A99BFF", "#B5CF5A",
+)  # fmt: skip
 """The same hues in the same order, for a dark page."""
 INK, QUIET, GRID = "#1d1d1f", "#5f5f66", "#e3e3e8"
 
 _FAMILY = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (2.5, 1)), (0, (0.5, 1)))
-_MARKERS = "os^DvP"
+_DASHES: tuple[Any, ...] = (
+    "-", (0, (4, 1.5)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (2.5, 1)), (0, (0.5, 1)), (0, (7, 2)),
+    (0, (3, 1, 1, 1, 1, 1)), (0, (6, 1, 2, 1)),
+)  # fmt: skip
+_MARKERS = "os^DvPX*h"
 _MAX_MARKERS = 24
 _VARIABLES = {"ink": INK, "quiet": QUIET, "line": GRID} | {f"s{i}": colour for i, colour in enumerate(SERIES)}
 _STYLE: Any = {

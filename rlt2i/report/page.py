@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from matplotlib.colors import to_hex
 
 from rlt2i.inputs.display import visible
@@ -56,29 +56,38 @@ def render(run: Run) -> str:
     pair, image_problem = _image_pair(run)
     samples, map_problem = _map_samples(run)
     head = headline(run, pair if pair is not None and same_prompts(*pair) else None)
-    environment = Environment(
-        loader=PackageLoader("rlt2i.report"),
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            run=run,
+            name=sections.shown_path(run),
+            head=head,
+            parts=parts(run.recipe),
+            curve=sections.curve(run, head),
+            categories=sections.by_category(run, pair),
+            gallery=gallery(pair, image_problem),
+            maps=atlas(samples, map_problem),
+            training=sections.training(run, head),
+            timing=sections.timing(run),
+            **sections.top(run, head),
+            **sections.ending(run),
+        )
+    )
+
+
+def environment(*loaders: PackageLoader) -> Environment:
+    """Where the templates of a page are found: in the loaders given, then among the report's own, with its style."""
+    made = Environment(
+        loader=ChoiceLoader([*loaders, PackageLoader("rlt2i.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(
-        run=run,
-        name=sections.shown_path(run),
-        head=head,
-        parts=parts(run.recipe),
-        colours=_COLOURS,
-        curve=sections.curve(run, head),
-        categories=sections.by_category(run, pair),
-        gallery=gallery(pair, image_problem),
-        maps=atlas(samples, map_problem),
-        training=sections.training(run, head),
-        timing=sections.timing(run),
-        **sections.top(run, head),
-        **sections.ending(run),
-    )
+    made.globals["colours"] = _COLOURS
+    return made
 
 
 def _image_pair(run: Run) -> tuple[tuple[EvalImages, EvalImages] | None, str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import attrs
 import pytest
 
-from rlt2i.bench.analysis import area, at, network_evaluations, read_results
+from rlt2i.bench.analysis import network_evaluations, read_results
+from rlt2i.bench.curves import area, at, until
 from rlt2i.bench.folder import TABLES, BenchFolder, read_table
 from rlt2i.bench.plan import Arm, Plan, load_plan, shipped_plans
 from rlt2i.bench.publish import publish
@@ -141,6 +142,8 @@ def test_curves_between_their_points():
     curve = {0: 0.0, 2: 1.0, 6: 3.0}
     assert area(curve) == pytest.approx((1.0 + 8.0) / 6)  # trapezoids of 1 and 8 over six iterations
     assert [at(curve, x) for x in (-1, 1, 4, 9)] == [0.0, 0.5, 2.0, 3.0]
+    assert until(curve, 4) == {0: 0.0, 2: 1.0, 4: 2.0}
+    assert area(until(curve, 4)) == pytest.approx((1.0 + 3.0) / 4)
 
 
 def test_the_command_looks_at_a_plan_without_running_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
