@@ -1,6 +1,7 @@
 # Needs nothing but Python 3.11 or newer and make: everything else goes into $(VENV).
 #
-#   make demo      train the embedded model with STAR's maps and write a report (about six minutes on two CPU cores)
+#   make demo      train three networks that differ in where credit goes, and write a page that compares them (minutes on
+#                  two CPU cores; killed, it goes on where it was; SEEDS=3: three times the work, and verdicts)
 #   make test      run the tests on JOBS cores (default 2) and an eighth of the slow ones, another every day
 #                  (RLT2I_SLOW=all: all of them)
 #   make lint      style, formatting and types
@@ -9,7 +10,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-DEMO ?= star-nft-shapes
+SEEDS ?= 1
 PYTEST_ARGS ?=
 JOBS ?= 2
 
@@ -36,7 +37,7 @@ $(INSTALLED): pyproject.toml $(LOCKED)
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/rlt2i train $(DEMO) --report
+	$(BIN)/rlt2i bench cells-demo --jobs 2 --seeds $(SEEDS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

@@ -47,6 +47,9 @@ def _probe(words: Sequence[str]) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", default=Path("bench/probe.csv"), help="default bench/probe.csv"
     )
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep finished batches there, and go on from them when run again"
+    )
     options = parser.parse_args(words)
     run = Probe.of(
         load_recipe(options.recipe, options.set),
@@ -59,9 +62,9 @@ def _probe(words: Sequence[str]) -> int:
     for checkpoint in (None, *options.checkpoint):
         if checkpoint is not None:
             run.use_weights(checkpoint)
-        rows += run.measure(
-            checkpoint.name if checkpoint else "base", batches=options.batches, interventions=options.interventions
-        )
+        weights = checkpoint.name if checkpoint else "base"
+        kept = options.keep / weights if options.keep else None
+        rows += run.measure(weights, batches=options.batches, interventions=options.interventions, folder=kept)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         replace_text(options.out, csv_text(PROBE_COLUMNS, [attrs.astuple(row) for row in rows]))
     print(table(rows))

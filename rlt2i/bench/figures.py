@@ -57,7 +57,7 @@ def difference_chart(
         plot.set_ylim(max(1, len(rows)) - 0.2, -0.8)
         plot.axvspan(-plan.margin, plan.margin, color=GRID, lw=0)
         plot.axvline(0, color=QUIET, lw=1)
-        reach = [plan.margin]
+        reach = [0.0, plan.margin]
         for row, c in enumerate(rows):
             colour, d = SERIES[colour_of(plan, c.arm)], c.judged.difference
             seeds = list(differences(results, "final", c.arm, c.other).values())

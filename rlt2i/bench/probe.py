@@ -6,6 +6,7 @@ over independent batches with its standard error (the jackknife's, which for a m
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from rlt2i.bench.maps import (
     sign_agreement,
     step_gains,
 )
-from rlt2i.bench.probe_rows import Measured, Tally
+from rlt2i.bench.probe_rows import Measured, Tally, read_batch, write_batch
 from rlt2i.credit.influence import Influence
 from rlt2i.credit.steps import trained_steps
 from rlt2i.engine import Engine
@@ -39,6 +40,7 @@ from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.parameter_sets import ParameterSets
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.checkpoint import load_checkpoint
+from rlt2i.runs.files import replace_text
 from rlt2i.tasks.base import as_prompts
 from rlt2i.training.observations import map_entropy
 from rlt2i.types import Credit, Experience
@@ -101,7 +103,13 @@ class Probe:
                 parameter.copy_(saved[key])
 
     def measure(
-        self, weights: str, *, batches: int, interventions: int, say: Callable[[str], None] = print
+        self,
+        weights: str,
+        *,
+        batches: int,
+        interventions: int,
+        folder: Path | None = None,
+        say: Callable[[str], None] = print,
     ) -> list[Measured]:
         """All measures at the weights at hand.
 
@@ -109,7 +117,14 @@ class Probe:
             weights: what to call them.
             batches: independent rollout batches, for maps and gradients.
             interventions: batches in which steps are completed and noise is redrawn; they cost many rollouts each.
+            folder: where finished batches are kept, and found again by the next call with the same probe; by default
+                in memory alone.
+
+        Raises:
+            ValueError: when the folder was made by another probe.
         """
+        if folder is not None:
+            self._claim(folder, weights, interventions)
         sets = ParameterSets(self.policy.trainable_parameters())
         for name in sorted(self.parts.objective.needs.parameter_sets):
             sets.add(name)
@@ -117,23 +132,16 @@ class Probe:
         gradients: dict[str, list[Tensor]] = {name: [] for name in self.credits.credits}
         started = time.perf_counter()
         for batch in range(batches):
-            experience = self._collect(batch, self.prompts, self.group_size)
-            assert self.credits.context is not None
-            context, made = self.credits.context, dict(self.credits.made)
-            self._maps(tally, context, made)
-            for name, credit in made.items():
-                own = attrs.evolve(experience, credit=credit)
-                gradient = self._gradient(own, sets, batch)
-                gradients[name].append(gradient.half().cpu())
-                if batch < interventions:
-                    self._clips(tally, name, own, gradient)
-            if batch < interventions:
-                self._steps(tally, context, made)
-                if weights != "base":
-                    self._drift(tally, context, made)
-                if experience.trajectory.stochastic.any():
-                    self._influence(tally, batch)
-            say(f"{weights}: batch {batch + 1} of {batches}, {time.perf_counter() - started:.0f} s")
+            place = folder / f"batch-{batch:04d}.safetensors" if folder else None
+            saved = read_batch(place) if place else None
+            if saved is None:
+                saved = self._batch(weights, batch, sets, intervene=batch < interventions)
+                if place:
+                    write_batch(place, *saved)
+                say(f"{weights}: batch {batch + 1} of {batches}, {time.perf_counter() - started:.0f} s")
+            tally.merge(saved[0])
+            for name, gradient in saved[1].items():
+                gradients[name].append(gradient)
         found = list(tally.rows(weights))
         for name, q in gradient_quality(gradients).items() if batches >= 3 else ():
             for measure, value, error in (
@@ -145,6 +153,39 @@ class Probe:
                     Measured(weights=weights, credit=name, measure=measure, value=value, error=error, batches=q.batches)
                 )
         return found
+
+    def _claim(self, folder: Path, weights: str, interventions: int) -> None:
+        """Write down what is measured in a folder, or see that it is the same."""
+        what = {"recipe": self.recipe.hash, "prompts": self.prompts, "group_size": self.group_size, "seed": self.seed}
+        text = json.dumps({**what, "weights": weights, "interventions": interventions}, indent=1) + "\n"
+        file = folder / "probe.json"
+        if file.is_file() and file.read_text(encoding="utf-8") != text:
+            raise ValueError(f"{folder}: holds batches of another probe ({file}). Name another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(file, text)
+
+    def _batch(
+        self, weights: str, batch: int, sets: ParameterSets, *, intervene: bool
+    ) -> tuple[Tally, dict[str, Tensor]]:
+        """What one batch gives: its measures, and a gradient [D] bfloat16 per credit."""
+        tally, gradients = Tally(), {}
+        experience = self._collect(batch, self.prompts, self.group_size)
+        assert self.credits.context is not None
+        context, made = self.credits.context, dict(self.credits.made)
+        self._maps(tally, context, made)
+        for name, credit in made.items():
+            own = attrs.evolve(experience, credit=credit)
+            gradient = self._gradient(own, sets, batch)
+            gradients[name] = gradient.bfloat16().cpu()  # float16 would lose the smallest to zero
+            if intervene:
+                self._clips(tally, name, own, gradient)
+        if intervene:
+            self._steps(tally, context, made)
+            if weights != "base":
+                self._drift(tally, context, made)
+            if experience.trajectory.stochastic.any():
+                self._influence(tally, batch)
+        return tally, gradients
 
     def _collect(self, batch: int, prompts: int, group_size: int) -> Experience:
         train, start = self.recipe.train, batch * prompts

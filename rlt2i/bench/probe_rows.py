@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import attrs
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from rlt2i.bench.gradients import jackknife_error
+from rlt2i.runs.files import replace_tensors
 
 
 @attrs.frozen(kw_only=True)
@@ -42,6 +46,11 @@ class Tally:
         if known.numel():
             self.values.setdefault((credit, measure), []).append(float(known.double().mean()))
 
+    def merge(self, batch: Tally) -> None:
+        """Append what one batch gave."""
+        for key, values in batch.values.items():
+            self.values.setdefault(key, []).extend(values)
+
     def rows(self, weights: str) -> Iterator[Measured]:
         """Means and standard errors over batches."""
         for (credit, measure), values in self.values.items():
@@ -50,6 +59,23 @@ class Tally:
             yield Measured(
                 weights=weights, credit=credit, measure=measure, value=float(v.mean()), error=error, batches=n
             )
+
+
+def write_batch(path: Path, tally: Tally, gradients: Mapping[str, Tensor]) -> None:
+    """Keep what one batch gave, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [[credit, measure, values] for (credit, measure), values in tally.values.items()]
+    replace_tensors(path, dict(gradients), metadata={"tally": json.dumps(rows)})
+
+
+def read_batch(path: Path) -> tuple[Tally, dict[str, Tensor]] | None:
+    """What `write_batch` kept; None where there is nothing."""
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        rows = json.loads(file.metadata()["tally"])
+        gradients = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    return Tally(values={(credit, measure): values for credit, measure, values in rows}), gradients
 
 
 COLUMNS = ("weights", "credit", "measure", "value", "error", "batches")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import attrs
 import pytest
@@ -118,6 +119,21 @@ def test_probe_on_the_toy_policy():
         assert ("own map", measure) in found, measure
     assert 0 <= found["own map", "step-sign agreement"] <= 1
     assert "own map" in table(rows)
+
+
+def test_a_probe_goes_on_from_the_batches_it_kept(tmp_path: Path):
+    probe = Probe.of(clipped(), prompts=2, group_size=4, seed=0)
+    whole = probe.measure("base", batches=3, interventions=1, say=lambda _: None)
+    said: list[str] = []
+    probe.measure("base", batches=2, interventions=1, folder=tmp_path, say=said.append)
+    again = Probe.of(clipped(), prompts=2, group_size=4, seed=0)
+    resumed = again.measure("base", batches=3, interventions=1, folder=tmp_path, say=said.append)
+    assert repr(resumed) == repr(whole)  # an error over one batch is nan, which equals nothing
+    assert len(said) == 3  # two batches, then the third alone
+    with pytest.raises(ValueError, match="batches of another probe"):
+        Probe.of(clipped(), prompts=2, group_size=4, seed=1).measure(
+            "base", batches=3, interventions=1, folder=tmp_path
+        )
 
 
 def test_probe_of_a_deterministic_sampler_redraws_no_noise():
