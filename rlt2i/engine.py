@@ -208,8 +208,7 @@ class Engine:
 
     Attributes:
         algorithm: with its policy loaded.
-        image_size: in pixels.
-        sizes: of which each iteration draws one; empty means always `image_size`.
+        image_size: in pixels, unless `collect` is asked for another.
         rollout_batch_size: rollouts per forward pass; changes speed and memory, nothing else.
         seed: of the run.
         share_initial_noise: whether a group starts from the same noise, so that its rollouts differ by what was done
@@ -222,7 +221,6 @@ class Engine:
     image_size: ImageSize
     rollout_batch_size: int
     seed: int
-    sizes: tuple[ImageSize, ...] = ()
     share_initial_noise: bool = False
     device: torch.device = attrs.field(default=torch.device("cpu"), converter=torch.device)
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -233,32 +231,31 @@ class Engine:
         assert isinstance(self.algorithm.policy, Policy), "load the algorithm first"
         return self.algorithm.policy
 
-    def size_at(self, iteration: int) -> ImageSize:
-        """Of the rollouts of an iteration, the same on every process: a batch is of one size."""
-        if not self.sizes:
-            return self.image_size
-        return self.sizes[derive_seed("size", self.seed, iteration) % len(self.sizes)]
-
-    def collect(self, prompts: Prompts, *, iteration: int, watch: Stopwatch | None = None) -> Collected:
+    def collect(
+        self, prompts: Prompts, *, iteration: int, watch: Stopwatch | None = None, image_size: ImageSize | None = None
+    ) -> Collected:
         """Roll out, score and assign credit for P prompts x G rollouts.
 
         Args:
             prompts: whole groups.
             iteration: number of this rollout batch; windows may slide with it.
+            image_size: of this batch; default `self.image_size`.
 
         Raises:
             ValueError: when latents or images are not finite.
             OtherProcessFailed: when that happened elsewhere.
         """
         watch, tally = watch or Stopwatch(device=self.device), FailureCounts()
+        size = image_size or self.image_size
         with torch.no_grad():
             trajectory, images, scores, predicted = self.raise_on_all(
-                lambda: self._judged_rollouts(prompts, iteration, watch, tally)
+                lambda: self._judged_rollouts(prompts, size, iteration, watch, tally)
             )
             rewards = self._rewards(trajectory, scores, predicted)
             with watch("credit"):
                 keys = torch.tensor([derive_seed(*key) for key in rollout_keys(prompts, self.seed)], device=self.device)
-                context = self._context(prompts, trajectory, rewards, images, iteration, keys, tally)
+                grid = self.policy.token_grid(size)
+                context = self._context(prompts, trajectory, rewards, images, grid, iteration, keys, tally)
                 credit = self.algorithm.credit.assign(context)
         groups = torch.tensor(prompts.per_rollout(prompts.draws), device=self.device)
         experience = Experience(
@@ -266,7 +263,7 @@ class Engine:
             rewards=rewards,
             credit=credit,
             prompts=prompts.ungrouped(),
-            token_grid=self.policy.token_grid(self.size_at(iteration)),
+            token_grid=grid,
             keys=keys,
             groups=groups,
         )
@@ -288,7 +285,7 @@ class Engine:
         return result  # type: ignore[return-value]  # there was no error
 
     def _judged_rollouts(
-        self, prompts: Prompts, iteration: int, watch: Stopwatch, tally: FailureCounts
+        self, prompts: Prompts, size: ImageSize, iteration: int, watch: Stopwatch, tally: FailureCounts
     ) -> tuple[Trajectory, Tensor, RewardOutput, list[RewardOutput]]:
         """Rollouts, their images, the scores of those, and of the clean predictions that the credit asked for."""
         with watch("rollout", prompts.num_rollouts):
@@ -297,7 +294,7 @@ class Engine:
                 self.algorithm.sampler,
                 prompts,
                 seed=self.seed,
-                image_size=self.size_at(iteration),
+                image_size=size,
                 rollout_batch_size=self.rollout_batch_size,
                 captures=self.algorithm.captures,
                 share_initial_noise=self.share_initial_noise,
@@ -359,6 +356,7 @@ class Engine:
         trajectory: Trajectory,
         rewards: Rewards,
         images: Tensor,
+        grid: tuple[int, int],
         iteration: int,
         keys: Tensor,
         tally: FailureCounts,
@@ -398,7 +396,7 @@ class Engine:
             prompts=prompts,
             trajectory=trajectory,
             rewards=rewards,
-            token_grid=self.policy.token_grid(self.size_at(iteration)),
+            token_grid=grid,
             images=images,
             iteration=iteration,
             keys=keys,

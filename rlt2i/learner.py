@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -151,8 +151,12 @@ class Learner:
     def parameters(self) -> list[torch.nn.Parameter]:
         return list(self.policy.trainable_parameters().values())
 
-    def learn(self, experience: Experience, advance: Callable[[int], None] = lambda count: None) -> dict[str, float]:
+    def learn(
+        self, experience: Experience | Sequence[Experience], advance: Callable[[int], None] = lambda count: None
+    ) -> dict[str, float]:
         """All optimizer steps of one rollout batch, or none; `advance` is called after every backward pass.
+
+        Where images are of several sizes there is one experience for each, and every step learns from all of them.
 
         Where something fails after the first of several steps, weights, optimizer and parameter sets are put back as
         they were before the batch. Until then a copy of them waits in host memory.
@@ -160,7 +164,8 @@ class Learner:
         Raises:
             UpdateRefused: on a NaN or infinite loss or gradient, on every process alike.
         """
-        parts = self._split(experience)
+        batches = [experience] if isinstance(experience, Experience) else list(experience)
+        parts = list(zip(*(self._split(batch) for batch in batches), strict=True))
         if len(parts) == 1:
             return self._steps(parts, advance)
         before = _State.of(self)
@@ -170,12 +175,12 @@ class Learner:
             before.restore(self)
             raise
 
-    def _steps(self, parts: list[Experience], advance: Callable[[int], None]) -> dict[str, float]:
+    def _steps(self, parts: list[tuple[Experience, ...]], advance: Callable[[int], None]) -> dict[str, float]:
         needs = self.objective.needs
         if len(parts) > 1 and needs.old_log_probs:
             # The first update is on policy by construction; the later ones need log-probs from the same graph and
             # batches.
-            parts = [parts[0]] + [self._replayed(part) for part in parts[1:]]
+            parts = [parts[0], *(tuple(self._replayed(batch) for batch in part) for part in parts[1:])]
         averages = Averages()
         for index, part in enumerate(parts):
             averages.add(self._update(part, advance, on_policy=index == 0))
@@ -232,20 +237,23 @@ class Learner:
             log_probs[rows[rollouts], steps] = trajectory.log_prob_map(pairs.next_latents, transition)
         return attrs.evolve(experience, trajectory=attrs.evolve(trajectory, log_probs=log_probs))
 
-    def _update(self, experience: Experience, advance: Callable[[int], None], *, on_policy: bool) -> dict[str, Tensor]:
-        num_rollouts = self._total(float(experience.rewards.valid.sum()))
-        num_groups = self._total(float(len(experience.groups.unique())))
-        trained = trainable_steps(experience, stochastic_only=True) & experience.rewards.valid[:, None]
-        num_pairs = self._total(float(trained.sum()))
-        informative = experience.take(self._informative_rows(experience))
+    def _update(
+        self, batches: Sequence[Experience], advance: Callable[[int], None], *, on_policy: bool
+    ) -> dict[str, Tensor]:
+        """One step of the optimizer, from batches that differ in the size of their images."""
+        num_rollouts = self._total(sum(float(batch.rewards.valid.sum()) for batch in batches))
+        num_groups = self._total(sum(float(len(batch.groups.unique())) for batch in batches))
+        num_pairs = self._total(sum(float(_trained_pairs(batch)) for batch in batches))
+        taken = [batch.take(self._informative_rows(batch)) for batch in batches]
+        informative = [batch for batch in taken if batch.num_rollouts]
         averages, total = Averages(), torch.zeros((), device=self.parameters[0].device)
         self.optimizer.zero_grad(set_to_none=True)
         with contextlib.ExitStack() as undo:
             undo.callback(self.optimizer.zero_grad, set_to_none=True)
-            if informative.num_rollouts:
-                counts = (max(1, round(count)) for count in (num_rollouts, num_groups, num_pairs))
+            counts = [max(1, round(count)) for count in (num_rollouts, num_groups, num_pairs)]
+            for batch in informative:
                 context = self._context(*counts, on_policy=on_policy)
-                for loss in self.objective.losses(self.policy, informative, context=context):
+                for loss in self.objective.losses(self.policy, batch, context=context):
                     loss.value.backward()
                     total = total + loss.value.detach()
                     averages.add(loss.metrics, loss.steps)
@@ -264,7 +272,9 @@ class Learner:
         return result | {
             "loss/total": torch.tensor([value]),
             "grad_norm": torch.tensor([norm]),
-            "informative": torch.tensor([self._total(float(informative.num_rollouts)) / max(1.0, num_rollouts)]),
+            "informative": torch.tensor(
+                [self._total(float(sum(batch.num_rollouts for batch in informative))) / max(1.0, num_rollouts)]
+            ),
         }
 
     def _step(self, norm: float) -> None:
@@ -290,6 +300,12 @@ class Learner:
         if self.reduce_sum is None:
             return value
         return float(self.reduce_sum(torch.tensor(value, dtype=torch.float64, device=self.parameters[0].device)))
+
+
+def _trained_pairs(experience: Experience) -> Tensor:
+    """How many (rollout, step) pairs have a log-probability and a valid reward."""
+    trained = trainable_steps(experience, stochastic_only=True) & experience.rewards.valid[:, None]
+    return trained.sum()
 
 
 def informative_rows(experience: Experience, *, whole_groups: bool = False) -> Tensor:

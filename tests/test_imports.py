@@ -41,6 +41,7 @@ LAYERS = (
     "policies",
     "training",
     "rehearsal",
+    "conformance",
     "bench",
     "bridges",
     "cli",

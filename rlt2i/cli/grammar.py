@@ -54,6 +54,18 @@ def parser() -> argparse.ArgumentParser:
         "--keep", type=home_path, metavar="DIR", help="keep what was written (default: a temporary folder)"
     )
 
+    check = add("check", training.check, "examine a part of yours law by law; every mistake comes with what to do")
+    check.add_argument("kind", choices=["policy"], help="what it is")
+    check.add_argument(
+        "name",
+        type=home_name,
+        help="short name, module:Class, file.py:Class, or a YAML file with the part or a recipe; or a shipped recipe",
+    )
+    _add_set(check, "a field of the part, such as path=DIR; may be repeated")
+    check.add_argument("--size", metavar="HxW", help="of images (default: the smallest usual one that it takes)")
+    check.add_argument("--device", default="cpu", help="where it is loaded (default cpu)")
+    check.add_argument("--tiny", action="store_true", help="on random weights of a tiny pipeline of its class")
+
     train = add("train", training.train, "train a recipe")
     train.add_argument(
         "recipe",
@@ -176,13 +188,13 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _add_set(sub: argparse.ArgumentParser) -> None:
+def _add_set(sub: argparse.ArgumentParser, about: str = "override a field; may be repeated") -> None:
     sub.add_argument(
         "--trust-code",
         action="store_true",
         help="run code that a run directory names and that was never run here; look at it first",
     )
-    sub.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field; may be repeated")
+    sub.add_argument("--set", action="append", default=[], metavar="a.b=c", help=about)
 
 
 def _add_ray(sub: argparse.ArgumentParser) -> None:

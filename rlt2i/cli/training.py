@@ -52,6 +52,13 @@ def rehearse(options: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
+def check(options: argparse.Namespace) -> int:
+    """`rlt2i check`: 1 when a law is broken."""
+    from rlt2i.conformance.command import main as check_policy
+
+    return check_policy(options.name, options.set, size=options.size, device=options.device, tiny=options.tiny)
+
+
 def train(options: argparse.Namespace) -> None:
     """`rlt2i train`, on this machine or on Ray, or the plan of it (`--dry-run`)."""
     from rlt2i.recipes import load_recipe

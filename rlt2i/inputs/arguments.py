@@ -22,6 +22,11 @@ EXAMPLES: Final[Mapping[str, Sequence[str]]] = {
     ),
     "doctor": ("rlt2i doctor", "rlt2i doctor star-sd35-geneval"),
     "rehearse": ("rlt2i rehearse star-sd35-geneval", "rlt2i rehearse --all --no-compile"),
+    "check": (
+        "rlt2i check policy Flux --tiny",
+        "rlt2i check policy my_backbone.py:MySpec --set path=weights/mine --size 64x96",
+        "rlt2i check policy star-sd35-geneval --tiny",
+    ),
     "train": (
         "rlt2i train star-shapes --report",
         "rlt2i train star-shapes --set credit.mix=0.7 --set train.seed=1 --run-dir runs/mine",

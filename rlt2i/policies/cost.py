@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rlt2i.captures import attention_name
-from rlt2i.policies.counts import PeakMemory, count_operations, fused_attention
+from rlt2i.policies.counts import LongestTexts, PeakMemory, count_operations, fused_attention
 from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
 from rlt2i.policies.pretrained.loading import cast, meta_text_encoders
 from rlt2i.types import Conditioning, ImageSize
@@ -137,7 +137,9 @@ def make_plan(
             num_tokens=num_tokens,
             weight_copies=weight_copies,
         )
-    except NotImplementedError as error:
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error).lower():
+            raise
         raise NotCounted(
             f"{type(spec).__name__}: its network reads values of its input ({str(error).splitlines()[0]}), so it "
             "cannot be counted without its weights. Run a few iterations and read the memory in the log."
@@ -161,10 +163,12 @@ def _count(
     learnt = [p for p in network.parameters() if p.requires_grad]
     trainable = sum(p.numel() for p in learnt)
     adapter = trainable if spec.lora_rank is not None else 0
+    encoders = _bytes(meta_text_encoders(spec))
+    stay = spec.text_encoders == "device"
     resident = {
         "network": _bytes(network),
         "optimiser": trainable * _FLOAT32 * (_ADAM_STATES + weight_copies),
-        "text encoders": _bytes(meta_text_encoders(spec)),
+        **({"text encoders": encoders} if stay else {}),
         "image decoder": _bytes(vae),
         "trajectories": rollouts_per_iteration
         * (num_steps + 1)
@@ -211,7 +215,7 @@ def _count(
         update_flops=rollouts_per_iteration * trained_steps * train,
         capture_share=share,
         memory={
-            "encode": base,
+            "encode": base + (0 if stay else encoders),
             "rollout": base + max(copies + denoise.peak, decode.peak),
             "update": base + copies + wider_gradients + update.peak,
         },
@@ -252,7 +256,8 @@ def _blank(name: str, shape: tuple[int, ...], policy: PretrainedPolicy) -> torch
 
 
 def _velocity(policy: PretrainedPolicy, size: ImageSize, rows: int) -> torch.Tensor:
-    return policy.velocity(*_inputs(policy, size, rows))
+    with LongestTexts(policy.spec.text_tokens):
+        return policy.velocity(*_inputs(policy, size, rows))
 
 
 @torch.enable_grad()
@@ -269,4 +274,5 @@ def _decode(policy: PretrainedPolicy, size: ImageSize, rows: int) -> None:
 @torch.no_grad()
 def _captured_flops(policy: PretrainedPolicy, size: ImageSize, num_tokens: int, blocks: str) -> float:
     names = frozenset({attention_name("image_to_text", blocks)})
-    return count_operations(lambda: policy.velocity_with_captures(*_inputs(policy, size, 1, num_tokens), names))
+    with LongestTexts(policy.spec.text_tokens):
+        return count_operations(lambda: policy.velocity_with_captures(*_inputs(policy, size, 1, num_tokens), names))

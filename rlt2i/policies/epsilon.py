@@ -67,6 +67,7 @@ class VPSchedule:
             "rescale_betas_zero_snr": False,
             "clip_sample": False,
             "thresholding": False,
+            "use_karras_sigmas": False,
         }
         known = {
             "beta_schedule": ("scaled_linear",),
@@ -76,6 +77,7 @@ class VPSchedule:
             "rescale_betas_zero_snr": (False,),
             "clip_sample": (False,),
             "thresholding": (False,),
+            "use_karras_sigmas": (False, None),
         }
         given = {key: config.get(key, default) for key, default in defaults.items()}
         for key, values in known.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.policies.lora import FLOW_GRPO_TARGETS
-from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
+from rlt2i.policies.pretrained import DATA, PretrainedPolicy, PretrainedSpec
 from rlt2i.types import Conditioning, ImageSize
 
 
@@ -74,7 +73,8 @@ class Flux(PretrainedSpec):
     pipeline: ClassVar = "FluxPipeline"
     policy: ClassVar = FluxPolicy
     targets: ClassVar = FLOW_GRPO_TARGETS
-    known: ClassVar = {"black-forest-labs/FLUX.1-dev": Path(__file__).parent / "data" / "flux1_dev.json"}
+    known: ClassVar = {"black-forest-labs/FLUX.1-dev": DATA / "flux1_dev.json"}
+    licences: ClassVar = {"black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] Non-Commercial; gated"}
 
     def num_blocks(self, config: Mapping[str, Any]) -> int:
         return int(config["num_layers"] + config["num_single_layers"])
@@ -85,3 +85,6 @@ class Flux(PretrainedSpec):
             "embeddings": (self.max_sequence_length, config["joint_attention_dim"]),
             "pooled": (config["pooled_projection_dim"],),
         }
+
+    def drawing(self) -> dict[str, Any] | None:
+        return {**(super().drawing() or {}), "guidance_scale": self.embedded_guidance}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.policies.guidance import GuidanceForm, RescaledGuidance
-from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
+from rlt2i.policies.pretrained import DATA, PretrainedPolicy, PretrainedSpec
 from rlt2i.types import Conditioning, ImageSize
 
 
@@ -67,6 +67,8 @@ class Lumina2(PretrainedSpec):
 
     pipeline: ClassVar = "Lumina2Pipeline"
     policy: ClassVar = Lumina2Policy
+    known: ClassVar = {"Alpha-VLLM/Lumina-Image-2.0": DATA / "lumina2.json"}
+    licences: ClassVar = {"Alpha-VLLM/Lumina-Image-2.0": "Apache-2.0; open"}
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         width = self.config("transformer")["cap_feat_dim"]

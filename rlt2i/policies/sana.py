@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
+from rlt2i.policies.pretrained import DATA, PretrainedPolicy, PretrainedSpec
 from rlt2i.policies.token_spans import Characters
 from rlt2i.types import Conditioning, ImageSize
 
@@ -88,6 +88,8 @@ class Sana(PretrainedSpec):
     policy: ClassVar = SanaPolicy
     targets: ClassVar = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v")
     directions: ClassVar = ("image_to_text",)
+    known: ClassVar = {"Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": DATA / "sana15.json"}
+    licences: ClassVar = {"Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": "NSCL v2, non-commercial; open"}
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         width = self.config("transformer")["caption_channels"]

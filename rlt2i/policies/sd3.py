@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from rlt2i.functional.schedules import even_sigmas, sd3_sigmas
 from rlt2i.policies.lora import FLOW_GRPO_TARGETS
-from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
+from rlt2i.policies.pretrained import DATA, PretrainedPolicy, PretrainedSpec
 from rlt2i.policies.token_spans import Characters, character_ranges
 from rlt2i.types import Conditioning, ImageSize
 
@@ -89,7 +88,12 @@ class SD3(PretrainedSpec):
     targets: ClassVar = FLOW_GRPO_TARGETS
     alpha_per_rank: ClassVar = 2
     known: ClassVar = {
-        "stabilityai/stable-diffusion-3.5-medium": Path(__file__).parent / "data" / "sd35_medium.json",
+        "stabilityai/stable-diffusion-3.5-medium": DATA / "sd35_medium.json",
+        "stabilityai/stable-diffusion-3.5-large": DATA / "sd35_large.json",
+    }
+    licences: ClassVar = {
+        "stabilityai/stable-diffusion-3.5-medium": "Stability AI Community; gated",
+        "stabilityai/stable-diffusion-3.5-large": "Stability AI Community; gated",
     }
 
     @property
@@ -115,6 +119,12 @@ class SD3(PretrainedSpec):
     def components(self) -> dict[str, Any]:
         without_t5 = {} if self.uses_t5 else {"text_encoder_3": None, "tokenizer_3": None}
         return {"image_encoder": None, "feature_extractor": None, **without_t5}
+
+    def drawing(self) -> dict[str, Any] | None:
+        if self.schedule == "even" or (self.schedule == "auto" and self.config("scheduler").get("shift", 1.0) == 1.0):
+            return None
+        tail = self.max_sequence_length if self.uses_t5 else self.zero_text_tokens
+        return {**(super().drawing() or {}), "max_sequence_length": tail}
 
     def check(self) -> None:
         if self.config("scheduler").get("use_dynamic_shifting") and self.schedule != "even":

@@ -13,6 +13,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "Flux": "rlt2i.policies.flux:Flux",
             "Lumina2": "rlt2i.policies.lumina2:Lumina2",
             "SD3": "rlt2i.policies.sd3:SD3",
+            "SDXL": "rlt2i.policies.sdxl:SDXL",
             "Sana": "rlt2i.policies.sana:Sana",
             "StableDiffusion": "rlt2i.policies.sd:StableDiffusion",
         },

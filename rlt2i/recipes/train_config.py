@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +29,9 @@ class TrainConfig:
         rollout_batch_size: rollouts per forward pass while sampling; changes speed and memory, nothing else.
         micro_batch_size: (rollout, step) pairs per forward pass while learning; likewise.
         image_size: in pixels, one number for a square or [height, width]; of evaluations, and of rollouts too.
-        sizes: of rollouts where they are to be of several: each iteration draws one of them, by the seed.
+        sizes: of rollouts where they are to be of several: each gets equally many groups of an iteration, and which
+            ones is drawn by the seed. A size that is named twice gets twice as many. Batches are of one size, and
+            statistics over a whole batch are over the groups of a size.
         share_initial_noise: start the rollouts of a group from the same noise.
         learning_rate, betas, weight_decay, adam_eps: of AdamW.
         max_grad_norm: global norm at which gradients are clipped.
@@ -172,8 +175,11 @@ def derive_batch(train: TrainConfig, *, world_size: int, num_steps: int, trained
             f"{train.optimizer_steps_per_iteration} optimiser steps: the {train.group_size} rollouts of a prompt stay "
             f"on one process and in one step, so it must be a multiple of {share}. Use {', or '.join(ways)}."
         )
+    _check_sizes(train, world_size=world_size)
     rollouts = prompts * train.group_size
     per_device = rollouts // world_size
+    pairs = per_device * trained_steps // train.optimizer_steps_per_iteration
+    kinds = len(set(train.sizes)) or 1  # of batches: each is of one size
     return BatchPlan(
         world_size=world_size,
         num_steps=num_steps,
@@ -185,13 +191,32 @@ def derive_batch(train: TrainConfig, *, world_size: int, num_steps: int, trained
         rollouts=rollouts,
         prompts_per_device=prompts // world_size,
         rollouts_per_device=per_device,
-        rollout_passes=-(-per_device // train.rollout_batch_size),
+        rollout_passes=kinds * -(-per_device // (kinds * train.rollout_batch_size)),
         optimizer_steps=train.optimizer_steps_per_iteration,
         rollouts_per_step=rollouts // train.optimizer_steps_per_iteration,
-        micro_batches=-(-per_device * trained_steps // (train.optimizer_steps_per_iteration * train.micro_batch_size)),
+        micro_batches=kinds * -(-pairs // (kinds * train.micro_batch_size)),
         total_rollouts=rollouts * train.iterations,
         total_optimizer_steps=train.iterations * train.optimizer_steps_per_iteration,
     )
+
+
+def _check_sizes(train: TrainConfig, *, world_size: int) -> None:
+    """Every size must have equally many groups on every process and in every optimiser step.
+
+    Raises:
+        ValueError: with numbers of prompts that work.
+    """
+    prompts, share, sizes = train.prompts_per_iteration, world_size * train.optimizer_steps_per_iteration, train.sizes
+    if not sizes or share == 1:
+        return
+    step = math.lcm(*(len(sizes) * share // math.gcd(share, sizes.count(size)) for size in set(sizes)))
+    if prompts % step:
+        near = " or ".join(str(n) for n in (prompts // step * step, (prompts // step + 1) * step) if n)
+        raise ValueError(
+            f"train.prompts_per_iteration={prompts} cannot be dealt to {len(sizes)} sizes x {world_size} processes x "
+            f"{train.optimizer_steps_per_iteration} optimiser steps: batches are of one size, and processes work side "
+            f"by side, so it must be a multiple of {step}. Use train.prompts_per_iteration={near}."
+        )
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -26,6 +26,10 @@ from rlt2i.types import ImageSize, height_and_width
 IMAGE_SIZE = 32
 SIZES = {"Lumina2Pipeline": 64}
 """Pixels a side that tiny pipelines draw; IMAGE_SIZE where nothing is said."""
+PADDED = frozenset({"FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline"})
+"""Pipelines that pad every prompt, without a template before it, which a short text would cut off with the prompt."""
+SHORT = 32
+"""Tokens of their text."""
 NEEDS_NOTHING = frozenset({"JPEGCompressibility", "JPEGIncompressibility", "Function", "StandInReward"})
 """Rewards that judge without weights, beside those of embedded tasks."""
 _SHRUNK = (
@@ -68,7 +72,9 @@ def make_small(recipe: Recipe, folder: Path, *, compile_blocks: bool = True) -> 
         ValueError: when there is no tiny pipeline of the recipe's class, or no small group fits its parts.
     """
     said: list[str] = []
-    policy, image_size = _policy(recipe, folder, compile_blocks, said)
+    policy, image_size = small_policy(
+        recipe.policy, folder, recipe.train.image_size, compile_blocks=compile_blocks, said=said
+    )
     reward = _reward(recipe.reward, said)
     heldout = {name: _reward(judge, said) for name, judge in recipe.heldout.items()}
     small = attrs.evolve(recipe, policy=policy, reward=reward, heldout=heldout)
@@ -78,25 +84,37 @@ def make_small(recipe: Recipe, folder: Path, *, compile_blocks: bool = True) -> 
     return Rehearsed(recipe=attrs.evolve(small, train=_train(small, image_size, said)), replaced=tuple(said))
 
 
-def _policy(recipe: Recipe, folder: Path, compile_blocks: bool, said: list[str]) -> tuple[Any, ImageSize]:
-    spec = recipe.policy
+def small_policy(
+    spec: Any, folder: Path, image_size: ImageSize, *, compile_blocks: bool, said: list[str]
+) -> tuple[Any, ImageSize]:
+    """The policy on a tiny pipeline of its own class, and an image size for it.
+
+    Args:
+        folder: gets the pipeline.
+        image_size: where nothing is replaced.
+        compile_blocks: keep `compile`.
+        said: gets a line for every replacement.
+
+    Raises:
+        ValueError: when there is no tiny pipeline of that class.
+    """
     if not isinstance(spec, PretrainedSpec):
-        return spec, recipe.train.image_size
+        return spec, image_size
     if spec.compile and not compile_blocks:
         said.append("policy.compile: true -> false")
         spec = attrs.evolve(spec, compile=False)
     if spec.path.startswith("embedded:"):
-        return spec, recipe.train.image_size
+        return spec, image_size
     if spec.pipeline not in TINY:
-        raise ValueError(f"rehearse {recipe.name}: there is no tiny {spec.pipeline}. There are {', '.join(TINY)}.")
+        raise ValueError(f"there is no tiny {spec.pipeline}. There are {', '.join(TINY)}.")
     place = folder / f"tiny-{spec.pipeline}"
     if not (place / "model_index.json").is_file():
         save_tiny(spec.pipeline, place)
     said.append(f"policy.path: {spec.path} -> a tiny {spec.pipeline} with random weights")
     small: dict[str, Any] = {"path": str(place), "revision": None}
-    if getattr(spec, "max_sequence_length", 0) > 32:
-        small["max_sequence_length"] = 32
-        said.append(f"policy.max_sequence_length: {spec.max_sequence_length} -> 32")  # type: ignore[attr-defined]
+    if spec.pipeline in PADDED and spec.max_sequence_length > SHORT:
+        small["max_sequence_length"] = SHORT
+        said.append(f"policy.max_sequence_length: {spec.max_sequence_length} -> {SHORT}")
     return attrs.evolve(spec, **small), SIZES.get(spec.pipeline, IMAGE_SIZE)
 
 
@@ -257,13 +275,17 @@ def _train(recipe: Recipe, image_size: ImageSize, said: list[str]) -> Any:
         group_size=group if train.group_size > 1 else 1,
         rollout_batch_size=max(group, min(train.rollout_batch_size, 8)),
         image_size=image_size,
-        sizes=tuple(image_size for _ in train.sizes),
+        sizes=_small_sizes(train.sizes, image_size),
         eval_every=1,
         eval_prompts=_eval_prompts(recipe),
         eval_steps=min(train.eval_steps, 2),
         checkpoint_every=1,
         trackers=(),
     )
+    if small.sizes:
+        small = attrs.evolve(
+            small, prompts_per_iteration=least * len(small.sizes) * small.optimizer_steps_per_iteration
+        )
     if small.prompts_per_iteration % small.optimizer_steps_per_iteration:
         small = attrs.evolve(small, prompts_per_iteration=small.optimizer_steps_per_iteration)
     for name in (
@@ -279,6 +301,16 @@ def _train(recipe: Recipe, image_size: ImageSize, said: list[str]) -> Any:
         if before != after:
             said.append(f"train.{name}: {before} -> {after}")
     return small
+
+
+def _small_sizes(sizes: tuple[ImageSize, ...], small: ImageSize) -> tuple[ImageSize, ...]:
+    """As many, wide where they are wide and high where they are high."""
+    side, _ = height_and_width(small)
+    shapes = [height_and_width(size) for size in sizes]
+    return tuple(
+        small if height == width else (side, 2 * side) if height < width else (2 * side, side)
+        for height, width in shapes
+    )
 
 
 def _judged_by_counting(recipe: Recipe) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -54,6 +54,15 @@ class FailureCounts:
         tally = cls()
         tally.add(output)
         return tally
+
+    @classmethod
+    def sum_of(cls, tallies: Iterable[FailureCounts]) -> FailureCounts:
+        """Of several batches."""
+        whole = cls()
+        for tally in tallies:
+            whole.images += tally.images
+            whole.reasons.update(tally.reasons)
+        return whole
 
     def add(self, output: RewardOutput) -> None:
         """Count one answer of the reward."""

@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from rlt2i.config import Parts, build
-from rlt2i.config.references import ConfigError, parse_yaml, read_yaml
-from rlt2i.inputs.textfiles import has_suffix, user_path
+from rlt2i.config import Parts
+from rlt2i.config.naming import named_part
 from rlt2i.interfaces import Reward
 
 
 def named_reward(name: str, fields: Sequence[str] = (), *, parts: Parts | None = None) -> Reward:
-    """The reward that a name and some fields describe.
-
-    Args:
-        name: a short name, `module:Class`, `file.py:Class`, or a YAML file with a reward or with a whole
-            recipe.
-        fields: `field=value`, or `field.subfield=value`; values are YAML.
-        parts: the short names.
+    """The reward that a name and some fields describe; arguments as of `named_part`.
 
     Raises:
         ConfigError: naming what is wrong.
     """
-    folder = None
-    mapping: dict[str, Any] = {"type": name}
-    if has_suffix(name, ".yaml", ".yml"):
-        if not user_path(name).is_file():
-            raise ConfigError(f"{name}: no such file.")
-        mapping = read_yaml(user_path(name))
-        folder = user_path(name).parent
-        found = mapping.get("reward", mapping) if "policy" in mapping else mapping
-        mapping = {"type": found} if isinstance(found, str) else dict(found)
-    for field in fields:
-        path, equals, text = field.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"--set {field}: write field=value, for example match=partial.")
-        *parents, last = path.split(".")
-        target = mapping
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"--set {field}: {parent!r} is a value and has no fields.")
-        target[last] = parse_yaml(text)
-    return build(Reward, mapping, path="reward", parts=parts, folder=folder)  # type: ignore[type-abstract]
+    return named_part(Reward, name, fields, key="reward", parts=parts)  # type: ignore[type-abstract]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import attrs
@@ -10,6 +11,7 @@ from rlt2i.engine import chunk_size
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.recipes.train_config import BatchPlan, derive_batch
 from rlt2i.tasks.base import check_metadata
+from rlt2i.types import height_and_width
 
 
 def batch_plan(recipe: Recipe, *, world_size: int) -> BatchPlan:
@@ -67,7 +69,7 @@ def _size(recipe: Recipe, batch: BatchPlan) -> str:
     try:
         made = make_plan(
             recipe.policy,
-            image_size=train.image_size,
+            image_size=max((train.image_size, *train.sizes), key=lambda size: math.prod(height_and_width(size))),
             num_steps=batch.num_steps,
             trained_steps=batch.trained_steps,
             rollouts_per_iteration=batch.rollouts_per_device,

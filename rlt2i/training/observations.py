@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,14 +12,24 @@ from rlt2i.functional.groups import masked_std, tied
 from rlt2i.functional.maps import effective_support
 from rlt2i.functional.numerics import full_precision
 
+_MAXIMA = ("map/max", "time/max")
 
-def observations(collected: Collected, mean: Callable[[Tensor], float]) -> dict[str, float]:
-    """The metrics of a batch.
+
+def observations(batches: Sequence[Collected], mean: Callable[[Tensor], float]) -> dict[str, float]:
+    """The metrics of an iteration.
 
     Args:
-        collected: the batch of this process.
+        batches: of this process, one for every image size.
         mean: over the elements of a tensor, and over all processes.
     """
+    each = [_observed(batch) for batch in batches]
+    names = dict.fromkeys(name for found in each for name in found)
+    seen = {name: torch.cat([found[name].flatten() for found in each if name in found]) for name in names}
+    metrics = {name: mean(values) for name, values in seen.items() if name not in _MAXIMA}
+    return metrics | {name: float(values.max()) for name, values in seen.items() if name in _MAXIMA}
+
+
+def _observed(collected: Collected) -> dict[str, Tensor]:
     experience, rewards = collected.experience, collected.experience.rewards
     kept = rewards.valid
     size = collected.prompts.group_size
@@ -31,9 +41,7 @@ def observations(collected: Collected, mean: Callable[[Tensor], float]) -> dict[
         "reward/tied_groups": tied(by_group, judged)[compared, 0].float(),
         **{f"reward/{name}": values[kept] for name, values in rewards.terms.items()},
     }
-    weights = weight_statistics(experience.credit.weight, experience.trajectory.stochastic)
-    metrics = {name: mean(values) for name, values in (seen | weights).items() if not name.endswith("max")}
-    return metrics | {name: float(values.max()) for name, values in weights.items() if name.endswith("max")}
+    return seen | weight_statistics(experience.credit.weight, experience.trajectory.stochastic)
 
 
 def weight_statistics(weight: Tensor, stochastic: Tensor) -> dict[str, Tensor]:

@@ -206,7 +206,6 @@ def _assemble(
     engine = Engine(
         algorithm=algorithm,
         image_size=train.image_size,
-        sizes=train.sizes,
         rollout_batch_size=train.rollout_batch_size,
         seed=train.seed,
         share_initial_noise=train.share_initial_noise,

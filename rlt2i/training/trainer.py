@@ -38,8 +38,10 @@ from rlt2i.runs.optimizer_state import optimizer_tensors, restore_optimizer
 from rlt2i.runs.terminal import summary_line
 from rlt2i.tasks.base import TaskPrompt, as_prompts
 from rlt2i.training.alarm import hacking_alarms
+from rlt2i.training.group_sizes import groups_by_size
 from rlt2i.training.observations import observations
 from rlt2i.training.signals import GracefulStop
+from rlt2i.types import Experience
 
 MAPS_SHOWN = 6
 """Rollouts whose allocation maps are kept at each evaluation."""
@@ -133,12 +135,14 @@ class Trainer:
     def _one_iteration(self) -> dict[str, Any]:
         train, watch = self.recipe.train, Stopwatch(device=self.engine.device)
         collected = self.distributed.raise_on_all(lambda: self._collect(watch), doing=f"iteration {self.iteration + 1}")
-        lost = 1 - self.distributed.mean(collected.experience.rewards.valid.float())
-        tally = collected.tally.together(self.distributed.gather, self.engine.device)
+        valid = torch.cat([batch.experience.rewards.valid for batch in collected])
+        lost = 1 - self.distributed.mean(valid.float())
+        tally = FailureCounts.sum_of(batch.tally for batch in collected)
+        tally = tally.together(self.distributed.gather, self.engine.device)
         invalid = max(lost, tally.share)
         self._stop_if_broken(tally, invalid, "train", "Nothing was learned from this batch")
         with watch("update"):
-            metrics: dict[str, Any] = dict(self.learner.learn(collected.experience, watch.advance))
+            metrics: dict[str, Any] = dict(self.learner.learn([batch.experience for batch in collected], watch.advance))
         self.iteration += 1  # from here on the weights are those of a finished iteration
         self._mention_uniform_prompts(collected)
         metrics |= observations(collected, self.distributed.mean) | {
@@ -146,32 +150,39 @@ class Trainer:
         }
         metrics["rewards/invalid"] = invalid
         if train.group_size > 1:
-            differing = diversity_metrics(collected.images, train.group_size)
-            metrics |= {name: self.distributed.mean(values) for name, values in differing.items()}
+            differing = [diversity_metrics(batch.images, train.group_size) for batch in collected]
+            metrics |= {
+                name: self.distributed.mean(torch.cat([values[name] for values in differing])) for name in differing[0]
+            }
         if train.reference:
             metrics["kl/base"] = self._drift(collected)
         if self._shows_maps():
             self._keep_maps(collected)
         return metrics
 
-    def _collect(self, watch: Stopwatch) -> Collected:
+    def _collect(self, watch: Stopwatch) -> list[Collected]:
+        """One batch for every image size."""
         train = self.recipe.train
         first = self.iteration * train.prompts_per_iteration
-        mine = shard_prompts(
-            train.prompts_per_iteration,
-            parts=train.optimizer_steps_per_iteration,
-            rank=self.distributed.rank,
-            world_size=self.distributed.world_size,
-        )
         stream = self.recipe.task.train_prompts(seed=train.seed, start=first, count=train.prompts_per_iteration)
-        prompts = as_prompts([stream[i] for i in mine], group_size=train.group_size)
-        prompts = attrs.evolve(prompts, draws=tuple(first + i for i in mine))
-        with self.learner.sets.use(self.learner.objective.rollout_weights):
-            return self.engine.collect(prompts, iteration=self.iteration, watch=watch)
+        batches = []
+        for size, positions in groups_by_size(train, iteration=self.iteration).items():
+            shard = shard_prompts(
+                len(positions),
+                parts=train.optimizer_steps_per_iteration,
+                rank=self.distributed.rank,
+                world_size=self.distributed.world_size,
+            )
+            mine = [positions[i] for i in shard]
+            prompts = as_prompts([stream[i] for i in mine], group_size=train.group_size)
+            prompts = attrs.evolve(prompts, draws=tuple(first + i for i in mine))
+            with self.learner.sets.use(self.learner.objective.rollout_weights):
+                batches.append(self.engine.collect(prompts, iteration=self.iteration, watch=watch, image_size=size))
+        return batches
 
-    def _mention_uniform_prompts(self, collected: Collected) -> None:
+    def _mention_uniform_prompts(self, collected: list[Collected]) -> None:
         """Say once that a prompt has no word that a map could start from."""
-        texts = prompts_without_core(collected)
+        texts = [text for batch in collected for text in prompts_without_core(batch)]
         if texts and self.engine.algorithm.captures and not self.mentioned:
             self.mentioned = True
             self.say(f"note: no core word found in {texts[0]!r}; the credit of such prompts is uniform in space")
@@ -195,15 +206,19 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def _drift(self, collected: Collected, count: int = 32) -> float:
+    def _drift(self, collected: list[Collected], count: int = 32) -> float:
         """mean (v - v_base)^2 on a few (rollout, step) pairs: how far the policy has moved from where it began."""
-        experience = collected.experience
+        moved = [self._moved(batch.experience, -(-count // len(collected))) for batch in collected]
+        return self.distributed.mean(torch.cat(moved))
+
+    def _moved(self, experience: Experience, count: int) -> Tensor:
+        """[count] mean (v - v_base)^2."""
         rollouts = torch.arange(min(count, experience.num_rollouts), device=self.engine.device)
         pairs = experience.step_batch(rollouts, rollouts % experience.trajectory.num_steps)
         now = self.policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
         with self.learner.sets.use("reference"):
             base = self.policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
-        return self.distributed.mean((now - base).pow(2).mean(dim=(1, 2, 3)))
+        return (now - base).pow(2).mean(dim=(1, 2, 3))
 
     # ------------------------------------------------------------------------------------------------- judgement
 
@@ -315,7 +330,9 @@ class Trainer:
         train, done = self.recipe.train, self.iteration
         return done == 1 or done == train.iterations or (train.eval_every > 0 and done % train.eval_every == 0)
 
-    def _keep_maps(self, collected: Collected) -> None:
+    def _keep_maps(self, batches: list[Collected]) -> None:
+        """Of the first size, where there are several."""
+        collected = batches[0]
         if collected.experience.credit.weight.shape[2:] == (1, 1):
             return
         path = maps_file(self.run_dir, self.iteration)

@@ -101,7 +101,7 @@ def _toy_batch(page: Page) -> dict[str, float]:
     group_size = GROUP_SIZES.get(type(sampler).__name__, 4)
     batch = collect(toy_engine(algorithm), prompts=2, group_size=group_size)
     learned = toy_learner(algorithm).learn(batch.experience)
-    return learned | observations(batch, lambda values: float(values.mean()))
+    return learned | observations([batch], lambda values: float(values.mean()))
 
 
 @by_name

@@ -6,6 +6,7 @@ import os
 
 import attrs
 import torch
+from torch import Tensor
 
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.group_relative import GroupRelative
@@ -21,7 +22,8 @@ from rlt2i.rewards.jpeg import JPEGCompressibility
 from rlt2i.samplers.branching import TreeSDE
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
-from tests.helpers.toy import QuadrantBrightness, ToySpec, ToyTask
+from rlt2i.types import Conditioning, ImageSize, height_and_width
+from tests.helpers.toy import QuadrantBrightness, ToyPolicy, ToySpec, ToyTask
 
 STAR = Product(
     advantage=GroupRelative(), allocations=(TextAttention(blocks="0", doubt=0.0),)
@@ -65,6 +67,41 @@ def tree() -> Recipe:
     recipe = clipped()
     sampler = TreeSDE(num_steps=4, splits=(0, 2))
     return attrs.evolve(recipe, sampler=sampler, credit=Product(advantage=TreeAdvantage()))
+
+
+def sized() -> Recipe:
+    """Images of two sizes in every batch, one of them no square."""
+    recipe = clipped(prompts_per_iteration=8, group_size=2, sizes=((8, 8), (4, 8)), eval_every=0)
+    return attrs.evolve(recipe, policy=SizedSpec())
+
+
+class SizedPolicy(ToyPolicy):
+    """A ToyPolicy that paints any part of its picture."""
+
+    def latent_shape(self, image_size: ImageSize) -> tuple[int, int, int]:
+        return (3, *height_and_width(image_size))
+
+    def token_grid(self, image_size: ImageSize) -> tuple[int, int]:
+        height, width = height_and_width(image_size)
+        return height // 2, width // 2
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        height, width = latents.shape[-2:]
+        return latents + self.image[..., :height, :width] + self.network(latents)
+
+    def velocity_with_captures(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, names: frozenset[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        pooled = torch.nn.functional.avg_pool2d(latents, 2).mean(dim=1, keepdim=True).exp().detach()
+        return self.velocity(latents, sigma, conditioning), dict.fromkeys(names, pooled)
+
+
+@attrs.frozen(kw_only=True)
+class SizedSpec(ToySpec):
+    """Loads a `SizedPolicy`."""
+
+    def load(self, device: torch.device | str = "cpu") -> SizedPolicy:
+        return SizedPolicy(self.seed)
 
 
 def nft() -> Recipe:

@@ -6,16 +6,16 @@ import attrs
 import pytest
 import torch
 
+from rlt2i.config import load_object
 from rlt2i.policies.cost import NotCounted, capture_share, forward_flops, make_plan
 from rlt2i.policies.counts import PeakMemory, count_operations, fused_attention
-from rlt2i.policies.flux import Flux
-from rlt2i.policies.lumina2 import Lumina2
-from rlt2i.policies.sana import Sana
-from rlt2i.policies.sd import StableDiffusion
+from rlt2i.policies.lumina2 import Lumina2, Lumina2Policy
 from rlt2i.policies.sd3 import SD3
 from rlt2i.policies.tiny import save_tiny
+from rlt2i.recipes.parts import PARTS
 from rlt2i.types import Prompts
 
+BACKBONES = [load_object(reference) for reference in PARTS["PolicySpec"].values()]
 SD35 = SD3(path="stabilityai/stable-diffusion-3.5-medium", lora_rank=32, dtype="bfloat16")
 
 
@@ -160,10 +160,9 @@ def test_the_decoder_is_built_in_its_own_precision():
     assert SD35.policy.on_meta(SD35).vae.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "SanaPipeline", "StableDiffusionPipeline"])
-def test_every_backbone_is_counted(name, tmp_path):
-    spec = {"FluxPipeline": Flux, "SanaPipeline": Sana}.get(name, StableDiffusion)
-    policy = spec(path=str(save_tiny(name, tmp_path)), lora_rank=2)
+@pytest.mark.parametrize("spec", [each for each in BACKBONES if each is not SD3], ids=lambda spec: spec.__name__)
+def test_every_backbone_is_counted(spec, tmp_path):
+    policy = spec(path=str(save_tiny(spec.pipeline, tmp_path)), lora_rank=2)
     plan = make_plan(
         policy, image_size=(32, 64), num_steps=2, trained_steps=1, rollouts_per_iteration=4, micro_batch_size=2
     )
@@ -177,7 +176,17 @@ def test_every_backbone_is_counted(name, tmp_path):
     assert plan.backward_flops > 0.9 * plan.forward_flops
 
 
-def test_what_reads_its_input_is_not_counted_and_says_so(tmp_path):
+def test_what_reads_its_input_is_not_counted_and_says_so(tmp_path, monkeypatch):
     policy = Lumina2(path=str(save_tiny("Lumina2Pipeline", tmp_path)))
+    predict = Lumina2Policy.predict
+    monkeypatch.setattr(Lumina2Policy, "predict", lambda self, x, s, c: predict(self, x, s, c) * float(s.max()))
     with pytest.raises(NotCounted, match="Lumina2: its network reads values of its input"):
         make_plan(policy, image_size=64, num_steps=2, trained_steps=1, rollouts_per_iteration=4, micro_batch_size=2)
+
+
+def test_text_encoders_that_leave_the_device_take_memory_only_while_they_encode(short):
+    common = {"image_size": 256, "num_steps": 2, "trained_steps": 1, "rollouts_per_iteration": 1, "micro_batch_size": 1}
+    stay, leave = (make_plan(attrs.evolve(short, text_encoders=where), **common) for where in ("device", "disk"))
+    assert leave.memory["encode"] == stay.memory["encode"]
+    assert stay.memory["update"] - leave.memory["update"] == stay.resident["text encoders"] > 10 << 30
+    assert "text encoders" not in leave.resident

@@ -189,3 +189,22 @@ def test_spec_decides_whether_to_wrap(clip_pipeline):
     assert isinstance(guided, Guided)
     assert (guided.scale, guided.uncond_grad) == (4.5, True)
     assert isinstance(attrs.evolve(spec, guidance_scale=1.0).load(), SD3Policy)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        LinearGuidance(),
+        OffsetGuidance(),
+        *(RescaledGuidance(over=over) for over in ("token", "row", "image")),
+        RescaledGuidance(over="image", limit=0.9, of=OffsetGuidance()),
+        IntervalGuidance(of=RescaledGuidance(over="row")),
+    ],
+    ids=str,
+)
+def test_gradients_flow_through_every_form_and_its_norms(form):
+    draw = torch.Generator().manual_seed(0)
+    positive, negative = (
+        torch.randn(2, 3, 4, 4, generator=draw, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    assert torch.autograd.gradcheck(lambda p, n: form.combine(p, n, 3.0), (positive, negative))

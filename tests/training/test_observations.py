@@ -54,7 +54,7 @@ def test_uniform_credit_has_no_shape():
 def test_every_allocation_reports_its_concentration(allocations, axes):
     credit = Product(advantage=GroupRelative(), allocations=allocations)
     batch = collect(toy_engine(toy_algorithm(ClippedSurrogate(), credit=credit)))
-    seen = observations(batch, lambda values: float(values.mean()))
+    seen = observations([batch], lambda values: float(values.mean()))
     for axis in ("map", "time"):
         for name in ("entropy", "effective_support", "max"):
             assert (f"{axis}/{name}" in seen) == (axis in axes)

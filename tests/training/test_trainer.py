@@ -57,7 +57,7 @@ def command(recipe: str, run: Path, *options: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("recipe", ["clipped", "nft", "tree"])
+@pytest.mark.parametrize("recipe", ["clipped", "nft", "tree", "sized"])
 def test_resume_continues_bit_for_bit(tmp_path, recipe):
     make = getattr(toy_recipe, recipe)
     train(make(), tmp_path / "whole")
@@ -205,7 +205,7 @@ def test_a_held_out_reward_without_its_metadata_is_refused_before_anything_runs(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("recipe", ["clipped", "nft", "tree"])
+@pytest.mark.parametrize("recipe", ["clipped", "nft", "tree", "sized"])
 def test_two_processes_give_the_update_of_one(tmp_path, recipe):
     """gloo, two ranks, whole groups each: same rollouts, same advantages, same gradient within float addition."""
     train(getattr(toy_recipe, recipe)(), tmp_path / "one")

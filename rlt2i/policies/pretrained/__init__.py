@@ -11,7 +11,12 @@ and the policy says where its blocks are (`blocks`), its schedule (`sigmas`), it
 network predicts (`predict`), and where image and words are among the tokens (`order`, or `where`).
 """
 
+from pathlib import Path
+
 from rlt2i.policies.pretrained.policy import PretrainedPolicy
 from rlt2i.policies.pretrained.spec import PretrainedSpec
 
-__all__ = ["PretrainedPolicy", "PretrainedSpec"]
+DATA = Path(__file__).resolve().parents[1] / "data"
+"""Configurations of published pipelines, so that their cost is known without a download."""
+
+__all__ = ["DATA", "PretrainedPolicy", "PretrainedSpec"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -71,6 +72,7 @@ class PretrainedSpec(PolicySpec):
         alpha_per_rank: default `lora_alpha` / `lora_rank`.
         directions: of its attention maps.
         known: hub repository -> JSON file of component configurations that the package ships.
+        licences: hub repository -> the licence of its weights, and whether an account must accept it first ("gated").
     """
 
     path: str = attrs.field(validator=validators.min_len(1))
@@ -99,6 +101,7 @@ class PretrainedSpec(PolicySpec):
     alpha_per_rank: ClassVar[int] = 1
     directions: ClassVar[tuple[Direction, ...]] = DIRECTIONS
     known: ClassVar[Mapping[str, Path]] = {}
+    licences: ClassVar[Mapping[str, str]] = {}
 
     @lora_alpha.validator
     def _check_alpha(self, _: Any, value: int | None) -> None:
@@ -137,6 +140,22 @@ class PretrainedSpec(PolicySpec):
     def components(self) -> dict[str, Any]:
         """Arguments of the pipeline's `from_pretrained`, such as the components that are left out."""
         return {}
+
+    def drawing(self) -> dict[str, Any] | None:
+        """Arguments with which the stock pipeline draws, without guidance, what this policy draws without guidance.
+
+        None where the policy samples otherwise than its pipeline, by choice.
+        """
+        import diffusers
+
+        if self.config("")["scheduler"][1] != "FlowMatchEulerDiscreteScheduler":
+            return None  # another solver
+        takes = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
+        scale = "true_cfg_scale" if "true_cfg_scale" in takes else "guidance_scale"
+        options = {scale: self.guidance.neutral, "use_resolution_binning": False}
+        if hasattr(self, "max_sequence_length"):
+            options["max_sequence_length"] = self.max_sequence_length
+        return {name: value for name, value in options.items() if name in takes}
 
     def check(self) -> None:
         """Refuse, before any weight is read, a pipeline that this policy does not cover.

@@ -67,7 +67,7 @@ class TextEncoding:
         key = (text, negative)
         if key in self._memory:
             self._memory.move_to_end(key)
-            return self._memory[key]
+            return {name: tensor.to(self.device) for name, tensor in self._memory[key].items()}
         encoded = self._from_disk(key)
         if encoded is None:
             self._arrive()
@@ -77,7 +77,9 @@ class TextEncoding:
             finally:
                 self._leave()
             self._to_disk(key, encoded)
-        self._memory[key] = encoded
+        # Where encoders have to leave the device, memory is scarce there.
+        stay = self.spec.text_encoders == "device"
+        self._memory[key] = encoded if stay else {name: tensor.cpu() for name, tensor in encoded.items()}
         self._bytes += _size(encoded)
         while self._bytes > _CACHE_BYTES and len(self._memory) > 1:
             self._bytes -= _size(self._memory.popitem(last=False)[1])

@@ -72,6 +72,28 @@ def stable_diffusion(*, clip_length: int = 77, **scheduler: Any) -> Any:
     )  # fmt: skip
 
 
+def stable_diffusion_xl(*, clip_length: int = 77, **scheduler: Any) -> Any:
+    """A UNet of two resolutions with one and two layers a block, told size and crop; two CLIPs side by side."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    tokenizer = clip_tokenizer(clip_length)
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), norm_num_groups=4,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
+        use_linear_projection=True,
+    )  # fmt: skip
+    schedule = {name: value for name, value in DDIM_SCHEDULE.items() if name != "clip_sample"}
+    return StableDiffusionXLPipeline(
+        unet=unet, vae=kl_autoencoder(scaling_factor=0.5), tokenizer=tokenizer, tokenizer_2=tokenizer,
+        text_encoder=clip_encoder(tokenizer, projection=False),
+        text_encoder_2=clip_encoder(tokenizer, projection=True),
+        scheduler=EulerDiscreteScheduler(**{**schedule, "timestep_spacing": "leading", **scheduler}),
+        add_watermarker=False,
+    )  # fmt: skip
+
+
 def flux(*, clip_length: int = 77) -> Any:
     """Two double-stream and three single-stream blocks, guidance as an input, a shift by image size."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -142,6 +164,7 @@ TINY: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "StableDiffusion3Pipeline": stable_diffusion_3,
         "StableDiffusionPipeline": stable_diffusion,
+        "StableDiffusionXLPipeline": stable_diffusion_xl,
         "FluxPipeline": flux,
         "SanaPipeline": sana,
         "Lumina2Pipeline": lumina2,
