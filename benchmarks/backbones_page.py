@@ -19,12 +19,15 @@ import attrs
 from rlt2i.config import load_object
 from rlt2i.policies.cost import make_plan
 from rlt2i.policies.pretrained import PretrainedSpec
+from rlt2i.recipes import list_recipes
 from rlt2i.recipes.parts import PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "backbones.md"
 COUNTS = ROOT / "benchmarks" / "results" / "backbones.csv"
-BEGIN, END = "<!-- table: python -m benchmarks.backbones_page -->", "<!-- end of table -->"
+BLOCK = re.compile(r"(<!-- (table|recipes): python -m benchmarks.backbones_page -->\n).*?(<!-- end -->)", re.DOTALL)
+RECIPE = re.compile(r"(flow-grpo|star|nft|dpo)-([a-z0-9.-]+?)-(ocr|pickscore)(-sizes|-24gb)?")
+METHODS = {"flow-grpo": "Flow-GRPO", "star": "STAR", "nft": "DiffusionNFT", "dpo": "online DPO"}
 PIXELS = (512, 1024)
 GIB = 2**30
 
@@ -132,9 +135,25 @@ def _guidance(spec: PretrainedSpec) -> str:
     return f"embedded {embedded:g}, or {told}{neutral}" if embedded is not None else told + neutral
 
 
+def recipes() -> str:
+    """The recipes on text rendering and PickScore, by model and method."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for entry in list_recipes():
+        match = RECIPE.fullmatch(entry.name)
+        if match and not entry.model.startswith("embedded:"):
+            row = found.setdefault(match[2], {method: [] for method in METHODS})
+            row[match[1]].append(f"`{entry.name}`: {entry.evidence}")
+    lines = ["| model | " + " | ".join(METHODS.values()) + " |", "|---" * (1 + len(METHODS)) + "|"]
+    lines += [
+        f"| {key} | " + " | ".join("<br>".join(names) for names in row.values()) + " |" for key, row in found.items()
+    ]
+    return "\n".join(lines)
+
+
 def composed(page: str) -> str:
-    """The page with the table of today."""
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{table()}\n{END}", page, flags=re.DOTALL)
+    """The page with the tables of today."""
+    blocks = {"table": table, "recipes": recipes}
+    return BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]]()}\n{match[3]}", page)
 
 
 def main() -> None:
