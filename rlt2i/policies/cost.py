@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rlt2i.captures import attention_name
-from rlt2i.policies.counts import LongestTexts, PeakMemory, count_operations, fused_attention
+from rlt2i.policies.counts import PeakMemory, count_operations, fused_attention, longest_texts
 from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
 from rlt2i.policies.pretrained.loading import cast, meta_text_encoders
 from rlt2i.types import Conditioning, ImageSize
@@ -256,7 +256,7 @@ def _blank(name: str, shape: tuple[int, ...], policy: PretrainedPolicy) -> torch
 
 
 def _velocity(policy: PretrainedPolicy, size: ImageSize, rows: int) -> torch.Tensor:
-    with LongestTexts(policy.spec.text_tokens):
+    with longest_texts(policy.spec.text_tokens):
         return policy.velocity(*_inputs(policy, size, rows))
 
 
@@ -274,5 +274,5 @@ def _decode(policy: PretrainedPolicy, size: ImageSize, rows: int) -> None:
 @torch.no_grad()
 def _captured_flops(policy: PretrainedPolicy, size: ImageSize, num_tokens: int, blocks: str) -> float:
     names = frozenset({attention_name("image_to_text", blocks)})
-    with LongestTexts(policy.spec.text_tokens):
+    with longest_texts(policy.spec.text_tokens):
         return count_operations(lambda: policy.velocity_with_captures(*_inputs(policy, size, 1, num_tokens), names))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -48,21 +48,27 @@ def fused_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = original
 
 
-class LongestTexts(TorchFunctionMode):
+@contextlib.contextmanager
+def longest_texts(length: int) -> Iterator[None]:
     """Tells a network that asks how long the texts of its batch are, which the meta device does not know: all longest.
+
+    Replaced by name, because a function mode would take unwatched attention off its fused kernel.
 
     Args:
         length: of the longest text, in tokens.
     """
+    original = Tensor.tolist
 
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length = length
+    def tolist(self: Tensor) -> Any:
+        if self.is_meta and self.ndim == 1 and not self.is_floating_point():
+            return [length] * len(self)
+        return original(self)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.tolist and args[0].is_meta and args[0].ndim == 1 and not args[0].is_floating_point():
-            return [self.length] * len(args[0])
-        return func(*args, **(kwargs or {}))
+    Tensor.tolist = tolist  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tensor.tolist = original  # type: ignore[method-assign]
 
 
 class PeakMemory(TorchDispatchMode):
