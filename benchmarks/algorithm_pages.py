@@ -43,6 +43,7 @@ A curve that is made again leaves this set."""
 WHY_NOT = {
     "influence-shapes": "An update measures every rollout with 408 network calls on top of its own 10.",
     "offline-dpo-shapes": "It reads a file of pairs, which `rlt2i pairs dpo-shapes pairs/shapes` makes first.",
+    "opd-shapes": "It learns from two other runs, which have to be made first.",
     "vipo-cells": "It needs the weights of DINOv2 from the hub, which the other recipes do without.",
     "feature-saliency-shapes": "It needs the weights of DINOv2 from the hub, which the other recipes do without.",
 }

@@ -84,11 +84,24 @@ def _tiny_transformer() -> str:
     return folder
 
 
+@cache
+def _teacher() -> Path:
+    """A file with the weights of another toy policy."""
+    policy = ToySpec(seed=1).load()
+    with torch.no_grad():
+        policy.image.add_(0.1)
+    folder = Path(tempfile.mkdtemp())
+    policy.export(folder)
+    return folder / "toy.safetensors"
+
+
 def part(kind: str, name: str, **more: Any) -> Any:
     """A registered part, with the arguments of `OPTIONS`."""
     cls = load_object(PARTS[kind][name])
     if "allocation" in attrs.fields_dict(cls):
         more["allocation"] = ATTENTION
+    if name == "OnPolicyDistillation":
+        more["teachers"] = {"only": _teacher()}
     if name == "FeatureSaliency":
         more |= {"model": _tiny_transformer(), "resolution": 32}
     return cls(**OPTIONS.get(name, {}), **more)

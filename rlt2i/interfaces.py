@@ -587,6 +587,13 @@ class Objective(ABC):
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         """Yield losses whose values add up to this process's share of the update's loss."""
 
+    def starting_values(self, name: str) -> Mapping[str, Tensor] | None:
+        """What a parameter set that it needs starts from, by the policy's parameter names; None for the policy's own.
+
+        Such a set is read again when a run goes on, and kept in no checkpoint.
+        """
+        return None
+
     def trained_steps(self, sampler: Sampler) -> int:
         """(rollout, step) pairs of one rollout that an update learns from.
 

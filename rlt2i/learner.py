@@ -141,11 +141,21 @@ class Learner:
     warmup_steps: int = 0
     reduce_sum: Callable[[Tensor], Tensor] | None = None
     optimizer_step: int = 0
+    _read: set[str] = attrs.field(factory=set, init=False)
 
     def __attrs_post_init__(self) -> None:
         averaged = {"ema"} if self.ema_decay is not None else set()
         for name in sorted((self.objective.needs.parameter_sets | averaged) - set(self.sets.names)):
             self.sets.add(name)
+        for name in self.objective.needs.parameter_sets:
+            if (values := self.objective.starting_values(name)) is not None:
+                self.sets.load(name, values)
+                self._read.add(name)
+
+    @property
+    def saved_sets(self) -> tuple[str, ...]:
+        """The sets that a checkpoint keeps: not those that can be made again, the reference and what was read."""
+        return tuple(name for name in self.sets.names if name != "reference" and name not in self._read)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:

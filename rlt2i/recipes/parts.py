@@ -46,6 +46,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "DanceSDE": "rlt2i.samplers.kernels:DanceSDE",
             "CPS": "rlt2i.samplers.kernels:CPS",
             "DDIM": "rlt2i.samplers.kernels:DDIM",
+            "Precise": "rlt2i.samplers.kernels:Precise",
         },
         "Reward": {
             "Aesthetic": "rlt2i.rewards.aesthetic:Aesthetic",
@@ -122,12 +123,15 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "DGPO": "rlt2i.objectives.dgpo:DGPO",
             "DRaFT": "rlt2i.objectives.draft:DRaFT",
             "DiffusionNFT": "rlt2i.objectives.nft:DiffusionNFT",
+            "DiffusionOPSD": "rlt2i.objectives.opsd:DiffusionOPSD",
             "FlowDPPO": "rlt2i.objectives.dppo:FlowDPPO",
             "GRPOGuard": "rlt2i.objectives.grpo_guard:GRPOGuard",
             "DiffusionDPO": "rlt2i.objectives.diffusion_dpo:DiffusionDPO",
+            "OnPolicyDistillation": "rlt2i.objectives.distillation:OnPolicyDistillation",
             "OnlineDPO": "rlt2i.objectives.online_dpo:OnlineDPO",
             "ReFL": "rlt2i.objectives.refl:ReFL",
             "Reinforce": "rlt2i.objectives.reinforce:Reinforce",
+            "ReinforceAdjointMatching": "rlt2i.objectives.ram:ReinforceAdjointMatching",
             "WeightedMatching": "rlt2i.objectives.sft:WeightedMatching",
         },
         "Task": {

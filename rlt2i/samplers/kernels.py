@@ -7,7 +7,7 @@ from attrs import validators
 from torch import Tensor
 
 from rlt2i.functional.gaussian import cps_log_prob_map, log_prob_map
-from rlt2i.functional.transitions import Transition, cps, dance_sde, flow_ddim, flow_sde
+from rlt2i.functional.transitions import Transition, cps, dance_sde, flow_ddim, flow_sde, precise
 from rlt2i.types import TransitionKernel
 
 
@@ -95,6 +95,25 @@ class DDIM(TransitionKernel):
         self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: float
     ) -> Transition:
         return flow_ddim(latents, velocity, sigma, sigma_next, eta=self.eta)
+
+    def log_prob_map(self, next_latents: Tensor, transition: Transition) -> Tensor:
+        return log_prob_map(next_latents, transition.mean, transition.std)
+
+
+@attrs.frozen(kw_only=True)
+class Precise(TransitionKernel):
+    """Precise's step (arXiv 2605.23522): noise spread evenly over log SNR, without the excess that Euler's step adds.
+
+    Attributes:
+        noise_level: a; the authors use 1.5.
+    """
+
+    noise_level: float = attrs.field(default=1.5, validator=_positive)
+
+    def transition(
+        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: float
+    ) -> Transition:
+        return precise(latents, velocity, sigma, sigma_next, noise_level=self.noise_level)
 
     def log_prob_map(self, next_latents: Tensor, transition: Transition) -> Tensor:
         return log_prob_map(next_latents, transition.mean, transition.std)

@@ -135,8 +135,8 @@ def _write_down(trainer: Trainer, algorithm: Algorithm) -> None:
     if not trainer.distributed.is_main:
         return
     recipe, run_dir = trainer.recipe, trainer.run_dir
-    sets = [name for name in trainer.learner.sets.names if name != "reference"]
-    check_disk(run_dir, trainer.policy.trainable_parameters(), copies=3 + len(sets))
+    copies = 3 + len(trainer.learner.saved_sets)
+    check_disk(run_dir, trainer.policy.trainable_parameters(), copies=copies)
     _write_json(run_dir / "reward.json", algorithm.reward.fingerprint())
     if recipe.heldout:
         _write_json(run_dir / "heldout.json", {n: r.fingerprint() for n, r in recipe.heldout.items()})

@@ -368,9 +368,8 @@ class Trainer:
         if self.log is not None:
             self.log.check()
         tensors: dict[str, Mapping[str, Tensor]] = {"online": dict(self.policy.trainable_parameters())}
-        for name in self.learner.sets.names:
-            if name != "reference":  # the starting weights: their identity is enough to make them again
-                tensors[name] = self.learner.sets.values(name)
+        for name in self.learner.saved_sets:
+            tensors[name] = self.learner.sets.values(name)
         moments, hyper = optimizer_tensors(self.learner.optimizer, self.policy.trainable_parameters())
         state = {
             "iteration": self.iteration,
@@ -403,7 +402,7 @@ class Trainer:
         """
         state = check_state(checkpoint)
         check_recipe(checkpoint, self.recipe, self.start)
-        names = ["online", *(name for name in self.learner.sets.names if name != "reference")]
+        names = ["online", *self.learner.saved_sets]
         for name in names:
             check_shapes(checkpoint, name, self.policy)
         if line := changed_rounding(state, self.recipe):
