@@ -23,6 +23,25 @@ def noise_aware_weights(std: Tensor, *, mask: Tensor | None = None) -> Tensor:
     return _mean_one_over(full_precision(std), mask)
 
 
+def rectified_weights(slope: Tensor, std: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Flash-GRPO's temporal gradient rectification (arXiv 2605.15980): w_t ~ std_t / |d mean_t / d v|, mean one.
+
+    The gradient of a step's log-density with respect to the velocity is noise times |d mean / d v| / std; the weight
+    takes that factor out, so that every step pulls on the velocity with the same force. For Flow-SDE the factor is
+    sqrt(-dt) (1 / s + s (1 - sigma) / (2 sigma)).
+
+    Args:
+        slope: [T], |d mean_t / d v|.
+        std: [T], full std of each step.
+        mask: [T] bool, the trained steps; the mean is taken over them.
+
+    Returns:
+        [T], mean one over the trained steps and 0 at the others.
+    """
+    slope = full_precision(slope)
+    return _mean_one_over(torch.where(slope > 0, std / torch.where(slope > 0, slope, 1), 0), mask)
+
+
 def inverse_dt_weights(sigmas: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """GRPO-Guard's reweighting (arXiv 2510.22319): w_t ~ 1 / (sigma_t - sigma_{t+1}), mean one.
 

@@ -102,6 +102,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "OtherRollout": "rlt2i.credit.controls:OtherRollout",
             "Inverted": "rlt2i.credit.controls:Inverted",
             "FeatureSaliency": "rlt2i.credit.feature_saliency:FeatureSaliency",
+            "GradientRectification": "rlt2i.credit.gradient_rectification:GradientRectification",
             "Influence": "rlt2i.credit.influence:Influence",
             "InverseDt": "rlt2i.credit.inverse_dt:InverseDt",
             "NoiseAware": "rlt2i.credit.noise_aware:NoiseAware",

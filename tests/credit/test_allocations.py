@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlt2i.credit.feature_saliency import FeatureSaliency, principal_saliency
+from rlt2i.credit.gradient_rectification import GradientRectification
 from rlt2i.credit.influence import Influence
 from rlt2i.credit.inverse_dt import InverseDt
 from rlt2i.credit.noise_aware import NoiseAware
@@ -20,6 +21,7 @@ from rlt2i.credit.relative_l1_chunks import RelativeL1Chunks
 from rlt2i.credit.residual_contrast import ResidualContrast
 from rlt2i.credit.sliding_window import SlidingWindow
 from rlt2i.interfaces import RewardOutput
+from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.mixed import SlidingSDE
 from rlt2i.types import Region
 from tests.helpers.credit_contexts import make_context
@@ -56,6 +58,18 @@ def test_noise_aware_weights_by_hand():
     close(NoiseAware().weight(context).flatten(), [1.0, first / mean, second / mean])
     with pytest.raises(ValueError, match=r"NoiseAware: the rollout is deterministic.*such as SDE"):
         NoiseAware().weight(with_sigmas([1.0, 0.5, 0.0], []))
+
+
+def test_rectified_weights_by_hand():
+    # Flow-SDE at a = 1 pulls with sqrt(-dt) (1 / s + s (1 - sigma) / (2 sigma)), s^2 = sigma / (1 - sigma): from .8 to
+    # .5 s = 2 and the force is sqrt(.3) (.5 + .25); from .5 to 0 s = 1 and it is sqrt(.5) (1 + .5).
+    first, second = 1 / (0.3**0.5 * 0.75), 1 / (0.5**0.5 * 1.5)
+    mean = (first + second) / 2
+    context = with_sigmas([1.0, 0.8, 0.5, 0.0], [1, 2])
+    context = attrs.evolve(context, trajectory=attrs.evolve(context.trajectory, kernel=FlowSDE(noise_level=1.0)))
+    close(GradientRectification().weight(context).flatten(), [1.0, first / mean, second / mean])
+    with pytest.raises(ValueError, match=r"GradientRectification: the rollout is deterministic.*such as SDE"):
+        GradientRectification().weight(with_sigmas([1.0, 0.5, 0.0], []))
 
 
 def test_chunks_weigh_the_same_whatever_their_length():
