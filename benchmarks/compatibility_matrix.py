@@ -100,6 +100,8 @@ def part(kind: str, name: str, **more: Any) -> Any:
     cls = load_object(PARTS[kind][name])
     if "allocation" in attrs.fields_dict(cls):
         more["allocation"] = ATTENTION
+    if name == "NormGuard":
+        more["objective"] = part("Objective", "DiffusionNFT")
     if name == "OnPolicyDistillation":
         more["teachers"] = {"only": _teacher()}
     if name == "FeatureSaliency":

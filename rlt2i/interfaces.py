@@ -558,7 +558,12 @@ class UpdateContext:
         size = max(1, self.micro_batch_size // passes)
         for start in range(0, len(rollouts), size):
             chunk = slice(start, start + size)
+            self.handed_out(trainable, rollouts[chunk])
             yield rollouts[chunk], steps[chunk]
+
+    def handed_out(self, trainable: Tensor, rows: Tensor) -> None:
+        """Told of every micro-batch: what it was cut from, [B, T] bool, and its rows [N]; for objectives that wrap
+        others and weigh their micro-batches."""
 
     def seeds(self, name: str, *keys: Tensor) -> list[int]:
         """One seed per row of the [N] integer `keys`."""

@@ -98,13 +98,14 @@ def whole_groups(
         batch: list[Tensor] = []
         for group in rows.split(sizes.tolist()):
             if sum(map(len, batch)) + len(group) > context.micro_batch_size:
-                yield _one_draw(batch, draw)
+                yield _one_draw(batch, draw, kept, context)
                 batch = []
             batch.append(group)
         if batch:
-            yield _one_draw(batch, draw)
+            yield _one_draw(batch, draw, kept, context)
 
 
-def _one_draw(groups: list[Tensor], draw: int) -> tuple[Tensor, Tensor]:
+def _one_draw(groups: list[Tensor], draw: int, kept: Tensor, context: UpdateContext) -> tuple[Tensor, Tensor]:
     rollouts = torch.cat(groups)
+    context.handed_out(kept, rollouts)
     return rollouts, torch.full_like(rollouts, draw)

@@ -128,6 +128,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "FlowDPPO": "rlt2i.objectives.dppo:FlowDPPO",
             "GRPOGuard": "rlt2i.objectives.grpo_guard:GRPOGuard",
             "DiffusionDPO": "rlt2i.objectives.diffusion_dpo:DiffusionDPO",
+            "NormGuard": "rlt2i.objectives.norm_guard:NormGuard",
             "OnPolicyDistillation": "rlt2i.objectives.distillation:OnPolicyDistillation",
             "OnlineDPO": "rlt2i.objectives.online_dpo:OnlineDPO",
             "ReFL": "rlt2i.objectives.refl:ReFL",
