@@ -41,7 +41,7 @@ from rlt2i.parameter_sets import ParameterSets
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.checkpoint import load_checkpoint
 from rlt2i.runs.files import replace_text
-from rlt2i.tasks.base import as_prompts
+from rlt2i.tasks.base import TaskPrompt, as_prompts
 from rlt2i.training.observations import map_entropy
 from rlt2i.types import Credit, Experience
 
@@ -173,6 +173,7 @@ class Probe:
         assert self.credits.context is not None
         context, made = self.credits.context, dict(self.credits.made)
         self._maps(tally, context, made)
+        self._categories(tally, batch, context, made)
         for name, credit in made.items():
             own = attrs.evolve(experience, credit=credit)
             gradient = self._gradient(own, sets, batch)
@@ -197,8 +198,11 @@ class Probe:
             share_initial_noise=train.share_initial_noise,
             device=torch.device(self.device),
         )
-        drawn = self.recipe.task.train_prompts(seed=self.seed, start=start, count=prompts)
+        drawn = self._drawn(batch, prompts)
         return engine.collect(as_prompts(drawn, group_size=group_size, start=start), iteration=batch).experience
+
+    def _drawn(self, batch: int, prompts: int) -> list[TaskPrompt]:
+        return self.recipe.task.train_prompts(seed=self.seed, start=batch * prompts, count=prompts)
 
     def _gradient(self, experience: Experience, sets: ParameterSets, batch: int) -> Tensor:
         return update_gradient(
@@ -234,6 +238,18 @@ class Probe:
             tally.add(name, f"AUC of the region, step {steps[0]}", first)
             tally.add(name, "lift, better than its group", lift[:, list(steps)][advantage > 0])
             tally.add(name, "lift, worse than its group", lift[:, list(steps)][advantage < 0])
+
+    def _categories(self, tally: Tally, batch: int, context: CreditContext, made: Mapping[str, Credit]) -> None:
+        """The lift by category of the prompt: maps may find a colour and not know how many of it were asked for."""
+        categories = [prompt.category for prompt in self._drawn(batch, self.prompts) for _ in range(self.group_size)]
+        if context.rewards.maps is None or set(categories) == {"all"}:
+            return
+        steps, inside = list(trained_steps(context)), region_of(context)
+        for name, credit in made.items():
+            lift = localisation_lift(_whole(credit, context), inside)[:, steps]
+            for category in dict.fromkeys(categories):
+                rows = torch.tensor([c == category for c in categories], device=lift.device)
+                tally.add(name, f"lift, {category}", lift[rows])
 
     def _steps(self, tally: Tally, context: CreditContext, made: Mapping[str, Credit]) -> None:
         """Does a step that is praised do good? By completing the image from both of its ends."""
