@@ -16,13 +16,17 @@ from rlt2i.bench.analysis import MEASURES, Comparison, Results, compare, power_t
 from rlt2i.bench.folder import PLAN, read_table
 from rlt2i.bench.lab import expected_ratio_of_steps
 from rlt2i.bench.page import ARM_COLUMNS, arm_rows, comparison_texts
-from rlt2i.bench.plan import load_plan
+from rlt2i.bench.plan import load_plan, shipped_plans
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmark.md"
 TABLES = ROOT / "benchmarks" / "results" / "bench"
 FIGURES = ROOT / "docs" / "assets" / "benchmark"
 
+MAIN = {"cells-clipped": "clipped surrogate", "cells-nft": "DiffusionNFT"}
+"""Plans that have a section of their own."""
+QUESTIONS = (("star", "uniform"), ("oracle", "uniform"), ("star", "shuffled"), ("oracle", "star"))
+"""Does the map help, does knowing the place help, is it the map, and is there anything left?"""
 BLOCK = re.compile(r"(<!-- from: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -55,6 +59,39 @@ def plan_block(name: str) -> list[str]:
 def _comparisons(results: Results, comparisons: Sequence[Comparison], what: str) -> list[str]:
     header = (what, "comparison", "difference", "over seeds", "over prompts", "p (Holm)", "verdict")
     return table(header, comparison_texts(results.plan, comparisons))
+
+
+def summary_block() -> list[str]:
+    """The comparisons that the page is about, an objective a line, with their verdicts."""
+    rows: list[tuple[object, ...]] = []
+    for name, objective in MAIN.items():
+        published = _published(name)
+        for c in compare(published) if published else ():
+            if c.measure == "final" and (c.arm, c.other) in QUESTIONS:
+                texts = comparison_texts(published.plan, [c])[0]
+                rows.append((objective, *texts[1:5], c.judged.difference.seeds, texts[-1]))
+    if not rows:
+        return ["Not run yet."]
+    return table(("objective", "comparison", "difference", "over seeds", "over prompts", "seeds", "verdict"), rows)
+
+
+def questions_block() -> list[str]:
+    """What every other plan that ships asks, and what came of it so far."""
+    lines = []
+    for name, path in shipped_plans().items():
+        if name in MAIN or name == "cells-demo":
+            continue
+        lines += [f"* `{name}`. {' '.join(load_plan(path).question.split())}"]
+        if published := _published(name):
+            lines += [f"  * {line}" for line in sentence(published, compare(published)).splitlines()]
+        else:
+            lines[-1] += " *Not run yet.*"
+    return lines
+
+
+def _published(name: str) -> Results | None:
+    folder = TABLES / name
+    return read_results(folder, load_plan(folder / PLAN)) if (folder / PLAN).is_file() else None
 
 
 def lab_block() -> list[str]:
@@ -113,12 +150,17 @@ def probe_block(name: str) -> Callable[[], list[str]]:
         if not file.is_file():
             return ["Not run yet."]
         rows = read_table(file)
-        measures = list(dict.fromkeys(row["measure"] for row in rows))
-        credits = list(dict.fromkeys(row["credit"] for row in rows))
-        found = {(r["measure"], r["credit"]): _value(r) for r in rows}
-        batches = {r["measure"]: r["batches"] for r in rows}
-        cells = [(m, batches[m], *(found.get((m, c), "") for c in credits)) for m in measures]
-        return table(("measure ± SE", "batches", *credits), cells)
+        lines: list[str] = []
+        for weights in dict.fromkeys(row["weights"] for row in rows):
+            own = [row for row in rows if row["weights"] == weights]
+            measures = list(dict.fromkeys(row["measure"] for row in own))
+            credits = list(dict.fromkeys(row["credit"] for row in own))
+            found = {(r["measure"], r["credit"]): _value(r) for r in own}
+            batches = {r["measure"]: r["batches"] for r in own}
+            cells = [(m, batches[m], *(found.get((m, c), "") for c in credits)) for m in measures]
+            after = "the base" if weights == "base" else f"after iteration {int(weights.split('-')[-1])}"
+            lines += ["", *table((f"{after}, ± SE", "batches", *credits), cells)]
+        return lines[1:]
 
     return block
 
@@ -133,9 +175,13 @@ def _value(row: Mapping[str, str]) -> str:
 BLOCKS: dict[str, Callable[[], list[str]]] = {
     "cells-clipped": lambda: plan_block("cells-clipped"),
     "cells-nft": lambda: plan_block("cells-nft"),
+    "summary": summary_block,
+    "questions": questions_block,
     "lab": lab_block,
     "lab-training": lab_training_block,
     "probe-cells-clipped": probe_block("cells-clipped"),
+    "probe-cells-nft": probe_block("cells-nft"),
+    "probe-shapes-clipped": probe_block("shapes-clipped"),
 }
 
 

@@ -219,13 +219,17 @@ def sentence(results: Results, comparisons: Sequence[Comparison]) -> str:
     """What may be said, a line per comparison of the final score, then the limits."""
     plan = results.plan
     tested = sum(c.measure == "final" and c.judged.difference.seeds >= FEWEST_SEEDS for c in comparisons)
+    corrected = (
+        f"p values are Holm-adjusted over {tested} comparison{'s' * (tested != 1)}, equivalent means within "
+        f"{plan.margin:g}."
+    )
     lines = [
-        f"{plan.metric} on held-out prompts after iteration {results.last}; differences are paired by seed, p values "
-        f"are Holm-adjusted over {tested} comparison{'s' * (tested != 1)}, equivalent means within {plan.margin:g}."
+        f"{plan.metric} on held-out prompts after iteration {results.last}; differences are paired by seed, "
+        + (corrected if tested else f"and below {FEWEST_SEEDS} seeds there is no verdict.")
     ]
     lines += [_line(plan, c) for c in comparisons if c.measure == "final"]
     oracle = next((c for c in comparisons if (c.measure, c.arm, c.other) == ("final", "oracle", plan.reference)), None)
-    if oracle is not None and oracle.judged.verdict != "better":
+    if oracle and oracle.judged.difference.seeds >= FEWEST_SEEDS and oracle.judged.verdict != "better":
         lines.append(
             f"The oracle is not shown to be better than {plan.label(plan.reference)}: as run, this benchmark cannot "
             "rank spatial credit."

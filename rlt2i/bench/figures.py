@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from matplotlib.ticker import MaxNLocator
+
 from rlt2i.bench.analysis import Comparison, Results, differences
 from rlt2i.bench.plan import Plan
 from rlt2i.report.charts import GRID, QUIET, SERIES, Series, axes, figure, line_chart, svg, text
@@ -76,6 +78,7 @@ def difference_chart(
         pad = 0.06 * (high - low)
         plot.set_xlim(low - pad, high + pad)
         plot.set_yticks([])
+        plot.xaxis.set_major_locator(MaxNLocator(max(3, width // 90), steps=[1, 2, 5, 10]))
         plot.set_xlabel(f"difference of {plan.metric} (grey: within the margin of {plan.margin:g})")
         confidence = f"{100 * (1 - plan.alpha):g} %"
         legend = f"thick: {confidence} over seeds, thin: 95 % over prompts, dots: seeds"

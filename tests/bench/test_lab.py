@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from rlt2i.bench.folder import read_table
 from rlt2i.bench.gradients import jackknife_error, quality_of_grams
 from rlt2i.bench.lab import expected_gain, expected_ratio_of_steps, gain_of_map, measure, train
+from rlt2i.bench.lab_figure import lab_svg
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "bench" / "lab"
 
 
 def test_theory_by_hand():
@@ -43,6 +48,25 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     values = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
     without = (values.sum() - values) / 3
     assert float(jackknife_error(without)) == pytest.approx(float(values.std() / 2))
+
+
+def test_the_committed_gains_are_what_theory_says():
+    rows = read_table(RESULTS / "lab.csv")
+    assert len(rows) > 20
+    for row in rows:
+        theory, gain, error = (float(row[name]) for name in ("theory", "gain", "gain_error"))
+        assert abs(gain - theory) < 3 * error + 1e-3, row
+
+
+def test_the_figure_draws_the_committed_tables():
+    gains = [tuple(row.values()) for row in read_table(RESULTS / "lab.csv")]
+    training = [
+        (int(r["tokens"]), int(r["seed"]), r["credit"], float(r["gained"]))
+        for r in read_table(RESULTS / "lab_training.csv")
+    ]
+    drawn = lab_svg(gains, training)
+    for word in ("oracle", "shuffled", "inverted", "a = 1/16", "a = 4/16"):
+        assert word in drawn, word
 
 
 @pytest.mark.slow
