@@ -65,8 +65,9 @@ def summary_block() -> list[str]:
     """The comparisons that the page is about, an objective a line, with their verdicts."""
     rows: list[tuple[object, ...]] = []
     for name, objective in MAIN.items():
-        published = _published(name)
-        for c in compare(published) if published else ():
+        if (published := _published(name)) is None:
+            continue
+        for c in compare(published):
             if c.measure == "final" and (c.arm, c.other) in QUESTIONS:
                 texts = comparison_texts(published.plan, [c])[0]
                 rows.append((objective, *texts[1:5], c.judged.difference.seeds, texts[-1]))

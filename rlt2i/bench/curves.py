@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import TypeVar
 
 Trial = tuple[str, int]
 """(arm, seed)."""
-Curve = Mapping[float, float]
+Curve = Mapping[int, float]
+Step = TypeVar("Step", int, float)
 
 
-def area(curve: Curve) -> float:
+def area(curve: Mapping[Step, float]) -> float:
     """Mean height of a curve by the trapezoid rule."""
     steps = sorted(curve)
     if len(steps) < 2:
@@ -27,6 +29,7 @@ def at(curve: Curve, iteration: float) -> float:
     return curve[steps[0]] if iteration < steps[0] else curve[steps[-1]]
 
 
-def until(curve: Curve, iteration: float) -> Curve:
+def until(curve: Curve, iteration: float) -> dict[float, float]:
     """The part of a curve up to an iteration, with its value there."""
-    return {step: value for step, value in curve.items() if step < iteration} | {iteration: at(curve, iteration)}
+    part: dict[float, float] = {step: value for step, value in curve.items() if step < iteration}
+    return part | {iteration: at(curve, iteration)}

@@ -60,9 +60,9 @@ def _gallery(
     first = list({prompt.text: row for row, prompt in reversed(list(enumerate(base.prompts)))}.values())
     rows = sorted(first)[:SHOWN]
     inside = judged_places(base, recipe.reward)[rows] if "maps" in recipe.reward.offers else None
-    found = []
+    found: list[Mapping[str, Any]] = []
     for i, row in enumerate(rows):
-        images = []
+        images: list[Mapping[str, Any]] = []
         for name, evaluation in judged.items():
             passes = _passes(evaluation, metric)
             verdict = None if passes is None else bool(passes[row])
@@ -131,10 +131,11 @@ def _maps(recipe: Recipe, files: Mapping[str, Any]) -> Mapping[str, Any] | None:
     top = scale_top(torch.cat([weights.flatten() for weights in every]))
     inside = _judged(recipe, [samples[arms[0]][i] for i in shared])
     shares: dict[str, list[list[float]]] = {arm: [] for arm in arms}
-    members = []
+    members: list[Mapping[str, Any]] = []
     for place, i in enumerate(shared):
         sample, region = samples[arms[0]][i], None if inside is None else inside[place]
-        pictures = [{"label": "image", "picture": embedded(outlined(sample.final, region), sample.prompt)}]
+        plain = embedded(outlined(sample.final, region), sample.prompt)
+        pictures: list[Mapping[str, Any]] = [{"label": "image", "picture": plain}]
         for arm in arms:
             weights = samples[arm][i].weights
             if region is not None:

@@ -168,7 +168,8 @@ class Probe:
         self, weights: str, batch: int, sets: ParameterSets, *, intervene: bool
     ) -> tuple[Tally, dict[str, Tensor]]:
         """What one batch gives: its measures, and a gradient [D] bfloat16 per credit."""
-        tally, gradients = Tally(), {}
+        tally = Tally()
+        gradients: dict[str, Tensor] = {}
         experience = self._collect(batch, self.prompts, self.group_size)
         assert self.credits.context is not None
         context, made = self.credits.context, dict(self.credits.made)
