@@ -36,7 +36,8 @@ def images(folder: BenchFolder, out: Path) -> None:
     rows = {"base": Evaluation.read(folder.base, prompts)}
     for arm in plan.arms:
         file = evaluation_file(folder.trial(arm, plan.first_seed) / "run", last)
-        rows[plan.label(arm)] = Evaluation.read(file, prompts)
+        if file.is_file():
+            rows[plan.label(arm)] = Evaluation.read(file, prompts)
     inside = judged_places(rows["base"], recipe.reward) > 0.5
     step = _SIDE + 2 * _FRAME + _GAP
     with figure(_NAMES + PROMPTS * step, _HEAD + len(rows) * step) as canvas:
