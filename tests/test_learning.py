@@ -22,7 +22,7 @@ from rlt2i.objectives.online_dpo import OnlineDPO
 from rlt2i.samplers.kernels import CPS, DanceSDE, FlowSDE
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
-from tests.helpers.build import UNIFORM, collect, gradients, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.build import UNIFORM, collect, gradients, learning_curve, toy_algorithm, toy_engine, toy_learner
 from tests.helpers.toy import QuadrantBrightness, ToySpec
 
 ATTENTION = TextAttention(blocks="0", doubt=0.0)  # the toy maps are flat: keep them as they are
@@ -54,12 +54,7 @@ OBJECTIVES: dict[str, tuple[Objective, Sampler, float]] = {
 def test_every_credit_learns_under_every_objective(objective: str, credit: str):
     loss, sampler, rate = OBJECTIVES[objective]
     algorithm = toy_algorithm(loss, credit=CREDITS[credit], sampler=sampler)
-    engine, learner = toy_engine(algorithm), toy_learner(algorithm, learning_rate=rate)
-    rewards = []
-    for update in range(14):
-        batch = collect(engine, update=update)
-        learner.learn(batch.experience)
-        rewards.append(float(batch.scores.scores.mean()))
+    rewards = learning_curve(algorithm, updates=14, learning_rate=rate)
     # Before any learning the corner is as bright as the rest: reward 0.5.
     assert abs(rewards[0] - 0.5) < 0.02
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.005, rewards

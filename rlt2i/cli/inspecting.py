@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlt2i.inputs.arguments import check_file, check_folder, check_picture, home_path
 
@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     from rlt2i.recipes import Recipe
 
 
-def _loaded(options: argparse.Namespace) -> tuple[Recipe, Path | None]:
-    """The recipe that a command is about, and the run directory it comes from, if any."""
+def _loaded(options: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe that a command is about, and where the weights are: `run_dir`, `checkpoint` and `weights`."""
     from rlt2i.recipes import load_recipe
 
     folder = Path(options.run)
-    return load_recipe(options.run, options.set), folder if (folder / "recipe.yaml").is_file() else None
+    run_dir = folder if (folder / "recipe.yaml").is_file() else None
+    return load_recipe(options.run, options.set), {
+        "run_dir": run_dir,
+        "checkpoint": options.checkpoint,
+        "weights": options.weights,
+    }
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -29,13 +34,11 @@ def sample(options: argparse.Namespace) -> None:
         check_folder(apart, "--separate")
     from rlt2i.evaluation.inspection import sample as draw_samples
 
-    recipe, folder = _loaded(options)
+    recipe, trained = _loaded(options)
     picture = draw_samples(
         recipe,
         options.prompt,
-        run_dir=folder,
-        checkpoint=options.checkpoint,
-        weights=options.weights,
+        **trained,
         count=options.count,
         num_steps=options.steps,
         seed=options.seed,
@@ -52,13 +55,11 @@ def maps(options: argparse.Namespace) -> None:
     check_picture(options.out)
     from rlt2i.evaluation.inspection import maps as draw_maps
 
-    recipe, folder = _loaded(options)
+    recipe, trained = _loaded(options)
     picture = draw_maps(
         recipe,
         options.prompt,
-        run_dir=folder,
-        checkpoint=options.checkpoint,
-        weights=options.weights,
+        **trained,
         num_steps=options.steps,
         seed=options.seed,
         say=_tell,
@@ -94,12 +95,10 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from rlt2i.evaluation.inspection import evaluate_run
 
-    recipe, folder = _loaded(options)
+    recipe, trained = _loaded(options)
     metrics = evaluate_run(
         recipe,
-        run_dir=folder,
-        checkpoint=options.checkpoint,
-        weights=options.weights,
+        **trained,
         num_prompts=options.prompts,
         num_steps=options.steps,
     )
@@ -122,18 +121,17 @@ def _eval_suite(options: argparse.Namespace) -> None:
     if (there.path / "fingerprint.json").is_file():
         if options.suite:
             raise ValueError(f"eval: {options.run} is an evaluation and knows its suite; leave --suite out.")
-        target, run_dir, suite, score_only = there, None, load_suite(there.path / "suite.yaml", trusted=False), True
+        trained = {"checkpoint": options.checkpoint, "weights": options.weights}
+        target, suite, score_only = there, load_suite(there.path / "suite.yaml", trusted=False), True
     else:
-        target, run_dir = _loaded(options)
+        target, trained = _loaded(options)
         suite, score_only = load_suite(options.suite), options.score_only
         if options.steps is not None:
             suite = attrs.evolve(suite, steps=options.steps)
     scores = evaluate_suite(
         target,
         suite,
-        run_dir=run_dir,
-        checkpoint=options.checkpoint,
-        weights=options.weights,
+        **trained,
         prompts=options.prompts,
         out=options.out,
         against=options.against,
@@ -153,9 +151,9 @@ def pairs(options: argparse.Namespace) -> None:
     from rlt2i.evaluation.inspection import load_policy
     from rlt2i.evaluation.pairs import PAIRS, make_pairs
 
-    recipe, folder = _loaded(options)
-    policy = load_policy(recipe, run_dir=folder, checkpoint=options.checkpoint, weights=options.weights)
-    trained = folder is not None or options.checkpoint is not None
+    recipe, trained = _loaded(options)
+    policy = load_policy(recipe, **trained)
+    source = options.checkpoint or trained["run_dir"]
     count = make_pairs(
         recipe,
         policy,
@@ -164,7 +162,7 @@ def pairs(options: argparse.Namespace) -> None:
         images=options.images,
         seed=options.seed,
         num_steps=options.steps,
-        weights=f"{options.weights} of {options.checkpoint or folder}" if trained else "base",
+        weights=f"{options.weights} of {source}" if source else "base",
     )
     print(f"{options.folder / PAIRS}: {count} pairs")
 

@@ -2,7 +2,7 @@
 
 STAR is ``Product(advantage=GroupRelative(), allocations=(TextAttention(),))``. Weights multiply *advantages*, after
 group normalisation: maps differ between rollouts, so weighting rewards before normalising would compare what cannot be
-    compared.
+compared.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 
 import attrs
 import torch
+from attrs import validators
 from torch import Tensor
 
 from rlt2i.interfaces import CreditAssigner, CreditContext, Needs
@@ -37,6 +38,23 @@ class Advantage(ABC):
         """Where the advantage is to be counted: bool, broadcastable to [B, T, h, w]; everywhere, unless rollouts share
         what it speaks of."""
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=context.rewards.values.device)
+
+
+@attrs.frozen(kw_only=True)
+class StandardisedAdvantage(Advantage):
+    """An advantage in standard deviations of a group, bounded.
+
+    Attributes:
+        clip: bound on the absolute advantage, applied before any weight.
+        eps: added to the standard deviation.
+    """
+
+    clip: float = attrs.field(default=5.0, validator=validators.gt(0))
+    eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
+
+    def bounded(self, advantage: Tensor) -> Tensor:
+        """The same shape, float32."""
+        return advantage.clamp(-self.clip, self.clip).float()
 
 
 class Allocation(ABC):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import attrs
-from attrs import validators
 from torch import Tensor
 
-from rlt2i.credit.algebra import Advantage
+from rlt2i.credit.algebra import StandardisedAdvantage
 from rlt2i.credit.completions import completions
 from rlt2i.credit.steps import at_steps
 from rlt2i.functional.advantages import step_gain
@@ -14,7 +13,7 @@ from rlt2i.interfaces import CreditContext, Needs
 
 
 @attrs.frozen(kw_only=True)
-class CompletionGain(Advantage):
+class CompletionGain(StandardisedAdvantage):
     """R(ODE(x_{t+1})) - R(ODE(x_t)), normalised in its group per step (DenseGRPO, arXiv 2601.20218).
 
     Budget per rollout: for every stochastic step s, T - s network calls, one decoding and one reward. Ten steps with
@@ -27,14 +26,11 @@ class CompletionGain(Advantage):
         eps: added to the standard deviation.
     """
 
-    clip: float = attrs.field(default=5.0, validator=validators.gt(0))
-    eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
-
     @property
     def needs(self) -> Needs:
         return Needs(groups=True, noise=True)
 
     def advantage(self, context: CreditContext) -> Tensor:
         values, valid, steps = completions(context, of="CompletionGain")
-        gains = step_gain(values, context.group_size, eps=self.eps, valid=valid).clamp(-self.clip, self.clip)
-        return at_steps(gains.float(), steps, context.trajectory.num_steps, elsewhere=0.0)
+        gains = step_gain(values, context.group_size, eps=self.eps, valid=valid)
+        return at_steps(self.bounded(gains), steps, context.trajectory.num_steps, elsewhere=0.0)

@@ -21,12 +21,11 @@ from rlt2i.types import Causality
 
 
 @attrs.frozen(kw_only=True)
-class Shuffled(Allocation):
-    """Another allocation's maps, with its locations permuted, one permutation per rollout.
+class Control(Allocation):
+    """Another allocation with something changed about its maps.
 
-    The multiset of weights, and with it entropy, maximum and effective support, stays exactly the same at every step.
-    Neighbours are torn apart, so a shuffled map also differs in smoothness: see `TorusShift`. The permutation is a
-    function of the rollout's identity, so the number of processes does not matter.
+    Attributes:
+        allocation: the other one.
     """
 
     allocation: Allocation
@@ -38,6 +37,16 @@ class Shuffled(Allocation):
     @property
     def needs(self) -> Needs:
         return self.allocation.needs
+
+
+@attrs.frozen(kw_only=True)
+class Shuffled(Control):
+    """Another allocation's maps, with its locations permuted, one permutation per rollout.
+
+    The multiset of weights, and with it entropy, maximum and effective support, stays exactly the same at every step.
+    Neighbours are torn apart, so a shuffled map also differs in smoothness: see `TorusShift`. The permutation is a
+    function of the rollout's identity, so the number of processes does not matter.
+    """
 
     def weight(self, context: CreditContext) -> Tensor:
         weight = _of_every_rollout(_resolving_places(self, self.allocation.weight(context)), context)
@@ -49,23 +58,13 @@ class Shuffled(Allocation):
 
 
 @attrs.frozen(kw_only=True)
-class TorusShift(Allocation):
+class TorusShift(Control):
     """Another allocation's maps, moved as a whole: what leaves at one edge comes back at the opposite one.
 
     Weights and their smoothness stay as they are (but for the seam), and only the place is wrong: the placebo for a
     gain that a `Shuffled` map loses because it is rugged. Each rollout is moved by its own distance, the same at every
     step and a function of its identity: by a quarter to three quarters of every side that has at least two cells.
     """
-
-    allocation: Allocation
-
-    @property
-    def causality(self) -> Causality:
-        return self.allocation.causality
-
-    @property
-    def needs(self) -> Needs:
-        return self.allocation.needs
 
     def weight(self, context: CreditContext) -> Tensor:
         weight = _of_every_rollout(_resolving_places(self, self.allocation.weight(context)), context)
@@ -77,19 +76,13 @@ class TorusShift(Allocation):
 
 
 @attrs.frozen(kw_only=True)
-class OtherRollout(Allocation):
+class OtherRollout(Control):
     """The map of another rollout of the same prompt, of the same step: the next one in the order of their identities.
 
     Statistics, smoothness and what the prompt says about places stay; what the map knows of this very rollout goes.
     With a shared initial noise the images of a prompt resemble each other, and so do their maps: then a small
     difference is what can be expected.
     """
-
-    allocation: Allocation
-
-    @property
-    def causality(self) -> Causality:
-        return self.allocation.causality
 
     @property
     def needs(self) -> Needs:
@@ -109,18 +102,8 @@ class OtherRollout(Allocation):
 
 
 @attrs.frozen(kw_only=True)
-class Inverted(Allocation):
+class Inverted(Control):
     """Another allocation turned around: much where it gives little, and the reverse."""
-
-    allocation: Allocation
-
-    @property
-    def causality(self) -> Causality:
-        return self.allocation.causality
-
-    @property
-    def needs(self) -> Needs:
-        return self.allocation.needs
 
     def weight(self, context: CreditContext) -> Tensor:
         return inverted_map(_resolving_places(self, self.allocation.weight(context)))
@@ -168,7 +151,7 @@ def _distance(side: int, draw: torch.Generator) -> int:
     return int(torch.randint(nearest, farthest + 1, (1,), generator=draw))
 
 
-def _resolving_places(control: Shuffled | TorusShift | OtherRollout | Inverted, weight: Tensor) -> Tensor:
+def _resolving_places(control: Control, weight: Tensor) -> Tensor:
     """The weight itself.
 
     Raises:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 import attrs
-from attrs import validators
 from torch import Tensor
 
-from rlt2i.credit.algebra import Advantage
+from rlt2i.credit.algebra import StandardisedAdvantage
 from rlt2i.functional.advantages import group_relative_advantage
 from rlt2i.interfaces import CreditContext
 
 
 @attrs.frozen(kw_only=True)
-class GroupRelative(Advantage):
+class GroupRelative(StandardisedAdvantage):
     """(r - mean of the group) / (std + eps), as in Flow-GRPO (arXiv 2505.05470).
 
     Attributes:
@@ -24,10 +23,8 @@ class GroupRelative(Advantage):
     """
 
     std: Literal["group", "global"] = "group"
-    clip: float = attrs.field(default=5.0, validator=validators.gt(0))
-    eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
 
     def advantage(self, context: CreditContext) -> Tensor:
         rewards, valid = context.gather(context.rewards.final), context.gather(context.rewards.valid)
         advantage = group_relative_advantage(rewards, context.group_size, eps=self.eps, std=self.std, valid=valid)
-        return context.local(advantage).clamp(-self.clip, self.clip).float()[:, None, None, None]
+        return self.bounded(context.local(advantage))[:, None, None, None]

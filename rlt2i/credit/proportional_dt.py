@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import attrs
-import torch
 from torch import Tensor
 
 from rlt2i.credit.algebra import Allocation
-from rlt2i.credit.steps import at_steps, trained_steps
+from rlt2i.credit.steps import over_trained_steps
 from rlt2i.functional.time_weights import proportional_dt_weights
 from rlt2i.interfaces import CreditContext
 from rlt2i.types import Causality
@@ -24,8 +23,4 @@ class ProportionalDt(Allocation):
     causality: Causality = attrs.field(default="exogenous", init=False)
 
     def weight(self, context: CreditContext) -> Tensor:
-        steps, trajectory = list(trained_steps(context)), context.trajectory
-        trained = torch.zeros_like(trajectory.stochastic)
-        trained[steps] = True
-        weight = proportional_dt_weights(trajectory.sigmas, mask=trained)
-        return at_steps(weight[None, steps], tuple(steps), trajectory.num_steps, elsewhere=1.0)
+        return over_trained_steps(context, proportional_dt_weights)

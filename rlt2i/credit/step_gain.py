@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import attrs
-from attrs import validators
 from torch import Tensor
 
-from rlt2i.credit.algebra import Advantage
+from rlt2i.credit.algebra import StandardisedAdvantage
 from rlt2i.functional.advantages import step_gain
 from rlt2i.interfaces import CreditContext, Needs
 
 
 @attrs.frozen(kw_only=True)
-class StepGain(Advantage):
+class StepGain(StandardisedAdvantage):
     """The gain r_{t+1} - r_t of the reward of the one-step clean prediction, normalised in its group per step.
 
     Stepwise-Flow-GRPO (arXiv 2603.28718) rewards one-step predictions, DenseGRPO (arXiv 2601.20218) full ODE
@@ -23,9 +22,6 @@ class StepGain(Advantage):
         eps: added to the standard deviation.
     """
 
-    clip: float = attrs.field(default=5.0, validator=validators.gt(0))
-    eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
-
     @property
     def needs(self) -> Needs:
         return Needs(groups=True, captures={"clean_predictions"})
@@ -35,4 +31,4 @@ class StepGain(Advantage):
 
     def advantage(self, context: CreditContext) -> Tensor:
         gains = step_gain(context.rewards.values, context.group_size, eps=self.eps, valid=context.rewards.valid)
-        return gains.clamp(-self.clip, self.clip).float()[:, :, None, None]
+        return self.bounded(gains)[:, :, None, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,15 @@ def at_steps(values: Tensor, steps: tuple[int, ...], num_steps: int, *, elsewher
     spread = values.new_full((len(values), num_steps), elsewhere)
     spread[:, list(steps)] = values
     return spread[:, :, None, None]
+
+
+def over_trained_steps(context: CreditContext, weights: Callable[..., Tensor]) -> Tensor:
+    """[1, T, 1, 1] weights of the trained steps, `weights(sigmas, mask=trained)`; one elsewhere."""
+    steps, trajectory = list(trained_steps(context)), context.trajectory
+    trained = torch.zeros_like(trajectory.stochastic)
+    trained[steps] = True
+    weight = weights(trajectory.sigmas, mask=trained)
+    return at_steps(weight[None, steps], tuple(steps), trajectory.num_steps, elsewhere=1.0)
 
 
 def step_mask(chosen: tuple[int, ...], context: CreditContext) -> Tensor:

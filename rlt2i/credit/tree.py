@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import attrs
-from attrs import validators
 from torch import Tensor
 
 from rlt2i.captures import EDGES
-from rlt2i.credit.algebra import Advantage
+from rlt2i.credit.algebra import StandardisedAdvantage
 from rlt2i.functional.branching import distinct_edges, edge_advantage
 from rlt2i.interfaces import CreditContext, Needs
 
 
 @attrs.frozen(kw_only=True)
-class TreeAdvantage(Advantage):
+class TreeAdvantage(StandardisedAdvantage):
     """The mean reward of the leaves below each step, normalised over the different steps of its group and depth.
 
     With a tree (`TreeSDE`) this is BranchGRPO's advantage per depth (arXiv 2509.06040), with branches off a trunk
@@ -25,9 +24,6 @@ class TreeAdvantage(Advantage):
         clip: bound on the absolute advantage.
         eps: added to the standard deviation.
     """
-
-    clip: float = attrs.field(default=5.0, validator=validators.gt(0))
-    eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
 
     @property
     def needs(self) -> Needs:
@@ -42,7 +38,7 @@ class TreeAdvantage(Advantage):
     def advantage(self, context: CreditContext) -> Tensor:
         rewards, edges = context.rewards, context.trajectory.captures[EDGES]
         advantage = edge_advantage(rewards.final, edges, context.group_size, eps=self.eps, valid=rewards.valid)
-        return advantage.clamp(-self.clip, self.clip).float()[:, :, None, None]
+        return self.bounded(advantage)[:, :, None, None]
 
     def mask(self, context: CreditContext) -> Tensor:
         edges = context.trajectory.captures[EDGES]

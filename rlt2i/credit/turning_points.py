@@ -6,7 +6,7 @@ import attrs
 from attrs import validators
 from torch import Tensor
 
-from rlt2i.credit.algebra import Advantage
+from rlt2i.credit.algebra import StandardisedAdvantage
 from rlt2i.credit.completions import completions
 from rlt2i.credit.steps import at_steps
 from rlt2i.functional.advantages import group_relative_advantage
@@ -15,7 +15,7 @@ from rlt2i.interfaces import CreditContext, Needs
 
 
 @attrs.frozen(kw_only=True)
-class TurningPoints(Advantage):
+class TurningPoints(StandardisedAdvantage):
     """Step gains of ODE completions, replaced by R_final - R_{t-1} at turning points (TP-GRPO, arXiv 2602.06422).
 
     A step turns when the one before it worked against the outcome of its rollout and it works towards it; the first
@@ -32,8 +32,6 @@ class TurningPoints(Advantage):
 
     eta: float = attrs.field(default=1.0, validator=validators.gt(0))
     balance: bool = True
-    clip: float = attrs.field(default=5.0, validator=validators.gt(0))
-    eps: float = attrs.field(default=1e-4, validator=validators.gt(0))
 
     @property
     def needs(self) -> Needs:
@@ -49,6 +47,4 @@ class TurningPoints(Advantage):
         reward = turning_point_reward(ode, after, final, points, eta=self.eta).reward
         size = values.abs().amax(dim=1, keepdim=True)
         advantage = group_relative_advantage(reward, context.group_size, eps=self.eps, valid=valid, size=size)
-        return at_steps(
-            advantage.clamp(-self.clip, self.clip).float(), steps, context.trajectory.num_steps, elsewhere=0.0
-        )
+        return at_steps(self.bounded(advantage), steps, context.trajectory.num_steps, elsewhere=0.0)

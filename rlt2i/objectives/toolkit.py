@@ -23,10 +23,12 @@ from rlt2i.objectives.reduction import (
 from rlt2i.objectives.reverse import (
     NO_LIKELIHOOD,
     Pooled,
+    Step,
     at_ratio_grid,
     denoising_step,
     old_transition,
     surrogate_metrics,
+    whole_sample,
 )
 from rlt2i.objectives.reward_backprop import rewarded, scale_credit_gradient
 from rlt2i.types import Experience, Loss, StepBatch
@@ -43,6 +45,7 @@ __all__ = [
     "Policy",
     "Pooled",
     "SigmaDraws",
+    "Step",
     "StepBatch",
     "UpdateContext",
     "VelocityPenalty",
@@ -63,4 +66,5 @@ __all__ = [
     "trainable_steps",
     "weight_and_mask",
     "whole_groups",
+    "whole_sample",
 ]

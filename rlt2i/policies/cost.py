@@ -9,7 +9,8 @@ allocator's slack come on top.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -96,6 +97,20 @@ def _bytes(module: nn.Module) -> int:
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
+@contextmanager
+def _counting(spec: PretrainedSpec) -> Iterator[None]:
+    """Say of a network that reads values that it cannot be counted without its weights."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        raise NotCounted(
+            f"{type(spec).__name__}: its network reads values of its input ({str(error).splitlines()[0]}), so it "
+            "cannot be counted without its weights. Run a few iterations and read the memory in the log."
+        ) from error
+
+
 def make_plan(
     spec: PretrainedSpec,
     *,
@@ -125,102 +140,71 @@ def make_plan(
         ValueError: when the backbone refuses the size.
         NotCounted: when the network reads values of its input.
     """
-    try:
-        return _count(
-            spec,
-            image_size=image_size,
-            num_steps=num_steps,
-            trained_steps=trained_steps,
-            rollouts_per_iteration=rollouts_per_iteration,
-            micro_batch_size=micro_batch_size,
-            rollout_batch_size=rollout_batch_size,
-            num_tokens=num_tokens,
-            weight_copies=weight_copies,
-        )
-    except (NotImplementedError, RuntimeError) as error:
-        if "meta" not in str(error).lower():
-            raise
-        raise NotCounted(
-            f"{type(spec).__name__}: its network reads values of its input ({str(error).splitlines()[0]}), so it "
-            "cannot be counted without its weights. Run a few iterations and read the memory in the log."
-        ) from error
+    with _counting(spec):
+        policy = spec.policy.on_meta(attrs.evolve(spec, gradient_checkpointing=False))
+        network, vae = policy.network, policy.vae
+        learnt = [p for p in network.parameters() if p.requires_grad]
+        trainable = sum(p.numel() for p in learnt)
+        adapter = trainable if spec.lora_rank is not None else 0
+        encoders = _bytes(meta_text_encoders(spec))
+        stay = spec.text_encoders == "device"
+        resident = {
+            "network": _bytes(network),
+            "optimiser": trainable * _FLOAT32 * (_ADAM_STATES + weight_copies),
+            **({"text encoders": encoders} if stay else {}),
+            "image decoder": _bytes(vae),
+            "trajectories": rollouts_per_iteration
+            * (num_steps + 1)
+            * math.prod(policy.latent_shape(image_size))
+            * _FLOAT32,
+        }
+        base = sum(resident.values())
+        # Autocast keeps a copy of every weight in the lower precision, in which the meta network runs throughout.
+        mixed = spec.weight_dtype != spec.compute_dtype
+        copies = trainable * spec.compute_dtype.itemsize * mixed
+        wider_gradients = trainable * (_FLOAT32 - spec.compute_dtype.itemsize) * mixed
+        if mixed:
+            cast(network, spec.compute_dtype)
 
-
-def _count(
-    spec: PretrainedSpec,
-    *,
-    image_size: ImageSize,
-    num_steps: int,
-    trained_steps: int,
-    rollouts_per_iteration: int,
-    micro_batch_size: int,
-    rollout_batch_size: int,
-    num_tokens: int,
-    weight_copies: int,
-) -> Plan:
-    policy = spec.policy.on_meta(attrs.evolve(spec, gradient_checkpointing=False))
-    network, vae = policy.network, policy.vae
-    learnt = [p for p in network.parameters() if p.requires_grad]
-    trainable = sum(p.numel() for p in learnt)
-    adapter = trainable if spec.lora_rank is not None else 0
-    encoders = _bytes(meta_text_encoders(spec))
-    stay = spec.text_encoders == "device"
-    resident = {
-        "network": _bytes(network),
-        "optimiser": trainable * _FLOAT32 * (_ADAM_STATES + weight_copies),
-        **({"text encoders": encoders} if stay else {}),
-        "image decoder": _bytes(vae),
-        "trajectories": rollouts_per_iteration
-        * (num_steps + 1)
-        * math.prod(policy.latent_shape(image_size))
-        * _FLOAT32,
-    }
-    base = sum(resident.values())
-    # Autocast keeps a copy of every weight in the lower precision; the meta network runs in that precision throughout.
-    mixed = spec.weight_dtype != spec.compute_dtype
-    copies = trainable * spec.compute_dtype.itemsize * mixed
-    wider_gradients = trainable * (_FLOAT32 - spec.compute_dtype.itemsize) * mixed
-    if mixed:
-        cast(network, spec.compute_dtype)
-
-    guided = spec.guided
-    update_rows = micro_batch_size * (1 + (guided and spec.uncond_grad))  # other negative passes keep no activations
-    with fused_attention():
-        # Counting takes some operations apart, which moves the peak of a pass without gradient: two passes for these.
-        forward = forward_flops(policy, image_size)
-        decode_flops = count_operations(lambda: _decode(policy, image_size, 1))
-        with torch.no_grad(), PeakMemory(network) as denoise:
-            _velocity(policy, image_size, rollout_batch_size)
-        with PeakMemory(vae) as decode:
-            _decode(policy, image_size, rollout_batch_size)
-        with PeakMemory(network) as update:
-            backward = count_operations(lambda: _backward(policy, image_size, update_rows)) / update_rows - forward
-        if spec.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
+        guided = spec.guided
+        # Other negative passes keep no activations.
+        update_rows = micro_batch_size * (1 + (guided and spec.uncond_grad))
+        with fused_attention():
+            # Counting takes some operations apart, which moves the peak of a pass without gradient: these have two.
+            forward = forward_flops(policy, image_size)
+            decode_flops = count_operations(lambda: _decode(policy, image_size, 1))
+            with torch.no_grad(), PeakMemory(network) as denoise:
+                _velocity(policy, image_size, rollout_batch_size)
+            with PeakMemory(vae) as decode:
+                _decode(policy, image_size, rollout_batch_size)
             with PeakMemory(network) as update:
-                _backward(policy, image_size, update_rows)
-        share = _captured_flops(policy, image_size, num_tokens, "middle") / forward - 1
-    train = forward + backward + guided * (forward + spec.uncond_grad * backward)
-    train += spec.gradient_checkpointing * forward * (1 + guided * spec.uncond_grad)
-    return Plan(
-        parameters=sum(p.numel() for p in network.parameters()) - adapter,
-        trainable=trainable,
-        adapted_layers=len(learnt) // 2 if adapter else 0,
-        image_tokens=math.prod(policy.token_grid(image_size)),
-        text_tokens=spec.text_tokens,
-        forward_flops=forward,
-        backward_flops=backward,
-        rollout_flops=rollouts_per_iteration * num_steps * (1 + guided) * forward,
-        decode_flops=decode_flops,
-        update_flops=rollouts_per_iteration * trained_steps * train,
-        capture_share=share,
-        memory={
-            "encode": base + (0 if stay else encoders),
-            "rollout": base + max(copies + denoise.peak, decode.peak),
-            "update": base + copies + wider_gradients + update.peak,
-        },
-        resident=resident,
-    )
+                backward = count_operations(lambda: _backward(policy, image_size, update_rows)) / update_rows - forward
+            if spec.gradient_checkpointing:
+                network.enable_gradient_checkpointing()
+                with PeakMemory(network) as update:
+                    _backward(policy, image_size, update_rows)
+            share = _captured_flops(policy, image_size, num_tokens, "middle") / forward - 1
+        train = forward + backward + guided * (forward + spec.uncond_grad * backward)
+        train += spec.gradient_checkpointing * forward * (1 + guided * spec.uncond_grad)
+        return Plan(
+            parameters=sum(p.numel() for p in network.parameters()) - adapter,
+            trainable=trainable,
+            adapted_layers=len(learnt) // 2 if adapter else 0,
+            image_tokens=math.prod(policy.token_grid(image_size)),
+            text_tokens=spec.text_tokens,
+            forward_flops=forward,
+            backward_flops=backward,
+            rollout_flops=rollouts_per_iteration * num_steps * (1 + guided) * forward,
+            decode_flops=decode_flops,
+            update_flops=rollouts_per_iteration * trained_steps * train,
+            capture_share=share,
+            memory={
+                "encode": base + (0 if stay else encoders),
+                "rollout": base + max(copies + denoise.peak, decode.peak),
+                "update": base + copies + wider_gradients + update.peak,
+            },
+            resident=resident,
+        )
 
 
 def capture_share(

@@ -14,7 +14,7 @@ from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.samplers.sde import SDE
 from rlt2i.types import Region
 from tests.credit.test_laws import ALLOCATIONS, COMPARING, LABELS, MASKS, name
-from tests.helpers.build import collect, gradients, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.build import collect, gradients, learning_curve, toy_algorithm, toy_engine, toy_learner
 from tests.helpers.toy import QuadrantBrightness
 
 
@@ -55,12 +55,7 @@ def test_every_part_gives_a_finite_gradient(part: Advantage | Allocation | Mask,
 def test_an_advantage_learns(part: Advantage):
     sampler = SDE(num_steps=6, window=(0, 3))
     algorithm = toy_algorithm(ClippedSurrogate(clip_range=1e-2), credit=product(part), sampler=sampler, reward=Judged())
-    engine, learner = toy_engine(algorithm), toy_learner(algorithm, learning_rate=0.1)
-    rewards = []
-    for update in range(8):
-        batch = collect(engine, update=update)
-        learner.learn(batch.experience)
-        rewards.append(float(batch.scores.scores.mean()))
+    rewards = learning_curve(algorithm, updates=8)
     assert rewards[-1] > rewards[0] + 0.01, rewards
 
 

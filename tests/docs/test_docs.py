@@ -19,7 +19,7 @@ from rlt2i.policies.lumina2 import Lumina2
 from rlt2i.policies.tiny import save_tiny
 from rlt2i.samplers.sde import SDE
 from rlt2i.types import Prompts
-from tests.helpers.build import collect, gradients, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.build import collect, gradients, learning_curve, toy_algorithm, toy_engine, toy_learner
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -101,12 +101,7 @@ def test_own_kernel_keeps_the_noise_level_and_trains(extending):
 def test_own_backbone_learns(extending, tmp_path):
     toy = toy_algorithm(ClippedSurrogate())
     algorithm = attrs.evolve(toy, policy=extending["OnePaintingSpec"]()).load()
-    engine, learner = toy_engine(algorithm), toy_learner(algorithm, learning_rate=0.1)
-    rewards = []
-    for update in range(8):
-        batch = collect(engine, update=update)
-        learner.learn(batch.experience)
-        rewards.append(float(batch.scores.scores.mean()))
+    rewards = learning_curve(algorithm, updates=8)
     assert rewards[-1] > rewards[0] + 0.01
     algorithm.policy.export(tmp_path)
     assert (tmp_path / "painting.safetensors").exists()

@@ -6,17 +6,8 @@ import torch
 from torch import Tensor
 
 from rlt2i.evaluation.best_worst import best_worst_pairs
+from rlt2i.functional import ema
 from rlt2i.functional.advantages import best_of_group, gdpo, group_relative_advantage, group_std, reward_weights
-from rlt2i.functional.ema import (
-    constant_decay,
-    cosine_decay,
-    linear_decay,
-    nft_old_decay,
-    piecewise_linear_decay,
-    power_decay,
-    ramp_decay,
-    warmup_cosine_decay,
-)
 from rlt2i.functional.matching import nft_label
 from rlt2i.functional.step_credit import balance_turning_points, turning_point_reward, turning_points
 from rlt2i.functional.windows import exponential_period, paced, sliding_window
@@ -227,19 +218,19 @@ def test_sliding_window(case: Case):
 @golden("decay/nft/*")
 def test_nft_decay(case: Case):
     for kind in range(3):
-        decays = torch.tensor([nft_old_decay(step, kind) for step in case["steps"]], dtype=torch.float64)
+        decays = torch.tensor([ema.nft_old_decay(step, kind) for step in case["steps"]], dtype=torch.float64)
         case.expect(f"type{kind}", decays)
 
 
 @golden("decay/crd/*")
 def test_crd_decay(case: Case):
     for ramp in case.outputs:
-        case.expect(ramp, torch.tensor([ramp_decay(step, ramp) for step in case["steps"]], dtype=torch.float64))
+        case.expect(ramp, torch.tensor([ema.ramp_decay(step, ramp) for step in case["steps"]], dtype=torch.float64))
 
 
 @golden("ema/flow_grpo")
 def test_flow_grpo_ema(case: Case):
-    decays = [power_decay(step, decay=case["decay"], warmup=10) for step in case["steps"]]
+    decays = [ema.power_decay(step, decay=case["decay"], warmup=10) for step in case["steps"]]
     case.expect("decay_at", torch.tensor(decays, dtype=torch.float64))
     for interval in (case["interval"], 1):
         expected = case.outputs[f"ema_interval{interval}"]
@@ -247,7 +238,7 @@ def test_flow_grpo_ema(case: Case):
         for step in range(len(expected) * interval):
             if (step + 1) % interval == 0:
                 parameter = torch.tensor([step + 1.0, 1.0])
-                average = ema_update(average, parameter, power_decay(step, decay=case["decay"], warmup=10))
+                average = ema_update(average, parameter, ema.power_decay(step, decay=case["decay"], warmup=10))
                 seen.append(average)
         case.expect(f"ema_interval{interval}", torch.stack(seen))
 
@@ -276,19 +267,21 @@ def test_flow_factory_decays(case: Case):
         decay, warmup = values["d"], int(values.get("w", 0))
         match kind:
             case "constant":
-                return lambda step: constant_decay(step, decay=decay)
+                return lambda step: ema.constant_decay(step, decay=decay)
             case "power":
-                return lambda step: power_decay(step, decay=decay, warmup=warmup)
+                return lambda step: ema.power_decay(step, decay=decay, warmup=warmup)
             case "linear":
-                return lambda step: linear_decay(step, decay=decay, initial=values["i"], warmup=warmup)
+                return lambda step: ema.linear_decay(step, decay=decay, initial=values["i"], warmup=warmup)
             case "piecewise":
                 flat, rate = int(values["f"]), values["r"]
-                return lambda step: piecewise_linear_decay(step, decay=decay, flat=flat, rate=rate)
+                return lambda step: ema.piecewise_linear_decay(step, decay=decay, flat=flat, rate=rate)
             case "cosine":
-                return lambda step: cosine_decay(step, decay=decay, initial=values["i"], total=int(values["T"]))
+                return lambda step: ema.cosine_decay(step, decay=decay, initial=values["i"], total=int(values["T"]))
             case "warmup_cosine":
                 total, initial = int(values["T"]), values["i"]
-                return lambda step: warmup_cosine_decay(step, decay=decay, initial=initial, warmup=warmup, total=total)
+                return lambda step: ema.warmup_cosine_decay(
+                    step, decay=decay, initial=initial, warmup=warmup, total=total
+                )
         raise AssertionError(name)
 
     for name in case.outputs:

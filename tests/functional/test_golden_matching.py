@@ -5,28 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlt2i.functional import group_matching, matching
 from rlt2i.functional.awm import awm_advantage, awm_kl_map, awm_log_likelihood, awm_noise_scale
 from rlt2i.functional.gaussian import squared_error_map
-from rlt2i.functional.group_matching import (
-    crd_centred_loss,
-    crd_kl_weight,
-    crd_loss,
-    crd_pool,
-    crd_reward_map,
-    dgpo_clipped,
-    dgpo_group_weight,
-    dgpo_loss_map,
-)
-from rlt2i.functional.matching import (
-    adaptive_weight,
-    flow_matching_error,
-    nft_branch_error,
-    nft_branches,
-    nft_label,
-    nft_loss_map,
-    noised,
-    weighted_matching_loss_map,
-)
 from rlt2i.functional.preference import dpo_logits, dpo_loss
 from rlt2i.functional.surrogate import clipped_surrogate
 from tests.functional.test_golden_losses import both_precisions, gradient_of
@@ -42,20 +23,20 @@ def test_nft(case: Case):
     if "reward_prob" in case:
         label = case.tensor("reward_prob")
     else:
-        label = nft_label(case.tensor("adv"), clip=clip, mode=case.get("adv_mode") or "all")
-    policy_loss = nft_loss_map(v, v_old, x0, noise, sigma, label, beta=beta, clip=clip).mean()
+        label = matching.nft_label(case.tensor("adv"), clip=clip, mode=case.get("adv_mode") or "all")
+    policy_loss = matching.nft_loss_map(v, v_old, x0, noise, sigma, label, beta=beta, clip=clip).mean()
     loss = policy_loss
     ours = {"policy_loss": policy_loss.detach(), "r": label}
     if "v_ref" in case:
         kl = squared_error_map(v, case.tensor("v_ref")).mean()
         ours["kl"] = kl.detach()
         loss = loss + case["kl_beta"] * kl
-    x_sigma, time = noised(x0, noise, sigma), sigma[:, None, None, None]
-    for sign, branch in zip(("pos", "neg"), nft_branches(v, v_old, beta=beta), strict=True):
+    x_sigma, time = matching.noised(x0, noise, sigma), sigma[:, None, None, None]
+    for sign, branch in zip(("pos", "neg"), matching.nft_branches(v, v_old, beta=beta), strict=True):
         residual = (x_sigma - time * branch - x0).detach()
-        ours[f"weight_{sign}"] = adaptive_weight(residual).flatten()
+        ours[f"weight_{sign}"] = matching.adaptive_weight(residual).flatten()
         name = {"pos": "positive_loss", "neg": "negative_loss"}[sign]
-        ours[name] = per_sample_mean(nft_branch_error(branch, x0, noise, sigma)).detach()
+        ours[name] = per_sample_mean(matching.nft_branch_error(branch, x0, noise, sigma)).detach()
     ours["loss"] = loss.detach()
     ours["grad_v"] = gradient_of(loss, v)
     if case.name.startswith("loss/nft/"):
@@ -71,7 +52,7 @@ AWM_NAMES = {"Uniform": "uniform", "t": "t", "t**2": "t2", "huber": "huber", "gh
 @golden("awm/log_prob/*")
 def test_awm_log_likelihood(case: Case):
     v, t = case.tensor("v").requires_grad_(), case.tensor("t")
-    error = per_sample_mean(flow_matching_error(v, case.tensor("x0"), case.tensor("eps")))
+    error = per_sample_mean(matching.flow_matching_error(v, case.tensor("x0"), case.tensor("eps")))
     value = awm_log_likelihood(error, t, weighting=AWM_NAMES[case["weighting"]], power=case["ghuber_power"])
     case.expect("log_prob", value.detach())
     case.expect("std_dev_t", awm_noise_scale(t))
@@ -84,7 +65,7 @@ def test_awm_loss(case: Case):
     v, t = case.tensor("v").requires_grad_(), case.tensor("t")
 
     def log_likelihood(velocity: Tensor) -> Tensor:
-        error = per_sample_mean(flow_matching_error(velocity, case.tensor("x0"), case.tensor("eps")))
+        error = per_sample_mean(matching.flow_matching_error(velocity, case.tensor("x0"), case.tensor("eps")))
         name = AWM_NAMES[case["weighting"]]
         return awm_log_likelihood(error, t, weighting=name, power=case["ghuber_power"])
 
@@ -118,7 +99,7 @@ def test_dpo(case: Case):
         noise = case.tensor("eps", dtype)
 
         def error(v: Tensor, x0: str) -> Tensor:
-            return flow_matching_error(v, case.tensor(x0, dtype), noise)
+            return matching.flow_matching_error(v, case.tensor(x0, dtype), noise)
 
         logits = dpo_logits(
             error(v_w, "x_w"),
@@ -140,8 +121,8 @@ def test_dpo(case: Case):
 @golden("loss/sft_rwr")
 def test_sft_and_rwr(case: Case):
     v = case.tensor("v").requires_grad_()
-    error = flow_matching_error(v, case.tensor("x0"), case.tensor("eps"))
-    july = weighted_matching_loss_map(error, case.tensor("adv")[:, 0]).mean()
+    error = matching.flow_matching_error(v, case.tensor("x0"), case.tensor("eps"))
+    july = matching.weighted_matching_loss_map(error, case.tensor("adv")[:, 0]).mean()
     kl = squared_error_map(v, case.tensor("v_ref")).mean()
     # With beta = 0 the November script forgets the advantage: a plain matching loss. Ours keeps it at every beta.
     losses = {"july_rwr_or_sft": july, "nov_beta0.1": july + 0.1 * kl, "nov_beta0.0": error.mean()}
@@ -156,22 +137,22 @@ def test_dgpo(case: Case):
     v = case.tensor("v").requires_grad_()
     x0, noise, advantage = case.tensor("x0"), case.tensor("eps"), case.tensor("adv")
     v_old, v_ref = case.tensor("v_old"), case.tensor("v_ref")
-    error = flow_matching_error(v, x0, noise)
+    error = matching.flow_matching_error(v, x0, noise)
     moving = case["ema_ref_as_dgpo_ref"]
-    reference_error = flow_matching_error(v_old if moving else v_ref, x0, noise)
-    group_weight = dgpo_group_weight(
+    reference_error = matching.flow_matching_error(v_old if moving else v_ref, x0, noise)
+    group_weight = group_matching.dgpo_group_weight(
         error, reference_error, advantage, torch.tensor(case["group"]), beta=case["beta_dpo"]
     )
     kl = squared_error_map(v, v_ref)
     if case["use_old"]:
-        old_error = flow_matching_error(v_old, x0, noise)
-        clipped = dgpo_clipped(error, old_error, advantage, clip_range=case["clip_range"])
+        old_error = matching.flow_matching_error(v_old, x0, noise)
+        clipped = group_matching.dgpo_clipped(error, old_error, advantage, clip_range=case["clip_range"])
         if "should_clip" in case.outputs:
             assert clipped.tolist() == case.expected("should_clip")
         error = torch.where(clipped[:, None, None], error.detach(), error)
         if case["clip_kl"]:
             kl = torch.where(clipped[:, None, None], kl.detach(), kl)
-    dgpo_loss = dgpo_loss_map(error, advantage, group_weight).mean()
+    dgpo_loss = group_matching.dgpo_loss_map(error, advantage, group_weight).mean()
     loss = dgpo_loss + case["kl_beta"] * kl.mean()
     assert case.expected("group_index") == case["group"]
     ours = {
@@ -190,25 +171,27 @@ def test_dgpo(case: Case):
 def test_crd(case: Case):
     v = case.tensor("v").requires_grad_()
     reward = per_sample_mean(
-        crd_reward_map(v, case.tensor("v_old"), case.tensor("x0"), case.tensor("eps"), adaptive=case["adaptive_logp"])
+        group_matching.crd_reward_map(
+            v, case.tensor("v_old"), case.tensor("x0"), case.tensor("eps"), adaptive=case["adaptive_logp"]
+        )
     )
     clip, beta, kl_beta, batch = case["adv_clip_max"], case["crd_beta"], case["kl_beta"], len(reward)
-    label = nft_label(case.tensor("adv"), clip=clip)
+    label = matching.nft_label(case.tensor("adv"), clip=clip)
     temperature, form = case["weight_temp"], case["loss_type"]
     if temperature == 0:
         # The published "hard" mode centres half on softmax(a) over a > 0, which is everyone, and half on a < 0,
         # which is no one and falls back to the mean. Ours refuses temperature 0; these are the two pools it
         # amounts to.
-        pools = (crd_pool(label, batch, temperature=1.0), torch.full_like(label, 1 / batch))
-        sides = [crd_centred_loss(reward, label, pool, batch, beta=beta, form=form) for pool in pools]
+        pools = (group_matching.crd_pool(label, batch, temperature=1.0), torch.full_like(label, 1 / batch))
+        sides = [group_matching.crd_centred_loss(reward, label, pool, batch, beta=beta, form=form) for pool in pools]
         centred = torch.stack(sides).mean(dim=0)
     else:
         temperature = temperature if temperature > 0 else float("inf")
-        centred = crd_loss(reward, label, batch, beta=beta, temperature=temperature, form=form)
+        centred = group_matching.crd_loss(reward, label, batch, beta=beta, temperature=temperature, form=form)
     policy_loss = centred.mean() * clip / beta
     kl = per_sample_mean(squared_error_map(v, case.tensor("v_ref")))
     if case["reward_adaptive_kl"]:
-        kl = kl * crd_kl_weight(label, kl_beta=kl_beta)
+        kl = kl * group_matching.crd_kl_weight(label, kl_beta=kl_beta)
     loss = policy_loss + kl_beta * kl.mean()
     case.expect("r_theta", reward.detach())
     case.expect("policy_loss", policy_loss.detach())

@@ -22,6 +22,17 @@ from tests.helpers.toy_pairs import toy_pairs
 UNIFORM = Product(advantage=GroupRelative())
 
 
+def learning_curve(algorithm: Algorithm, *, updates: int, learning_rate: float = 0.1) -> list[float]:
+    """The mean reward of every batch of a short run."""
+    engine, learner = toy_engine(algorithm), toy_learner(algorithm, learning_rate=learning_rate)
+    rewards = []
+    for update in range(updates):
+        batch = collect(engine, update=update)
+        learner.learn(batch.experience)
+        rewards.append(float(batch.scores.scores.mean()))
+    return rewards
+
+
 def toy_algorithm(
     objective: Objective,
     *,

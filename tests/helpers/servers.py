@@ -41,6 +41,27 @@ def serving(reward: Reward, *, port: int = 0, token: str = "", **limits: Any) ->
         assert not thread.is_alive()
 
 
+class QuietHandler(BaseHTTPRequestHandler):
+    """Says nothing of requests."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        pass
+
+
+def quiet_server(handler: type[QuietHandler]) -> ThreadingHTTPServer:
+    """A server on a free port of this machine, which serves in a thread."""
+    server = _Quiet(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    return server
+
+
 class Rogue:
     """Says that it serves `reward`, and answers every batch with `act(number of the request, body)`.
 
@@ -53,7 +74,7 @@ class Rogue:
         self.count = 0
         rogue = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_GET(self) -> None:
                 self.reply(200, {"content-type": "application/json"}, rogue.info.to_json())
 
@@ -74,17 +95,7 @@ class Rogue:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: Any) -> None:
-                pass
-
-        self.server = Quiet(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.server = quiet_server(Handler)
 
     @property
     def url(self) -> str:

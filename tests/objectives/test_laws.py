@@ -14,7 +14,7 @@ from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.grpo_guard import GRPOGuard
 from rlt2i.samplers.kernels import CPS, DDIM, DanceSDE, FlowSDE
 from rlt2i.samplers.sde import SDE
-from tests.helpers.build import UNIFORM, collect, toy_algorithm, toy_engine, toy_learner
+from tests.helpers.build import UNIFORM, collect, learning_curve, toy_algorithm, toy_engine, toy_learner
 from tests.helpers.objective_cases import (
     ALL,
     BACKPROP,
@@ -35,12 +35,7 @@ GRANULARITIES = ("sample", "token", "location")
 @pytest.mark.parametrize("name", ["guard", "dppo", "reinforce", "awm", "awm-location", "dgpo", "crd", "sft", *BACKPROP])
 def test_learns(name: str, credit):
     algorithm = toy_algorithm(ALL[name], credit=credit, sampler=sampler_for(ALL[name]))
-    engine, learner = toy_engine(algorithm), toy_learner(algorithm, learning_rate=0.1)
-    rewards = []
-    for update in range(10):
-        batch = collect(engine, update=update)
-        learner.learn(batch.experience)
-        rewards.append(float(batch.scores.scores.mean()))
+    rewards = learning_curve(algorithm, updates=10)
     # Before any learning the corner is as bright as the rest: reward 0.5.
     assert abs(rewards[0] - 0.5) < 0.02
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.01, rewards

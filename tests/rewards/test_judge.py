@@ -6,10 +6,8 @@ import base64
 import io
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from rlt2i.rewards.judge import Endpoint, RubricJudge, YesNoJudge
 from rlt2i.rewards.rubrics import RUBRICS, Rubric
 from rlt2i.rewards.validity import score_safely
 from tests.helpers.fake_rewards import batch_of
+from tests.helpers.servers import QuietHandler, quiet_server
 
 pytest.importorskip("httpx")
 
@@ -39,7 +38,7 @@ class FakeJudge:
         self.headers: list[dict[str, str]] = []
         fake = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 fake.requests.append({"path": self.path, **request})
@@ -51,18 +50,7 @@ class FakeJudge:
                 self.end_headers()
                 self.wfile.write(content)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: Any) -> None:
-                pass
-
-        self.server = Quiet(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
-        self.thread.start()
+        self.server = quiet_server(Handler)
 
     def endpoint(self, **fields: Any) -> Endpoint:
         url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 
+import attrs
 import pytest
 import torch
 
 from rlt2i.tasks.cells.networks import PIPELINE_DIR, WORLD
-from rlt2i.tasks.cells.pretrain import KINDS, evaluate, pretrain
+from rlt2i.tasks.cells.pretrain import KINDS, SCHEDULE, evaluate, pretrain
 from rlt2i.tasks.cells.prompts import all_prompts
 from rlt2i.tasks.embedded import pretraining
 from rlt2i.tasks.embedded.networks import build_tokenizer, load_pipeline
 from rlt2i.tasks.shapes.networks import PIPELINE_DIR as SHAPES_PIPELINE_DIR
 
 TINY = {
+    "schedule": attrs.evolve(SCHEDULE, steps=2, batch_size=4, eval_every=1),
     "seed": 3,
-    "steps": 2,
-    "batch_size": 4,
     "pool_size": 8,
     "pool_steps": 1,
-    "eval_every": 1,
     "images": 1,
     "compile_blocks": False,
 }

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import attrs
 import pytest
 import torch
 
@@ -21,20 +22,17 @@ from rlt2i.tasks.embedded.networks import (
 from rlt2i.tasks.embedded.optimisers import Muon, orthogonalise
 from rlt2i.tasks.embedded.pretraining import sample_texts
 from rlt2i.tasks.shapes.networks import PIPELINE_DIR, WORLD
-from rlt2i.tasks.shapes.pretrain import evaluate, pretrain
+from rlt2i.tasks.shapes.pretrain import SCHEDULE, evaluate, pretrain
 from rlt2i.tasks.shapes.prompts import all_prompts, eval_prompts
 from rlt2i.tasks.shapes.vocabulary import WORDS
 
 TINY = {
     "seed": 3,
-    "steps": 6,
+    "schedule": attrs.evolve(SCHEDULE, steps=6, batch_size=4, eval_every=2, target=1.0),
     "autoencoder_steps": 2,
-    "batch_size": 4,
     "pool_size": 8,
     "pool_steps": 4,
-    "eval_every": 2,
     "images_per_category": 1,
-    "target": 1.0,
     "compile_blocks": False,
 }
 
@@ -252,7 +250,7 @@ def test_pretraining_changes_every_trained_tensor(tmp_path):
 
 def test_steps_that_nobody_would_evaluate_are_refused(tmp_path):
     with pytest.raises(ValueError, match="multiple of eval_every"):
-        pretrain(tmp_path, **{**TINY, "steps": 5})
+        pretrain(tmp_path, attrs.evolve(SCHEDULE, steps=5, eval_every=2))
 
 
 def test_saving_leaves_the_pipeline_in_float32(tmp_path, pipeline):

@@ -9,7 +9,6 @@ something to do. The autoencoder is that of the shapes world, unchanged.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from rlt2i.tasks.cells.render import render, sample_scenes
 from rlt2i.tasks.cells.task import eval_prompts
 from rlt2i.tasks.cells.verifier import verify
 from rlt2i.tasks.cells.vocabulary import side
+from rlt2i.tasks.embedded.command import run_command
 from rlt2i.tasks.embedded.networks import encode_images, load_pipeline, tokenise
 from rlt2i.tasks.embedded.pretraining import Run, Schedule, Scores, fit, generator_for, open_log, sample_texts
 from rlt2i.tasks.shapes.networks import PIPELINE_DIR as SHAPES_PIPELINE_DIR
@@ -119,51 +119,34 @@ def _warm_start(run: Run) -> None:
                     parameter.copy_(values[name])
 
 
+SCHEDULE: Final = Schedule(steps=1_000, learning_rate=2e-3, eval_every=500, target=1.0)
+"""That of the shipped pipeline."""
+
+
 def pretrain(
     out_dir: Path,
+    schedule: Schedule = SCHEDULE,
     *,
     seed: int = 0,
-    steps: int = 1_000,
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
-    average_decay: float = 0.998,
     pool_size: int = 8_192,
     pool_steps: int = 500,
-    eval_every: int = 500,
     images: int = 240,
-    target: float = 1.0,
     compile_blocks: bool = True,
 ) -> Evaluation:
     """Train the pipeline, or go on with a run that was interrupted.
 
     Args:
         out_dir: Where the pipeline directory is written; created if need be.
+        schedule: How long and how fast.
         seed: Everything random derives from it. On one machine, equal arguments give equal weights.
-        steps: Updates at most; the learning rate's schedule ends here.
-        batch_size: Images per update, all of one grid.
-        learning_rate: Peak, of Muon and AdamW alike.
-        average_decay: Of the running average of the weights, which is what gets evaluated and saved.
         pool_size: Scenes of each grid drawn and encoded at once.
         pool_steps: Updates before new pools are drawn.
-        eval_every: Updates between evaluations, and between saved states.
         images: Images per evaluation, of each kind.
-        target: Strict score in [0, 1] to stop at. 1 trains to the end.
         compile_blocks: Compile the transformer blocks; needs a C++ compiler, and a minute.
 
     Returns:
         Scores of the saved float16 pipeline, after loading it back.
-
-    Raises:
-        ValueError: `steps` is not a multiple of `eval_every`, so the last steps would never be evaluated.
     """
-    schedule = Schedule(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        average_decay=average_decay,
-        eval_every=eval_every,
-        target=target,
-    )
     log = open_log(out_dir)
     autoencoder = load_pipeline(SHAPES_PIPELINE_DIR).vae.eval().requires_grad_(False)
     run = Run(autoencoder, WORLD, seed=seed, compile_blocks=compile_blocks)
@@ -180,8 +163,8 @@ def pretrain(
     def draw(generator: torch.Generator, step: int) -> tuple[Tensor, Tensor]:
         small = torch.rand((), generator=generator).item() < KINDS[2, 1] + KINDS[2, 2]
         latents, token_ids = pool(2 if small else 3, step // pool_steps)
-        rows = torch.randint(pool_size, (batch_size,), generator=generator)
-        dropped = torch.rand(batch_size, 1, generator=generator) < CAPTION_DROPOUT
+        rows = torch.randint(pool_size, (schedule.batch_size,), generator=generator)
+        dropped = torch.rand(schedule.batch_size, 1, generator=generator) < CAPTION_DROPOUT
         return latents[rows], torch.where(dropped, empty, token_ids[rows])
 
     return fit(
@@ -197,22 +180,7 @@ def pretrain(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of `pretrain`."""
-    parser = argparse.ArgumentParser(prog="rlt2i pretrain cells", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="pipeline directory to write")
-    parser.add_argument("--steps", type=int, default=1_000, help="updates at most (default 1000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", type=float, default=1.0, help="strict score to stop at (default: train to the end)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--no-compile", action="store_true", help="do not compile the transformer blocks")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    pretrain(
-        options.out,
-        seed=options.seed,
-        steps=options.steps,
-        target=options.target,
-        compile_blocks=not options.no_compile,
-    )
+    run_command(pretrain, SCHEDULE, arguments, world="cells", about=__doc__)
 
 
 if __name__ == "__main__":

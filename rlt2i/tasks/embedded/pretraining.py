@@ -74,9 +74,9 @@ class Schedule:
     """
 
     steps: int = attrs.field()
-    batch_size: int
+    batch_size: int = 64
     learning_rate: float
-    average_decay: float
+    average_decay: float = 0.998
     eval_every: int
     target: float
 

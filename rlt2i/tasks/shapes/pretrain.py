@@ -11,7 +11,6 @@ happened. Files are safetensors and JSON; nothing is pickled.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import time
@@ -23,6 +22,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.tasks.embedded.command import run_command
 from rlt2i.tasks.embedded.networks import build_autoencoder, decode_latents, encode_images, tokenise
 from rlt2i.tasks.embedded.pretraining import Logbook, Run, Schedule, Scores, fit, generator_for, open_log, sample_texts
 from rlt2i.tasks.shapes.networks import WORLD
@@ -196,58 +196,41 @@ def evaluate(pipeline: StableDiffusion3Pipeline, *, images_per_category: int = 8
     )
 
 
+SCHEDULE: Final = Schedule(steps=9_000, learning_rate=1.5e-3, eval_every=1_000, target=0.55)
+"""That of the shipped pipeline."""
+
+
 def pretrain(
     out_dir: Path,
+    schedule: Schedule = SCHEDULE,
     *,
     seed: int = 0,
-    steps: int = 9_000,
     autoencoder_steps: int = 2_400,
-    batch_size: int = 64,
-    learning_rate: float = 1.5e-3,
-    average_decay: float = 0.998,
     pool_size: int = 32_768,
     pool_steps: int = 4_000,
-    eval_every: int = 1_000,
     images_per_category: int = 80,
-    target: float = 0.55,
     compile_blocks: bool = True,
 ) -> Evaluation:
     """Train the embedded pipeline from nothing, or go on with a run that was interrupted.
 
-    Every `eval_every` steps the averaged weights are judged on held-out prompts, without guidance. The
-    snapshot whose strict score is nearest to `target` is kept in `out_dir` as a pipeline directory, and
-    training stops when the score reaches `target`. `out_dir/pretrain_log.jsonl` records loss and scores;
+    Every `schedule.eval_every` steps the averaged weights are judged on held-out prompts, without guidance. The
+    snapshot whose strict score is nearest to `schedule.target` is kept in `out_dir` as a pipeline directory, and
+    training stops when the score reaches `schedule.target`. `out_dir/pretrain_log.jsonl` records loss and scores;
     `out_dir/state` holds what is needed to resume, and goes when training is done.
 
     Args:
         out_dir: Where the pipeline directory is written; created if need be.
+        schedule: How long and how fast.
         seed: Everything random derives from it. On one machine, equal arguments give equal weights.
-        steps: Updates at most; the learning rate's schedule ends here.
         autoencoder_steps: Updates of the autoencoder, which comes first.
-        batch_size: Images per update.
-        learning_rate: Peak, of Muon and AdamW alike.
-        average_decay: Of the running average of the weights, which is what gets evaluated and saved.
         pool_size: Scenes drawn and encoded at once.
         pool_steps: Updates before a new pool is drawn.
-        eval_every: Updates between evaluations, and between saved states.
         images_per_category: Images per evaluation, for each of six categories.
-        target: Strict score in [0, 1] to stop at. 1 trains to the end.
         compile_blocks: Compile the transformer blocks; needs a C++ compiler, and half a minute.
 
     Returns:
         Scores of the saved float16 pipeline, after loading it back.
-
-    Raises:
-        ValueError: `steps` is not a multiple of `eval_every`, so the last steps would never be evaluated.
     """
-    schedule = Schedule(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        average_decay=average_decay,
-        eval_every=eval_every,
-        target=target,
-    )
     log = open_log(out_dir)
     autoencoder = _own_autoencoder(out_dir / "state" / "autoencoder", seed, autoencoder_steps, log)
     run = Run(autoencoder, WORLD, seed=seed, compile_blocks=compile_blocks)
@@ -260,8 +243,8 @@ def pretrain(
 
     def draw(generator: torch.Generator, step: int) -> tuple[Tensor, Tensor]:
         latents, token_ids = pool(step // pool_steps)
-        rows = torch.randint(pool_size, (batch_size,), generator=generator)
-        dropped = torch.rand(batch_size, 1, generator=generator) < CAPTION_DROPOUT
+        rows = torch.randint(pool_size, (schedule.batch_size,), generator=generator)
+        dropped = torch.rand(schedule.batch_size, 1, generator=generator) < CAPTION_DROPOUT
         return latents[rows], torch.where(dropped, empty, token_ids[rows])
 
     return fit(
@@ -288,22 +271,7 @@ def _own_autoencoder(directory: Path, seed: int, steps: int, log: Logbook) -> Au
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of `pretrain`."""
-    parser = argparse.ArgumentParser(prog="python -m rlt2i.tasks.shapes.pretrain", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="pipeline directory to write")
-    parser.add_argument("--steps", type=int, default=9_000, help="updates at most (default 9000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", type=float, default=0.55, help="strict score to stop at (default 0.55)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--no-compile", action="store_true", help="do not compile the transformer blocks")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    pretrain(
-        options.out,
-        seed=options.seed,
-        steps=options.steps,
-        target=options.target,
-        compile_blocks=not options.no_compile,
-    )
+    run_command(pretrain, SCHEDULE, arguments, world="shapes", about=__doc__)
 
 
 if __name__ == "__main__":
