@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 
 def _nothing(count: int) -> None:
-    """Nobody is watching."""
+    """Where no progress is shown."""
 
 
 @attrs.define
@@ -170,10 +170,10 @@ def reward_gradient(
     """
     found = []
     for rows in torch.arange(len(latents)).split(rollout_batch_size):
-        asked = prompts.take(rows.tolist())
+        requested = prompts.take(rows.tolist())
         with torch.enable_grad():
             leaf = latents[rows.to(latents.device)].detach().requires_grad_()
-            scores = reward.score_tensor(policy.decode(leaf), asked.texts, asked.metadata)
+            scores = reward.score_tensor(policy.decode(leaf), requested.texts, requested.metadata)
         if not scores.requires_grad:
             raise ValueError(
                 f"{type(reward).__name__}.score_tensor returned scores without a gradient. Do not detach the images in "
@@ -365,9 +365,9 @@ class Engine:
         each = prompts.ungrouped()
 
         def gradient(latents: Tensor, rollouts: Tensor) -> RewardGradient:
-            asked = each.take(rollouts.tolist())
+            requested = each.take(rollouts.tolist())
             return reward_gradient(
-                self.policy, self.algorithm.reward, latents, asked, rollout_batch_size=self.rollout_batch_size
+                self.policy, self.algorithm.reward, latents, requested, rollout_batch_size=self.rollout_batch_size
             )
 
         def score(latents: Tensor, rollouts: Tensor) -> RewardOutput:

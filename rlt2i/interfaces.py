@@ -523,7 +523,7 @@ class CreditAssigner(ABC):
 
 @attrs.frozen(kw_only=True, eq=False)
 class UpdateContext:
-    """What the learner lends an objective for one optimiser update.
+    """What an objective is given for one optimiser update.
 
     Attributes:
         seed: of this update. Draws are functions of it and of a rollout's key, so they do not depend on world size,

@@ -26,7 +26,7 @@ def token_grid(latents: Tensor) -> tuple[int, int]:
 
 
 def _engines(what: str) -> NoReturn:
-    raise ValueError(f"{what} belongs to the engine: a bridge lends an objective the velocity of its network alone.")
+    raise ValueError(f"{what} belongs to the engine: a bridge gives an objective the velocity of its network alone.")
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -229,11 +229,11 @@ class Hooks:
         means = MetricMeans()
         for loss in losses:
             means.add(loss.metrics)
-        seen = means.result()
+        observed = means.result()
         metrics.emit_mean("loss", total=total.detach(), count=len(batch))
         metrics.emit_mean("policy_loss", total=total.detach(), count=len(batch))
-        if "clip/high" in seen:
-            clipped = total.new_tensor((seen["clip/high"] + seen["clip/low"]) * len(batch))
+        if "clip/high" in observed:
+            clipped = total.new_tensor((observed["clip/high"] + observed["clip/low"]) * len(batch))
             metrics.emit_mean("clipfrac", total=clipped, count=len(batch))
         return total
 

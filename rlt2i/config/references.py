@@ -62,12 +62,12 @@ for _class in (_StrictLoader, _StrictDumper):
 
 
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: set[Hashable] = set()
+    observed: set[Hashable] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True) if key_node.tag != "tag:yaml.org,2002:merge" else None
-        if key is not None and key in seen:
+        if key is not None and key in observed:
             raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} appears twice; keep one.")
-        seen.add(key)
+        observed.add(key)
     return loader.construct_mapping(node, deep=True)
 
 

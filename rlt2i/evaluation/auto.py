@@ -62,8 +62,8 @@ def resolve_auto(recipe: Recipe, *, device: torch.device | str = "cpu") -> tuple
 def _fields(node: Any) -> list[dict[str, Any]]:
     """Every mapping below `node` whose blocks are `auto`."""
     if isinstance(node, Mapping):
-        mine = [node] if node.get("blocks") == AUTO else []
-        return [*mine, *(found for value in node.values() for found in _fields(value))]  # type: ignore[list-item]
+        own = [node] if node.get("blocks") == AUTO else []
+        return [*own, *(found for value in node.values() for found in _fields(value))]  # type: ignore[list-item]
     if isinstance(node, list | tuple):
         return [found for value in node for found in _fields(value)]
     return []

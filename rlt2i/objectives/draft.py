@@ -118,12 +118,12 @@ class DRaFT(Objective):
             begun = learning[:, :step].any(dim=1)[:, None, None, None]
             latents = torch.where(begun, latents, self._start(experience, rollouts, copies, step, context))
             states, learns = experience.step_batch(rollouts, torch.full_like(rollouts, step)), learning[:, step]
-            seen = latents.detach() if self.detach_input else latents
+            observed = latents.detach() if self.detach_input else latents
             with torch.set_grad_enabled(bool(learns.any())):
-                velocity = policy.velocity(seen, states.sigma, states.conditioning)
+                velocity = policy.velocity(observed, states.sigma, states.conditioning)
             if self.kl_penalty.weight > 0 and learns.any():
                 with torch.no_grad(), context.weights("reference"):
-                    reference = policy.velocity(seen, states.sigma, states.conditioning)
+                    reference = policy.velocity(observed, states.sigma, states.conditioning)
                 divergence = divergence + learns * self.kl_penalty.distance(velocity, reference, states, states.sigma)
             learned = scale_gradient(scale_credit_gradient(velocity, states), learns[:, None, None, None].float())
             latents = euler(latents, learned, states.sigma, states.sigma_next).mean

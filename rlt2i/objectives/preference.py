@@ -68,9 +68,9 @@ def _pairs(experience: Experience, members: Tensor, step: Tensor) -> tuple[Tenso
     """Winner and loser [groups, draws] of each group at each drawn step, masked ones apart, and whether they differ."""
     advantage = experience.credit.advantage.mean(dim=(2, 3))  # [B, 1|T]
     at_step = advantage.expand(-1, experience.trajectory.num_steps)[:, step]  # [B, groups, draws]
-    mine = members[:, None] == torch.arange(len(step), device=members.device)
+    own = members[:, None] == torch.arange(len(step), device=members.device)
     kept = trainable_steps(experience, stochastic_only=False)[:, step]
-    valid = (mine & experience.rewards.valid[:, None])[..., None] & kept
+    valid = (own & experience.rewards.valid[:, None])[..., None] & kept
     best, winners = torch.where(valid, at_step, -torch.inf).max(dim=0)
     worst, losers = torch.where(valid, at_step, torch.inf).min(dim=0)
     return winners, losers, best > worst

@@ -161,7 +161,7 @@ def derive_batch(train: TrainConfig, *, world_size: int, num_steps: int, trained
         trained_steps: steps (or draws of sigma) of a rollout that the objective learns from.
 
     Raises:
-        ValueError: when whole groups cannot be dealt evenly, with the nearest numbers that work.
+        ValueError: when whole groups cannot be shared out evenly, with the nearest numbers that work.
     """
     prompts, share = train.prompts_per_iteration, world_size * train.optimizer_steps_per_iteration
     if prompts % share:
@@ -171,7 +171,7 @@ def derive_batch(train: TrainConfig, *, world_size: int, num_steps: int, trained
         if sizes:
             ways.append(f"{_listed(sizes)} processes")
         raise ValueError(
-            f"train.prompts_per_iteration={prompts} cannot be dealt to {world_size} processes x "
+            f"train.prompts_per_iteration={prompts} cannot be shared out to {world_size} processes x "
             f"{train.optimizer_steps_per_iteration} optimiser steps: the {train.group_size} rollouts of a prompt stay "
             f"on one process and in one step, so it must be a multiple of {share}. Use {', or '.join(ways)}."
         )

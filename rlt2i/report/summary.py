@@ -127,8 +127,8 @@ def headline(run: Run, images: tuple[EvalImages, EvalImages] | None) -> Headline
     parts.append(f"paired gain {gain.text}" if not math.isnan(gain.low) else f"gain {gain.text}")
     parts += _count(last, images)
     if "eval/objects" in last:
-        asked = f" vs {last['eval/objects_asked']:.2f} asked" if "eval/objects_asked" in last else ""
-        parts.append(f"mean objects {last['eval/objects']:.2f}{asked}")
+        requested = f" vs {last['eval/objects_asked']:.2f} asked" if "eval/objects_asked" in last else ""
+        parts.append(f"mean objects {last['eval/objects']:.2f}{requested}")
     return Headline(
         sentence=", ".join(parts) + ".",
         verdict=gain.verdict + (f" {gain.source}" if gain.source else ""),
@@ -263,11 +263,11 @@ def _count(last: Row, images: tuple[EvalImages, EvalImages] | None) -> list[str]
 
 def _warnings(run: Run, last: Row) -> list[str]:
     found = list(run.problems)
-    objects, asked = last.get("eval/objects"), last.get("eval/objects_asked")
-    if objects is not None and asked and abs(objects - asked) > _OBJECT_DRIFT * asked:
-        more = "more" if objects > asked else "fewer"
+    objects, requested = last.get("eval/objects"), last.get("eval/objects_asked")
+    if objects is not None and requested and abs(objects - requested) > _OBJECT_DRIFT * requested:
+        more = "more" if objects > requested else "fewer"
         found.append(
-            f"The images hold {objects:.2f} objects on average where the prompts ask for {asked:.2f}: "
+            f"The images hold {objects:.2f} objects on average where the prompts ask for {requested:.2f}: "
             f"{more} than 10 % off. Look at the images below for reward hacking before you trust the score."
         )
     return found

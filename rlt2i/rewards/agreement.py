@@ -77,13 +77,13 @@ class FailureCounts:
 
     def together(self, gather: Gather, device: torch.device | str = "cpu") -> FailureCounts:
         """The sum over all processes, on each of them."""
-        mine = {"images": self.images, "invalid": self.invalid, "reasons": dict(self.reasons.most_common(SAID))}
+        own = {"images": self.images, "invalid": self.invalid, "reasons": dict(self.reasons.most_common(SAID))}
         whole = FailureCounts()
-        for text in all_gather_text(json.dumps(mine), gather, device):
-            told = json.loads(text)
-            whole.images += told["images"]
-            whole.reasons.update(told["reasons"])
-            rest = told["invalid"] - sum(told["reasons"].values())
+        for text in all_gather_text(json.dumps(own), gather, device):
+            reported = json.loads(text)
+            whole.images += reported["images"]
+            whole.reasons.update(reported["reasons"])
+            rest = reported["invalid"] - sum(reported["reasons"].values())
             if rest:
                 whole.reasons["other reasons"] += rest
         return whole
@@ -102,16 +102,16 @@ def note(details: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping):
             parts.append(f"{key}: {note(value)}")
         else:
-            told = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            parts.append(f"{key}: {told or 'nothing'}")
+            reported = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            parts.append(f"{key}: {reported or 'nothing'}")
     line = " ".join("; ".join(parts).split())
     return line if len(line) <= NOTE else f"{line[: NOTE - 1]}…"
 
 
 def all_gather_notes(output: RewardOutput, gather: Gather, device: torch.device | str = "cpu") -> list[str]:
     """What the reward told of every image, of all processes in the order of ranks; "" where it told nothing."""
-    mine = [note(details) for details in output.info] if output.info else [""] * len(output.valid)
-    return [line for text in all_gather_text(json.dumps(mine), gather, device) for line in json.loads(text)]
+    own = [note(details) for details in output.info] if output.info else [""] * len(output.valid)
+    return [line for text in all_gather_text(json.dumps(own), gather, device) for line in json.loads(text)]
 
 
 def all_gather_text(text: str, gather: Gather, device: torch.device | str = "cpu") -> list[str]:
@@ -135,7 +135,7 @@ def with_same_components(
     Args:
         components: name -> [count], of this process.
     """
-    told = all_gather_text(json.dumps(list(components)), gather, device)
-    names = dict.fromkeys(name for text in told for name in json.loads(text))
+    reported = all_gather_text(json.dumps(list(components)), gather, device)
+    names = dict.fromkeys(name for text in reported for name in json.loads(text))
     absent = torch.full((count,), torch.nan)
     return {name: components.get(name, absent) for name in names}

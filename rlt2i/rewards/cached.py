@@ -70,11 +70,11 @@ class Cached(Wrapper):
 
 def sample_keys(fingerprint: dict[str, Any], batch: RewardBatch, want: frozenset[str]) -> list[bytes]:
     """One key per sample; equal keys mean that the same question would be asked."""
-    asked = json.dumps([fingerprint, sorted(want), list(batch.images.shape[1:])], sort_keys=True, default=repr)
+    requested = json.dumps([fingerprint, sorted(want), list(batch.images.shape[1:])], sort_keys=True, default=repr)
     pixels = batch.images.cpu().contiguous().numpy()
     keys = []
     for image, prompt, metadata in zip(pixels, batch.prompts, batch.metadata, strict=True):
-        digest = hashlib.blake2b(asked.encode(), digest_size=24)
+        digest = hashlib.blake2b(requested.encode(), digest_size=24)
         digest.update(hashlib.blake2b(image.data).digest())
         digest.update(json.dumps([prompt, dict(metadata)], sort_keys=True, default=repr).encode())
         keys.append(digest.digest())

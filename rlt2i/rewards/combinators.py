@@ -96,14 +96,14 @@ class WeightedSum(Reward):
                 ]
                 for row in range(len(batch.prompts))
             ]
-        told = with_reasons(info, reasons)
+        reported = with_reasons(info, reasons)
         return RewardOutput(
             scores=scores,
             valid=torch.stack([out.valid for out in outputs.values()]).all(dim=0),
             components=components,
             regions=regions,
             maps=_add_maps([(weights[name], out.maps) for name, out in outputs.items() if out.maps is not None]),
-            info=told if any(told) else None,
+            info=reported if any(reported) else None,
         )
 
     def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:

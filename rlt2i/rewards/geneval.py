@@ -92,19 +92,19 @@ class GenEvalReward(Reward):
         everything: bool,
     ) -> list[Colours]:
         """All objects of the batch whose colour matters go through CLIP together."""
-        asked = [
+        requested = [
             (row, detection, name)
             for row, metadata in enumerate(batch.metadata)
             for detection, name in rules.needing_colour(objects[row], metadata, everything=everything)
         ]
         colours: list[Colours] = [{} for _ in batch.metadata]
-        if asked:
+        if requested:
             clip = load_clip(self.colour_model, "main", "", str(batch.images.device))
             cutouts = [
                 Cutout(image=batch.images[row], mask=_instances(found[row]).masks[d.index], box=d.box, name=name)
-                for row, d, name in asked
+                for row, d, name in requested
             ]
-            for (row, d, name), colour in zip(asked, classify_colours(clip, cutouts), strict=True):
+            for (row, d, name), colour in zip(requested, classify_colours(clip, cutouts), strict=True):
                 colours[row][name, d.index] = colour
         return colours
 
@@ -150,16 +150,16 @@ def judge(
     verdicts: dict[Rule, list[rules.Verdict]] = {name: [] for name in RULES}
     regions, maps, counts = [], [], []
     for row, metadata in enumerate(batch.metadata):
-        seen, image_colours = objects[row], colours[row]
+        observed, image_colours = objects[row], colours[row]
 
         def colour_of(d: Detection, name: str, known: Colours = image_colours) -> str:
             return known[name, d.index]
 
         for name in RULES:
-            verdicts[name].append(rules.score(name, seen, metadata, colour_of))
-        counts.append(sum(len(seen.get(name, ())) for name in {c["class"] for c in metadata["include"]}))
+            verdicts[name].append(rules.score(name, observed, metadata, colour_of))
+        counts.append(sum(len(observed.get(name, ())) for name in {c["class"] for c in metadata["include"]}))
         if want:
-            judged = rules.judge_objects(seen, metadata, colour_of, rule)
+            judged = rules.judge_objects(observed, metadata, colour_of, rule)
             masks = [_instances(found[row]).masks[d.index] for d, _, _ in judged]
             regions.append(_regions(judged, masks, image_colours))
             empty = batch.images.new_zeros(batch.images.shape[-2:], dtype=torch.bool)

@@ -140,8 +140,8 @@ def official(objects: Objects, prompt: Mapping[str, Any], colour_of: ColourOf) -
         reasons += [wrong] if wrong else []
         groups.append(None if wrong else found)
     for clause in prompt.get("exclude", ()):
-        if (seen := len(objects.get(clause["class"], ()))) >= clause["count"]:
-            reasons.append(f"expected fewer than {clause['count']} {clause['class']}, found {seen}")
+        if (observed := len(objects.get(clause["class"], ()))) >= clause["count"]:
+            reasons.append(f"expected fewer than {clause['count']} {clause['class']}, found {observed}")
     return Verdict(correct=not reasons, score=float(not reasons), reasons=tuple(reasons))
 
 
@@ -200,8 +200,8 @@ def needing_colour(objects: Objects, prompt: Mapping[str, Any], *, everything: b
         if "color" in clause:
             name, count = clause["class"], clause["count"]
             found = objects.get(name, ())
-            asked = found if everything else found[:count] if len(found) >= count else ()
-            pairs |= {(name, d.index): (d, name) for d in asked}
+            requested = found if everything else found[:count] if len(found) >= count else ()
+            pairs |= {(name, d.index): (d, name) for d in requested}
     return list(pairs.values())
 
 

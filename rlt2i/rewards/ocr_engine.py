@@ -50,11 +50,11 @@ class Engines:
         """An engine that nobody else uses, for images whose shorter side is `side` pixels."""
         idle = self._idle.setdefault(min(side, DETECTION_SIDE), [])
         try:
-            mine = idle.pop()
+            own = idle.pop()
         except IndexError:
-            mine = _load(min(side, DETECTION_SIDE))
-        yield mine
-        idle.append(mine)  # not after an error: what the engine remembers may be wrong
+            own = _load(min(side, DETECTION_SIDE))
+        yield own
+        idle.append(own)  # not after an error: what the engine remembers may be wrong
 
     def read(self, image: np.ndarray, *, characters: bool) -> tuple[Line, ...]:
         """The lines of an image, from top to bottom.

@@ -111,12 +111,12 @@ def _captures(
     if PREFERENCE in names:
         verdict = latents.new_tensor([1.0, -1.0]).repeat(num_rollouts // 2)
         captures[PREFERENCE] = verdict[:, None].expand(-1, num_steps)
-    asked = names - {PREFERENCE, CLEAN_PREDICTIONS}
+    requested = names - {PREFERENCE, CLEAN_PREDICTIONS}
     if not names - {PREFERENCE}:
         return captures
     steps: list[dict[str, Tensor]] = []
     for step in range(num_steps):
         state, sigma = latents[:, step], sigmas[step].expand(num_rollouts)
-        velocity, captured = policy.velocity_with_captures(state, sigma, conditioning, asked)
+        velocity, captured = policy.velocity_with_captures(state, sigma, conditioning, requested)
         steps.append({**captured, CLEAN_PREDICTIONS: clean_prediction(state, velocity, sigma)})
     return captures | {name: torch.stack([s[name] for s in steps], dim=1) for name in names - {PREFERENCE}}

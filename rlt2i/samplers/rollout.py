@@ -79,14 +79,14 @@ def denoise(
     initial = noise.initial(policy.latent_shape(request.image_size))[plan.states[:, 0]]
     latents = policy.initial_latents(initial, sigmas[0])
     num_rollouts, _, height, width = latents.shape
-    asked = captures - {CLEAN_PREDICTIONS, EDGES}
+    requested = captures - {CLEAN_PREDICTIONS, EDGES}
 
     states, log_probs = [latents], []
     recorded: dict[str, list[Tensor]] = {name: [] for name in captures - {EDGES}}
     previous_clean, sigma_previous = torch.zeros_like(latents), torch.ones_like(sigmas[0].expand(num_rollouts))
     for step in range(num_steps):
         sigma, sigma_next = sigmas[step].expand(num_rollouts), sigmas[step + 1].expand(num_rollouts)
-        velocity, captured = _velocity(policy, latents, sigma, conditioning, asked, plan.states[:, step])
+        velocity, captured = _velocity(policy, latents, sigma, conditioning, requested, plan.states[:, step])
         for name, value in captured.items():
             recorded[name].append(value)
         clean = clean_prediction(latents, velocity, sigma)

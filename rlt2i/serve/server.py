@@ -54,7 +54,7 @@ _LOG = logging.getLogger(__name__)
 
 @attrs.frozen(kw_only=True)
 class Limits:
-    """What a server puts up with.
+    """What a server accepts, and how long it waits.
 
     Attributes:
         max_images: per request.
@@ -196,8 +196,8 @@ class _Service:
 def _key(batch: RewardBatch, want: frozenset[str]) -> bytes:
     """What is asked, as a hash of its content: the order of entries in a safetensors header is not fixed."""
     groups = None if batch.groups is None else batch.groups.tolist()
-    asked = [list(batch.ids or ()), list(batch.prompts), list(batch.metadata), groups, sorted(want)]
-    key = hashlib.blake2b(json.dumps([*asked, list(batch.images.shape)], sort_keys=True).encode())
+    requested = [list(batch.ids or ()), list(batch.prompts), list(batch.metadata), groups, sorted(want)]
+    key = hashlib.blake2b(json.dumps([*requested, list(batch.images.shape)], sort_keys=True).encode())
     key.update(batch.images.numpy().data)
     return key.digest()
 

@@ -98,8 +98,8 @@ def _objects(before: Metrics, now: Metrics) -> list[str]:
         return []
     off, was = (abs(_of(m, "eval/objects") / _of(m, "eval/objects_asked") - 1) for m in (now, before))
     if off > COUNT_TOLERANCE and off > was:
-        seen, asked = _of(now, "eval/objects"), _of(now, "eval/objects_asked")
-        return [f"{seen:.2f} objects per image where {asked:.2f} were asked for"]
+        observed, requested = _of(now, "eval/objects"), _of(now, "eval/objects_asked")
+        return [f"{observed:.2f} objects per image where {requested:.2f} were asked for"]
     return []
 
 

@@ -255,11 +255,11 @@ def _extras(recipes: Iterable[Recipe], lack: Verdict) -> Iterator[Finding]:
             needed.setdefault(extra, []).append(recipe.name)
     for extra, names in sorted(needed.items()):
         missing = [module for module in _MODULES_OF[extra] if importlib.util.find_spec(module) is None]
-        asked = f"asked for by {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        requested = f"asked for by {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         yield Finding(
             name=f"extra {extra}",
             verdict=lack if missing else "ok",
-            text=f"{', '.join(missing)} not installed, {asked}" if missing else f"installed, {asked}",
+            text=f"{', '.join(missing)} not installed, {requested}" if missing else f"installed, {requested}",
             way_out=f"pip install 'rlt2i[{extra}]'" if missing else "",
         )
 

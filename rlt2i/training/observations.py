@@ -35,13 +35,13 @@ def _observed(collected: Collected) -> dict[str, Tensor]:
     size = collected.prompts.group_size
     by_group, judged = rewards.final.view(-1, size), kept.view(-1, size)
     compared = judged.any(dim=1)  # a group of which nothing was judged has no spread
-    seen = {
+    observed = {
         "reward/mean": rewards.final[kept],
         "reward/spread": masked_std(by_group, judged, 1, correction=0)[compared, 0],
         "reward/tied_groups": tied(by_group, judged)[compared, 0].float(),
         **{f"reward/{name}": values[kept] for name, values in rewards.terms.items()},
     }
-    return seen | weight_statistics(experience.credit.weight, experience.trajectory.stochastic)
+    return observed | weight_statistics(experience.credit.weight, experience.trajectory.stochastic)
 
 
 def weight_statistics(weight: Tensor, stochastic: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The training loop: collect, learn, judge, remember, survive."""
+"""The training loop: collect, learn, evaluate, save."""
 
 from __future__ import annotations
 
@@ -173,9 +173,9 @@ class Trainer:
                 rank=self.distributed.rank,
                 world_size=self.distributed.world_size,
             )
-            mine = [positions[i] for i in shard]
-            prompts = as_prompts([stream[i] for i in mine], group_size=train.group_size)
-            prompts = attrs.evolve(prompts, draws=tuple(first + i for i in mine))
+            own = [positions[i] for i in shard]
+            prompts = as_prompts([stream[i] for i in own], group_size=train.group_size)
+            prompts = attrs.evolve(prompts, draws=tuple(first + i for i in own))
             with self.learner.sets.use(self.learner.objective.rollout_weights):
                 batches.append(self.engine.collect(prompts, iteration=self.iteration, watch=watch, image_size=size))
         return batches

@@ -61,11 +61,11 @@ def patch_features(images: Tensor, model: str, resolution: int = 224) -> Tensor:
         ValueError: when the model has no patch tokens.
     """
     network, mean, std = _load(model, resolution, str(images.device))
-    seen = interpolate(
+    observed = interpolate(
         images.float() / 255, size=(resolution, resolution), mode="bicubic", align_corners=False, antialias=True
     ).clamp(0, 1)
     with torch.no_grad():
-        tokens = network.forward_features((seen - mean) / std)
+        tokens = network.forward_features((observed - mean) / std)
     if tokens.ndim != 3 or not hasattr(network, "patch_embed"):
         raise ValueError(f"model={model!r}: no patch tokens. Use a plain vision transformer.")
     return tokens[:, network.num_prefix_tokens :].unflatten(1, tuple(network.patch_embed.grid_size))

@@ -296,11 +296,11 @@ def test_a_batch_smaller_than_the_chunk_is_one_pass():
     assert (plan.rollout_batch_size, plan.rollout_passes) == (32, 1)
 
 
-def test_groups_that_cannot_be_dealt_evenly_are_refused_with_the_nearest_that_can():
-    with pytest.raises(ValueError, match="cannot be dealt") as caught:
+def test_groups_that_cannot_be_shared_out_evenly_are_refused_with_the_nearest_that_can():
+    with pytest.raises(ValueError, match="cannot be shared out") as caught:
         derive_batch(TRAIN, world_size=4, num_steps=10, trained_steps=3)
     text = str(caught.value)
-    assert "train.prompts_per_iteration=12 cannot be dealt to 4 processes x 2 optimiser steps" in text
+    assert "train.prompts_per_iteration=12 cannot be shared out to 4 processes x 2 optimiser steps" in text
     assert "must be a multiple of 8. Use train.prompts_per_iteration=8 or 16, or 1, 2, 3 or 6 processes." in text
 
 

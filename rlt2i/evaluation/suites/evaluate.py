@@ -166,16 +166,16 @@ def draw_suite(
         "made_with": {key: found_versions.get(key) for key in _MADE_WITH},
     }
     everything = drawings(chosen, suite.images_per_prompt)
-    mine = job.shard.of(everything)
+    own = job.shard.of(everything)
     done = folder.records("images") if folder.path.is_dir() else {}
-    missing = sum(drawing.id not in done for drawing in mine)
+    missing = sum(drawing.id not in done for drawing in own)
     folder.claim(fingerprint, suite=dump_yaml(suite_mapping(suite)), finished=not missing)
     job.say(f"{folder.path}: {len(everything)} images, {len(done)} drawn already")
     for line in report_on(policy, chosen).lines():
         job.say(line)
     job.wait()  # nobody appends before everybody has looked
     if missing:
-        _draw_missing(draw, policy, mine, done, folder, job)
+        _draw_missing(draw, policy, own, done, folder, job)
     return folder
 
 
@@ -422,15 +422,15 @@ def evaluate_suite(
         )
     _check_suite(folder, suite)
     available = {**suite.rewards, **added}
-    asked = available
+    requested = available
     if score_only and (added or rescore):
-        asked = {name: reward for name, reward in available.items() if name in added or name in rescore}
+        requested = {name: reward for name, reward in available.items() if name in added or name in rescore}
     elif score_only:
-        asked = {name: reward for name, reward in available.items() if _lacking(folder, [name])}
+        requested = {name: reward for name, reward in available.items() if _lacking(folder, [name])}
     try:
-        score_folder(folder, asked, job, rescore=rescore)
+        score_folder(folder, requested, job, rescore=rescore)
     finally:
-        for reward in asked.values():
+        for reward in requested.values():
             reward.close()
     if not job.is_main:
         return None

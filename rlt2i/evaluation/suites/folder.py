@@ -278,11 +278,11 @@ def check_complete(found: Iterable[str], wanted: Sequence[str], what: str) -> No
     Raises:
         EvaluationError: naming how many are missing or too many, with an example.
     """
-    there, asked = set(found), set(wanted)
-    assert len(asked) == len(wanted), "ids of a suite are distinct"
-    for names, word in ((asked - there, "missing"), (there - asked, "not of this suite")):
+    there, requested = set(found), set(wanted)
+    assert len(requested) == len(wanted), "ids of a suite are distinct"
+    for names, word in ((requested - there, "missing"), (there - requested, "not of this suite")):
         if names:
-            raise EvaluationError(f"{what}: {len(names)} of {len(asked)} are {word}, such as {min(names)}.")
+            raise EvaluationError(f"{what}: {len(names)} of {len(requested)} are {word}, such as {min(names)}.")
 
 
 def _differences(old: Any, new: Any, skipped: Iterable[str], name: str = "") -> Iterable[tuple[str, Any, Any]]:

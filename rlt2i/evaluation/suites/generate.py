@@ -46,8 +46,8 @@ def generate(
             health = {measure.__name__: measure(images).tolist() for measure in MEASURES}
             records = []
             for i in missing:
-                seen = {name: float(f"{values[i]:.6g}") for name, values in health.items()}
-                records.append(_record(chunk[i], folder.write_image(chunk[i].id, images[i]), seen))
+                observed = {name: float(f"{values[i]:.6g}") for name, values in health.items()}
+                records.append(_record(chunk[i], folder.write_image(chunk[i].id, images[i]), observed))
             writer.append(records)
         advance(len(chunk))
 

@@ -126,8 +126,8 @@ def measured(
     by_category: dict[str, Interval] = {}
     if len(set(categories)) > 1:
         for category in dict.fromkeys(categories):
-            mine = [i for i, name in enumerate(categories) if name == category]
-            by_category[category] = clustered_mean(values[torch.tensor(mine)], [prompts[i] for i in mine], seed=0)
+            own = [i for i, name in enumerate(categories) if name == category]
+            by_category[category] = clustered_mean(values[torch.tensor(own)], [prompts[i] for i in own], seed=0)
     any_of = None
     if len(kept) > len(set(prompts)) and set(values.tolist()) <= {0.0, 1.0}:
         best, names = any_of_cluster(values, prompts)

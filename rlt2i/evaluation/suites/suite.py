@@ -78,12 +78,14 @@ class Suite:
         Raises:
             ValueError: when there are fewer than `count`.
         """
-        asked = list({prompt.text: prompt for prompt in self.task.eval_prompts(self.prompts)}.values())
-        if count is None or count == len(asked):
-            return asked
-        if not 1 <= count <= len(asked):
-            raise ValueError(f"--prompts {count}: suite {self.name!r} has {len(asked)} prompts; use 1 to {len(asked)}.")
-        return balanced(asked, count, of=f"suite {self.name!r}")
+        requested = list({prompt.text: prompt for prompt in self.task.eval_prompts(self.prompts)}.values())
+        if count is None or count == len(requested):
+            return requested
+        if not 1 <= count <= len(requested):
+            raise ValueError(
+                f"--prompts {count}: suite {self.name!r} has {len(requested)} prompts; use 1 to {len(requested)}."
+            )
+        return balanced(requested, count, of=f"suite {self.name!r}")
 
 
 @attrs.frozen(kw_only=True)

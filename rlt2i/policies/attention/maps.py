@@ -65,8 +65,8 @@ def image_to_text(
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = where.image_rows(query).to(wide) @ take(key, where.tokens).to(wide).mT * _scale(query, scale)
     if bias is not None:
-        seen = where.image_rows(bias.expand(len(query), -1, query.shape[2], -1)).mT
-        scores = scores + take(seen, where.tokens).mT
+        observed = where.image_rows(bias.expand(len(query), -1, query.shape[2], -1)).mT
+        scores = scores + take(observed, where.tokens).mT
     probability = (scores - where.image_rows(lse)[..., None].to(wide)).exp_().mean(dim=1)
     return (probability @ where.members.to(wide)).mT
 

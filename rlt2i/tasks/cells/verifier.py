@@ -69,14 +69,14 @@ def verify(images: Tensor, prompts: Sequence[CellsPrompt]) -> Verdict:
             )
     pixels = images.cpu().float() / 255 if images.dtype == torch.uint8 else images.cpu().float()
     region = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool)
-    crops, asked = [], []
+    crops, requested = [], []
     for image, mask, prompt in zip(pixels, region, prompts, strict=True):
         for content in prompt.named:
             x1, y1, x2, y2 = box(prompt.grid, content.cell)
             mask[y1:y2, x1:x2] = True
             crops.append(_framed(image[:, y1:y2, x1:x2]))
-            asked.append(_alone(content))
-    verdict = shapes.verify(torch.stack(crops), asked)
+            requested.append(_alone(content))
+    verdict = shapes.verify(torch.stack(crops), requested)
     counts = [len(prompt.named) for prompt in prompts]
     return Verdict(
         strict=torch.stack([cells.amin() for cells in verdict.strict.split(counts)]),

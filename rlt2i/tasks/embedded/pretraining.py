@@ -310,14 +310,14 @@ def fit(
     if state.exists():
         run.load(state)
     scores = [r["strict"] for r in log.rewind(run.step) if r["phase"] == "evaluation"]
-    began, seen = time.perf_counter(), 0
+    began, observed = time.perf_counter(), 0
     while run.step < schedule.steps and not (scores and scores[-1] >= schedule.target):
         generator = generator_for(run.seed, "step", run.step)
         latents, token_ids = draw(generator, run.step)
         loss = flow_matching_loss(run.pipeline, latents, token_ids, generator)
         rate = schedule.learning_rate_at(run.step)
         norm = run.update(loss, learning_rate=rate, average_decay=schedule.average_decay)
-        seen += len(latents)
+        observed += len(latents)
         samples = {"step": run.step, "samples": run.step * schedule.batch_size}
         if run.step % 100 == 0:
             log(
@@ -327,7 +327,7 @@ def fit(
                     "loss": loss.item(),
                     "gradient_norm": norm,
                     "learning_rate": rate,
-                    "samples_per_second": seen / (time.perf_counter() - began),
+                    "samples_per_second": observed / (time.perf_counter() - began),
                 }
             )
         if run.step % schedule.eval_every == 0:

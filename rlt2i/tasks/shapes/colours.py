@@ -90,8 +90,8 @@ def colour_score(areas: Tensor, prompt: ShapesPrompt) -> Tensor:
         closeness(rest if colour is None else areas[COLOURS.index(colour)], Range(*map(sum, zip(*ranges, strict=True))))
         for colour, ranges in wanted.items()
     ]
-    asked = 1.0 if None in wanted else areas[named].sum() / areas.sum().clamp_min(1e-6)
-    return torch.stack(parts).mean() * asked
+    requested = 1.0 if None in wanted else areas[named].sum() / areas.sum().clamp_min(1e-6)
+    return torch.stack(parts).mean() * requested
 
 
 @attrs.frozen(kw_only=True)
@@ -121,5 +121,5 @@ class ShapesColours(Reward):
                 "Use it with ShapesTask and policies of this world."
             )
         areas = colour_areas(images)
-        asked = [ShapesPrompt.from_metadata(entry) for entry in metadata]
-        return torch.stack([colour_score(row, prompt) for row, prompt in zip(areas, asked, strict=True)])
+        requested = [ShapesPrompt.from_metadata(entry) for entry in metadata]
+        return torch.stack([colour_score(row, prompt) for row, prompt in zip(areas, requested, strict=True)])
