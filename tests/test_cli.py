@@ -261,7 +261,8 @@ def test_dry_run_trains_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["train", "toy.yaml", "--dry-run"]) == 0
     assert "4 prompts x 4 rollouts = 16 images" in capsys.readouterr().out
     assert not Path("runs").exists()
-    assert "cannot be shared out to 3 processes" in refusal(capsys, "train", "toy.yaml", "--dry-run", "--processes", "3")
+    words = ("train", "toy.yaml", "--dry-run", "--processes", "3")
+    assert "cannot be shared out to 3 processes" in refusal(capsys, *words)
 
 
 # ------------------------------------------------------------------------------------------ what people type, refusals
