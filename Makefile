@@ -5,6 +5,7 @@
 #   make test      run the tests on JOBS cores (default 2) and an eighth of the slow ones, another every day
 #                  (RLT2I_SLOW=all: all of them)
 #   make lint      style, formatting and types
+#   make docs      the documentation site, into site/; the tutorials run while it is built (a few minutes)
 #   make pretrain  train the embedded model's starting weights from nothing (an hour or two of CPU)
 #   make clean     remove the environment and all caches; runs stay
 
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 LOCKED := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint pretrain install clean
+.PHONY: demo docs test lint pretrain install clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -46,6 +47,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	PYTHONPATH=. HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 pretrain: $(INSTALLED)
 	$(BIN)/rlt2i pretrain shapes --out rlt2i/tasks/shapes/pipeline

@@ -43,6 +43,15 @@ def parser() -> argparse.ArgumentParser:
     _add_set(doctor)
     doctor.add_argument("--run-dir", type=home_path, metavar="DIR", dest="run", default=Path("runs"))
 
+    plan = add("plan", training.plan, "say what a recipe will cost, and whether it fits a device")
+    plan.add_argument("recipe", type=home_name, help="name, YAML file, run directory, or module:function")
+    _add_set(plan)
+    plan.add_argument("--processes", type=int, default=1, help="on how many devices (default 1)")
+    device = plan.add_mutually_exclusive_group()
+    device.add_argument("--gpu", metavar="DEVICE", help="a device by name (rtx4090) or memory (24GB); 1 if it is short")
+    device.add_argument("--fit", metavar="DEVICE", help="likewise; 0 if the smallest change that is found makes it fit")
+    plan.add_argument("--out", type=home_path, metavar="FILE", help="with --fit: write the changed recipe there")
+
     rehearse = add(
         "rehearse", training.rehearse, "run a recipe with its own settings on a tiny model: train, kill, resume, export"
     )

@@ -95,6 +95,43 @@ def train(options: argparse.Namespace) -> None:
         print(f"report: {write_report(folder)}")
 
 
+def plan(options: argparse.Namespace) -> int:
+    """`rlt2i plan`: 1 when the run does not fit the device that was named."""
+    from rlt2i.policies.cost import NotCounted
+    from rlt2i.recipes import load_recipe
+    from rlt2i.training.dry_run import batch_plan, describe_run, plan_of
+    from rlt2i.training.fitting import DoesNotFitError, find_device, fit, overrides, tight_phases, verdict
+
+    recipe = load_recipe(options.recipe, options.set)
+    wanted = options.fit or options.gpu
+    device = find_device(wanted) if wanted else None
+    print(describe_run(recipe, world_size=options.processes))
+    if device is None:
+        return 0
+    try:
+        counted = plan_of(recipe, batch_plan(recipe, world_size=options.processes))
+    except (NotCounted, OSError) as error:
+        raise ValueError(f"plan: {recipe.name} cannot be compared with a device: {error}") from error
+    print(f"\n{verdict(counted, recipe, device, world_size=options.processes)}")
+    if not tight_phases(counted, device):
+        return 0
+    try:
+        smaller, fitted = fit(recipe, device, world_size=options.processes, counted=counted)
+    except DoesNotFitError as error:
+        print(error)
+        return 1
+    print("\nthe smallest change that makes it fit:")
+    changes = [f"--set {change}" for change in (*options.set, *overrides(recipe, smaller))]
+    print(f"  rlt2i train {options.recipe} {' '.join(changes)}")
+    print(verdict(fitted, smaller, device, world_size=options.processes))
+    if options.out:
+        from rlt2i.runs.files import replace_text
+
+        replace_text(options.out, smaller.to_yaml())
+        print(f"written to {options.out}")
+    return 0 if options.fit else 1
+
+
 def _train_on_ray(options: argparse.Namespace, folder: Path, resume: str | None) -> None:
     from rlt2i.training.on_ray import RayRun
 

@@ -21,6 +21,10 @@ EXAMPLES: Final[Mapping[str, Sequence[str]]] = {
         "rlt2i list star sd35",
     ),
     "doctor": ("rlt2i doctor", "rlt2i doctor star-sd35-geneval"),
+    "plan": (
+        "rlt2i plan star-sd35-ocr --processes 8 --gpu h100",
+        "rlt2i plan star-sd35-ocr --fit 24GB --out mine.yaml",
+    ),
     "rehearse": ("rlt2i rehearse star-sd35-geneval", "rlt2i rehearse --all --no-compile"),
     "check": (
         "rlt2i check policy Flux --tiny",

@@ -8,6 +8,8 @@ from typing import Any
 import attrs
 
 from rlt2i.engine import chunk_size
+from rlt2i.policies.cost import NotCounted, Plan, make_plan
+from rlt2i.policies.pretrained import PretrainedSpec
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.recipes.train_config import BatchPlan, derive_batch
 from rlt2i.tasks.base import check_metadata
@@ -58,25 +60,30 @@ def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
 
 def _size(recipe: Recipe, batch: BatchPlan) -> str:
     """Parameters, arithmetic and memory of one process, where the policy is one that can be counted."""
-    from rlt2i.policies.cost import NotCounted, make_plan
-    from rlt2i.policies.pretrained import PretrainedSpec
-
-    if not isinstance(recipe.policy, PretrainedSpec):
-        return f"per process: not counted, {type(recipe.policy).__name__} is no pipeline of diffusers"
-
-    train, objective = recipe.train, recipe.objective
-    copies = objective.needs.parameter_sets | ({"reference"} if train.reference else set())
     try:
-        made = make_plan(
-            recipe.policy,
-            image_size=max((train.image_size, *train.sizes), key=lambda size: math.prod(height_and_width(size))),
-            num_steps=batch.num_steps,
-            trained_steps=batch.trained_steps,
-            rollouts_per_iteration=batch.rollouts_per_device,
-            micro_batch_size=batch.micro_batch_size,
-            rollout_batch_size=batch.rollout_batch_size,
-            weight_copies=len(copies) + (train.ema_decay is not None),
-        )
+        return f"per process:\n{plan_of(recipe, batch).table()}"
     except (NotCounted, OSError) as error:  # OSError: the configurations are out of reach
         return f"per process: not counted. {error}"
-    return f"per process:\n{made.table()}"
+
+
+def plan_of(recipe: Recipe, batch: BatchPlan) -> Plan:
+    """Parameters, arithmetic and memory of one process.
+
+    Raises:
+        NotCounted: when the policy is no pipeline of diffusers, or its network cannot run without values.
+        OSError: when the configurations of its networks are out of reach.
+    """
+    if not isinstance(recipe.policy, PretrainedSpec):
+        raise NotCounted(f"{type(recipe.policy).__name__} is no pipeline of diffusers")
+    train, objective = recipe.train, recipe.objective
+    copies = objective.needs.parameter_sets | ({"reference"} if train.reference else set())
+    return make_plan(
+        recipe.policy,
+        image_size=max((train.image_size, *train.sizes), key=lambda size: math.prod(height_and_width(size))),
+        num_steps=batch.num_steps,
+        trained_steps=batch.trained_steps,
+        rollouts_per_iteration=batch.rollouts_per_device,
+        micro_batch_size=batch.micro_batch_size,
+        rollout_batch_size=batch.rollout_batch_size,
+        weight_copies=len(copies) + (train.ema_decay is not None),
+    )
