@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rlt2i.algorithm import Algorithm
 from rlt2i.distributed import OtherProcessFailed as OtherProcessFailed
+from rlt2i.functional.transfer import on_both
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import (
     CreditContext,
@@ -26,6 +28,8 @@ from rlt2i.interfaces import (
     to_uint8,
 )
 from rlt2i.rewards.agreement import FailureCounts, with_same_components
+from rlt2i.rewards.batching import merge
+from rlt2i.rewards.beside import Beside
 from rlt2i.rewards.validity import score_safely
 from rlt2i.runs.terminal import Progress
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
@@ -45,12 +49,14 @@ class Stopwatch:
 
     Attributes:
         seconds: by phase; a phase may be entered many times.
+        beside: seconds of work that other threads did meanwhile, by kind.
         device: whose queue is waited for before a phase counts as over.
         progress: where the line is drawn.
         advance: to be called after every finished piece of the phase under way.
     """
 
     seconds: dict[str, float] = attrs.field(factory=dict)
+    beside: dict[str, float] = attrs.field(factory=dict)
     device: torch.device = attrs.field(factory=lambda: torch.device("cpu"))
     progress: Progress = attrs.field(factory=Progress)
     advance: Callable[[int], None] = attrs.field(default=_nothing, init=False)
@@ -66,6 +72,15 @@ class Stopwatch:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def work(self, kind: str) -> Iterator[None]:
+        """In another thread, beside a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.beside[kind] = self.beside.get(kind, 0.0) + time.perf_counter() - start
 
 
 def rollout_keys(prompts: Prompts, seed: int) -> list[tuple[int, str, int, int]]:
@@ -104,6 +119,7 @@ def rollout(
     iteration: int = 0,
     device: torch.device | str = "cpu",
     advance: Callable[[int], None] = _nothing,
+    finished: Callable[[range, Trajectory], None] | None = None,
 ) -> Trajectory:
     """Trajectories of P x G rollouts; a function of (seed, prompt, draw, index) alone, not of the chunks.
 
@@ -111,6 +127,7 @@ def rollout(
         share_initial_noise: start the rollouts of a group from the same noise.
         iteration: number of the rollout batch, for samplers whose window slides.
         advance: called with the number of rollouts that have been finished.
+        finished: called with the rows of each chunk and the chunk itself, before the next one is begun.
     """
     device = torch.device(device)
     conditioning = policy.encode(prompts)
@@ -127,7 +144,7 @@ def rollout(
         chunks.append(
             sampler.rollout(
                 policy,
-                conditioning.take(torch.tensor(list(rows), device=device)),
+                conditioning.take(torch.tensor(list(rows))),
                 RolloutRequest(
                     noise=noise,
                     captures=captures,
@@ -138,8 +155,11 @@ def rollout(
                 ),
             )
         )
+        if finished is not None:
+            finished(rows, chunks[-1])
         advance(len(rows))
-    return _concatenate(chunks, conditioning=conditioning, group_size=prompts.group_size)
+    noisy = bool(sampler.stochastic_steps(iteration))
+    return _concatenate(chunks, conditioning=conditioning, group_size=prompts.group_size, noisy=noisy)
 
 
 @torch.no_grad()
@@ -253,11 +273,13 @@ class Engine:
             )
             rewards = self._rewards(trajectory, scores, predicted)
             with watch("credit"):
-                keys = torch.tensor([derive_seed(*key) for key in rollout_keys(prompts, self.seed)], device=self.device)
+                keys = on_both(
+                    torch.tensor([derive_seed(*key) for key in rollout_keys(prompts, self.seed)]), self.device
+                )
                 grid = self.policy.token_grid(size)
                 context = self._context(prompts, trajectory, rewards, images, grid, iteration, keys, tally)
                 credit = self.algorithm.credit.assign(context)
-        groups = torch.tensor(prompts.per_rollout(prompts.draws), device=self.device)
+        groups = on_both(torch.tensor(prompts.per_rollout(prompts.draws)), self.device)
         experience = Experience(
             trajectory=trajectory,
             rewards=rewards,
@@ -287,45 +309,54 @@ class Engine:
     def _judged_rollouts(
         self, prompts: Prompts, size: ImageSize, iteration: int, watch: Stopwatch, tally: FailureCounts
     ) -> tuple[Trajectory, Tensor, RewardOutput, list[RewardOutput]]:
-        """Rollouts, their images, the scores of those, and of the clean predictions that the credit asked for."""
-        with watch("rollout", prompts.num_rollouts):
-            trajectory = rollout(
-                self.policy,
-                self.algorithm.sampler,
-                prompts,
-                seed=self.seed,
-                image_size=size,
-                rollout_batch_size=self.rollout_batch_size,
-                captures=self.algorithm.captures,
-                share_initial_noise=self.share_initial_noise,
-                iteration=iteration,
-                device=self.device,
-                advance=watch.advance,
-            )
-        with watch("decode"):
-            images = self.images(trajectory.clean_latents)
-        with watch("reward"):
-            final = self.score(images, prompts, want=self.algorithm.reward_wants)
-            predicted = [
-                self.score(self.images(trajectory.captures[CLEAN_PREDICTIONS][:, step]), prompts)
-                for step in self.algorithm.credit.scored_steps(trajectory.num_steps)
-            ]
+        """Rollouts, their images, the scores of those, and of the clean predictions that the credit asked for.
+
+        A chunk is decoded and judged while the next one is rolled out; what is left when the last one is finished is
+        waited for under "reward".
+        """
+        judging = _Judging(self, prompts, watch)
+        with Beside[_Piece](workers=max(1, self.algorithm.reward.concurrency), device=self.device) as beside:
+            with watch("rollout", prompts.num_rollouts):
+                trajectory = rollout(
+                    self.policy,
+                    self.algorithm.sampler,
+                    prompts,
+                    seed=self.seed,
+                    image_size=size,
+                    rollout_batch_size=self.rollout_batch_size,
+                    captures=self.algorithm.captures,
+                    share_initial_noise=self.share_initial_noise,
+                    iteration=iteration,
+                    device=self.device,
+                    advance=watch.advance,
+                    finished=lambda rows, chunk: judging.add(beside, rows, chunk),
+                )
+            with watch("reward"):
+                pieces = beside.results()
+        final, *predicted = (
+            merge([(piece.rows, piece.outputs[i]) for piece in pieces], prompts.num_rollouts)
+            for i in range(len(pieces[0].outputs))
+        )
         for output in (final, *predicted):
             tally.add(output)
-        return trajectory, images, final, predicted
+        return trajectory, torch.cat([piece.images for piece in pieces]), final, predicted
 
     def images(self, latents: Tensor) -> Tensor:
         """[N, C, H, W] latents to [N, 3, H', W'] uint8 RGB."""
         return decode(self.policy, latents, rollout_batch_size=self.rollout_batch_size)
 
-    def score(self, images: Tensor, prompts: Prompts, want: frozenset[str] = frozenset()) -> RewardOutput:
-        """Score the images of whole groups. What the reward cannot judge is invalid, whatever goes wrong in it."""
+    def score(
+        self, images: Tensor, prompts: Prompts, rows: Sequence[int], want: frozenset[str] = frozenset()
+    ) -> RewardOutput:
+        """Score the images of some rollouts. What the reward cannot judge is invalid, whatever goes wrong in it."""
+        texts, metadata = prompts.per_rollout(prompts.texts), prompts.per_rollout(prompts.metadata)
+        keys = rollout_keys(prompts, self.seed)
         batch = RewardBatch(
             images=images,
-            prompts=prompts.per_rollout(prompts.texts),
-            metadata=prompts.per_rollout(prompts.metadata),
-            groups=torch.arange(len(prompts.texts)).repeat_interleave(prompts.group_size),
-            ids=["/".join(map(str, key)) for key in rollout_keys(prompts, self.seed)],
+            prompts=[texts[i] for i in rows],
+            metadata=[metadata[i] for i in rows],
+            groups=torch.tensor([i // prompts.group_size for i in rows]),
+            ids=["/".join(map(str, keys[i])) for i in rows],
         )
         return score_safely(self.algorithm.reward, batch, want)
 
@@ -342,8 +373,8 @@ class Engine:
             regions = [()] * count if regions is None and "regions" in want else regions
         outputs = (*predicted, final)
         return Rewards(
-            values=torch.stack([output.scores.to(self.device).float() for output in outputs], dim=1),
-            valid=torch.stack([output.valid.to(self.device) for output in outputs]).all(dim=0),
+            values=on_both(torch.stack([output.scores.float() for output in outputs], dim=1), self.device),
+            valid=on_both(torch.stack([output.valid for output in outputs]).all(dim=0), self.device),
             terms={name: term.to(self.device) for name, term in terms.items()},
             scored_steps=(*self.algorithm.credit.scored_steps(trajectory.num_steps), trajectory.num_steps),
             maps=None if maps is None else maps.to(self.device),
@@ -409,13 +440,61 @@ class Engine:
         )
 
 
-def _concatenate(chunks: list[Trajectory], *, conditioning: Conditioning, group_size: int) -> Trajectory:
+@attrs.frozen(kw_only=True, eq=False)
+class _Piece:
+    """Some rollouts, decoded and judged: what the reward said of the images, then of the clean predictions."""
+
+    rows: range
+    images: Tensor
+    outputs: list[RewardOutput]
+
+
+@attrs.define(eq=False)
+class _Judging:
+    """Hands chunks of rollouts in for decoding and judging, in whole groups where the reward compares them."""
+
+    engine: Engine
+    prompts: Prompts
+    watch: Stopwatch
+    _kept: list[Trajectory] = attrs.field(factory=list, init=False)
+    _first: int = attrs.field(default=0, init=False)
+    _decoding: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+
+    def add(self, beside: Beside[_Piece], rows: range, chunk: Trajectory) -> None:
+        """A chunk that was rolled out; what belongs to a group that is not whole yet waits for the next one."""
+        self._kept.append(chunk)
+        whole = self.engine.algorithm.reward.scope == "group"
+        if whole and rows.stop % self.prompts.group_size and rows.stop < self.prompts.num_rollouts:
+            return
+        chunks, self._kept = self._kept, []
+        judged = range(self._first, rows.stop)
+        self._first = rows.stop
+        beside.hand_in(lambda: self._judge(judged, chunks))
+
+    @torch.no_grad()
+    def _judge(self, rows: range, chunks: list[Trajectory]) -> _Piece:
+        engine = self.engine
+        images = self._images([chunk.clean_latents for chunk in chunks])
+        with self.watch.work("reward"):
+            outputs = [engine.score(images, self.prompts, rows, want=engine.algorithm.reward_wants)]
+        for step in engine.algorithm.credit.scored_steps(chunks[0].num_steps):
+            predicted = self._images([chunk.captures[CLEAN_PREDICTIONS][:, step] for chunk in chunks])
+            with self.watch.work("reward"):
+                outputs.append(engine.score(predicted, self.prompts, rows))
+        return _Piece(rows=rows, images=images, outputs=outputs)
+
+    def _images(self, latents: list[Tensor]) -> Tensor:
+        with self._decoding, self.watch.work("decode"):  # one decoder's activations at a time
+            return torch.cat([self.engine.images(part) for part in latents])
+
+
+def _concatenate(chunks: list[Trajectory], *, conditioning: Conditioning, group_size: int, noisy: bool) -> Trajectory:
     """One trajectory from chunks that differ only in their rows."""
     first = chunks[0]
     return attrs.evolve(
         first,
         latents=torch.cat([c.latents for c in chunks]),
-        log_probs=torch.cat([c.log_probs for c in chunks]) if bool(first.stochastic.any()) else _no_log_probs(chunks),
+        log_probs=torch.cat([c.log_probs for c in chunks]) if noisy else _no_log_probs(chunks),
         captures={name: torch.cat([c.captures[name] for c in chunks]) for name in first.captures},
         noisy=torch.cat([c.noisy for c in chunks]),
         conditioning=conditioning,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlt2i.axes import Axes
 from rlt2i.config.version import __version__
+from rlt2i.functional.transfer import on_both, on_host
 from rlt2i.seeds import RolloutNoise, derive_seed
 from rlt2i.types import Conditioning, Credit, Experience, ImageSize, Loss, Prompts, Region, Rewards, Trajectory
 
@@ -173,6 +174,10 @@ class Policy(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """[N, 3, H', W'] images in [0, 1]."""
+
+    def merged(self) -> AbstractContextManager[None]:
+        """Within it passes without gradient may be cheaper and round otherwise: an adapter merged into the weights."""
+        return nullcontext()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """The inverse of `decode`, as far as there is one: what samplers need that read images rather than denoise.
@@ -399,6 +404,11 @@ class Reward(ABC):
         """ "group" when scores compare the images of one prompt."""
         return "sample"
 
+    @property
+    def concurrency(self) -> int:
+        """Calls of `score` that may run at the same time. They run beside the rollout, in threads of their own."""
+        return 1
+
     @abstractmethod
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         """Score each image; `want` names optional outputs ("maps", "regions")."""
@@ -554,12 +564,13 @@ class UpdateContext:
         Args:
             passes: forward passes that one backward pass goes through; N is smaller by that factor.
         """
-        rollouts, steps = trainable.nonzero(as_tuple=True)
+        rollouts, steps = on_host(trainable).nonzero(as_tuple=True)
         size = max(1, self.micro_batch_size // passes)
         for start in range(0, len(rollouts), size):
             chunk = slice(start, start + size)
-            self.handed_out(trainable, rollouts[chunk])
-            yield rollouts[chunk], steps[chunk]
+            batch = on_both(rollouts[chunk], trainable.device)
+            self.handed_out(trainable, batch)
+            yield batch, on_both(steps[chunk], trainable.device)
 
     def handed_out(self, trainable: Tensor, rows: Tensor) -> None:
         """Told of every micro-batch: what it was cut from, [B, T] bool, and its rows [N]; for objectives that wrap
@@ -567,7 +578,7 @@ class UpdateContext:
 
     def seeds(self, name: str, *keys: Tensor) -> list[int]:
         """One seed per row of the [N] integer `keys`."""
-        return [derive_seed(self.seed, name, *row) for row in zip(*(k.tolist() for k in keys), strict=True)]
+        return [derive_seed(self.seed, name, *row) for row in zip(*(on_host(k).tolist() for k in keys), strict=True)]
 
 
 class Objective(ABC):

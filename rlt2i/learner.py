@@ -15,6 +15,7 @@ from torch import Tensor
 from rlt2i.distributed import sum_in_buckets
 from rlt2i.engine import reward_gradient
 from rlt2i.functional.ema import power_decay
+from rlt2i.functional.transfer import on_host, to_device
 from rlt2i.interfaces import Objective, Policy, Reward, UpdateContext
 from rlt2i.objectives.reduction import trainable_steps
 from rlt2i.parameter_sets import ParameterSets
@@ -28,29 +29,46 @@ class UpdateRefused(RuntimeError):
 
 @attrs.define
 class Averages:
-    """Means (and maxima, for names ending in "max") of the observations of an update, over processes too."""
+    """Means (and maxima, for names ending in "max") of the observations of an update.
 
-    sums: dict[str, Tensor] = attrs.field(factory=dict)
-    counts: dict[str, Tensor] = attrs.field(factory=dict)
+    They stay where they were made until the log asks for the result: one copy to the host, summed there in the order in
+    which they were added.
+    """
+
+    seen: list[tuple[str, Tensor, Tensor | None]] = attrs.field(factory=list)
 
     def add(self, metrics: Mapping[str, Tensor], steps: Tensor | None = None) -> None:
+        """Observations [N] by name; with `steps` [N], clip shares and ratios are also kept apart by step."""
         for name, values in metrics.items():
-            self._one(name, values)
-            if steps is not None and name.startswith(("clip/", "ratio/")):
-                for step in steps.unique().tolist():
-                    self._one(f"{name}@{step}", values[steps == step])
-
-    def _one(self, name: str, values: Tensor) -> None:
-        values = values.detach().double().flatten()
-        if name.split("@")[0].endswith("max"):
-            self.sums[name] = torch.maximum(self.sums.get(name, values.new_zeros(())), values.max())
-            self.counts[name] = values.new_ones(())
-        else:
-            self.sums[name] = self.sums.get(name, values.new_zeros(())) + values.sum()
-            self.counts[name] = self.counts.get(name, values.new_zeros(())) + len(values)
+            by_step = steps if name.startswith(("clip/", "ratio/")) else None
+            self.seen.append((name, values.detach().flatten(), by_step))
 
     def result(self) -> dict[str, float]:
-        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+        """Name -> mean or maximum; the host waits for the device once."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+
+        def one(name: str, values: Tensor) -> None:
+            if name.split("@")[0].endswith("max"):
+                sums[name], counts[name] = torch.maximum(sums.get(name, values.new_zeros(())), values.max()), 1
+            else:
+                sums[name] = sums.get(name, values.new_zeros(())) + values.sum()
+                counts[name] = counts.get(name, 0) + len(values)
+
+        for (name, _, steps), values in zip(self.seen, self._on_host(), strict=True):
+            one(name, values)
+            if steps is not None:
+                here = on_host(steps)
+                for step in here.unique().tolist():
+                    one(f"{name}@{step}", values[here == step])
+        return {name: float(total / counts[name]) for name, total in sums.items()}
+
+    def _on_host(self) -> list[Tensor]:
+        """Every observation as float64."""
+        if not self.seen:
+            return []
+        values = [values for _, values, _ in self.seen]
+        return list(torch.cat([v.double() for v in values]).cpu().split([len(v) for v in values]))
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -106,7 +124,8 @@ class _State:
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+    # Into pinned memory, without waiting: what is put back follows on the same queue.
+    return value.detach().to("cpu", copy=True, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 @attrs.define
@@ -200,22 +219,23 @@ class Learner:
 
     def _split(self, experience: Experience) -> list[Experience]:
         """Whole groups, spread over the optimizer steps of this rollout batch."""
-        groups = experience.groups.unique()
+        if self.optimizer_steps_per_iteration == 1:
+            return [experience]
+        own = on_host(experience.groups)
+        groups = own.unique()
         if len(groups) % self.optimizer_steps_per_iteration:
             raise ValueError(
                 f"optimizer_steps_per_iteration={self.optimizer_steps_per_iteration} does not divide the "
                 f"{len(groups)} groups of this process. Choose a divisor, so that every step sees equally many."
             )
-        if self.optimizer_steps_per_iteration == 1:
-            return [experience]
         # In the order of their identities, so that several processes split as one would (see `shard_prompts`).
         shares = groups.chunk(self.optimizer_steps_per_iteration)
-        return [experience.take(torch.isin(experience.groups, part).nonzero()[:, 0]) for part in shares]
+        return [experience.take(torch.isin(own, part).nonzero()[:, 0]) for part in shares]
 
     def _informative_rows(self, experience: Experience) -> Tensor:
         rows = self.objective.needs.rows
         if rows == "valid":
-            return experience.rewards.valid.nonzero()[:, 0]
+            return on_host(experience.rewards.valid).nonzero()[:, 0]
         return informative_rows(experience, whole_groups=rows == "groups")
 
     def _context(self, num_rollouts: int, num_groups: int, num_pairs: int = 1, *, on_policy: bool) -> UpdateContext:
@@ -244,17 +264,23 @@ class Learner:
             pairs = informative.step_batch(rollouts, steps)
             velocity = self.policy.velocity(pairs.latents, pairs.sigma, pairs.conditioning)
             transition = trajectory.transition(pairs.latents, velocity, pairs.sigma, pairs.sigma_next)
-            log_probs[rows[rollouts], steps] = trajectory.log_prob_map(pairs.next_latents, transition)
+            log_probs[to_device(rows, steps.device)[rollouts], steps] = trajectory.log_prob_map(
+                pairs.next_latents, transition
+            )
         return attrs.evolve(experience, trajectory=attrs.evolve(trajectory, log_probs=log_probs))
 
     def _update(
         self, batches: Sequence[Experience], advance: Callable[[int], None], *, on_policy: bool
     ) -> dict[str, Tensor]:
         """One step of the optimizer, from batches that differ in the size of their images."""
-        num_rollouts = self._total(sum(float(batch.rewards.valid.sum()) for batch in batches))
-        num_groups = self._total(sum(float(len(batch.groups.unique())) for batch in batches))
-        num_pairs = self._total(sum(float(_trained_pairs(batch)) for batch in batches))
-        taken = [batch.take(self._informative_rows(batch)) for batch in batches]
+        rows = [self._informative_rows(batch) for batch in batches]
+        num_rollouts, num_groups, num_informative, num_pairs = self._total(
+            float(sum(on_host(batch.rewards.valid).sum() for batch in batches)),
+            float(sum(len(on_host(batch.groups).unique()) for batch in batches)),
+            float(sum(map(len, rows))),
+            torch.stack([_trained_pairs(batch) for batch in batches]).sum(),
+        )
+        taken = [batch.take(kept) for batch, kept in zip(batches, rows, strict=True)]
         informative = [batch for batch in taken if batch.num_rollouts]
         averages, total = Averages(), torch.zeros((), device=self.parameters[0].device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -268,28 +294,26 @@ class Learner:
                     total = total + loss.value.detach()
                     averages.add(loss.metrics, loss.steps)
                     advance(1)
-            norm = self._reduced_gradient_norm()
-            value = self._total(float(total))
+            gradient = self._reduced_gradient_norm()
+            # The only time that the host waits for the backward passes.
+            value, norm = self._total(total, norm_of=gradient)
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise UpdateRefused(
                     f"update {self.optimizer_step + 1}: loss={value:g}, gradient norm={norm:g}. The update was not "
                     "applied. Look for overflow in the reward or advantages; lower learning_rate or use float32."
                 )
             if norm > 0:
-                self._step(norm)
+                self._step(gradient)
         self.optimizer_step += 1
         result = {k: torch.tensor([v]) for k, v in averages.result().items()}
         return result | {
             "loss/total": torch.tensor([value]),
             "grad_norm": torch.tensor([norm]),
-            "informative": torch.tensor(
-                [self._total(float(sum(batch.num_rollouts for batch in informative))) / max(1.0, num_rollouts)]
-            ),
+            "informative": torch.tensor([num_informative / max(1.0, num_rollouts)]),
         }
 
-    def _step(self, norm: float) -> None:
-        norm_f64 = torch.tensor(norm, dtype=torch.float64)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm_f64)
+    def _step(self, norm: Tensor) -> None:
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm.double())
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1.0, (self.optimizer_step + 1) / max(1, self.warmup_steps))
         self.optimizer.step()
@@ -297,19 +321,28 @@ class Learner:
             step = self.optimizer_step + 1
             self.sets.blend("ema", power_decay(step, decay=self.ema_decay, warmup=10))
 
-    def _reduced_gradient_norm(self) -> float:
+    def _reduced_gradient_norm(self) -> Tensor:
         """Sum the gradients over processes (the losses are shares of one mean) and take their global norm."""
         if self.reduce_sum is not None:
             own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
             for parameter, gradient in zip(self.parameters, sum_in_buckets(own, self.reduce_sum), strict=True):
                 parameter.grad = gradient
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return torch.nn.utils.get_total_norm(gradients)
 
-    def _total(self, value: float) -> float:
-        if self.reduce_sum is None:
-            return value
-        return float(self.reduce_sum(torch.tensor(value, dtype=torch.float64, device=self.parameters[0].device)))
+    def _total(self, *values: float | Tensor, norm_of: Tensor | None = None) -> list[float]:
+        """The sums over all processes, and a number that is the same on all of them: read together."""
+        device = self.parameters[0].device
+        there = [
+            v.double() if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=device)
+            for v in values
+        ]
+        totals = torch.stack(there)
+        if self.reduce_sum is not None:
+            totals = self.reduce_sum(totals)
+        if norm_of is not None:
+            totals = torch.cat([totals, norm_of.to(device).double()[None]])
+        return [float(total) for total in totals.tolist()]
 
 
 def _trained_pairs(experience: Experience) -> Tensor:
@@ -321,10 +354,13 @@ def _trained_pairs(experience: Experience) -> Tensor:
 def informative_rows(experience: Experience, *, whole_groups: bool = False) -> Tensor:
     """Rows with a valid reward and some advantage: the others would add nothing but the cost of their forward pass.
 
+    [N] long, on the host.
+
     Args:
         whole_groups: keep all valid rows of a group of which one has some advantage, for objectives that compare them.
     """
-    some = (experience.credit.advantage != 0).flatten(1).any(dim=1) & experience.rewards.valid
+    valid, groups = on_host(experience.rewards.valid), on_host(experience.groups)
+    some = on_host((experience.credit.advantage != 0).flatten(1).any(dim=1)) & valid
     if whole_groups:
-        some = torch.isin(experience.groups, experience.groups[some])
-    return (some & experience.rewards.valid).nonzero()[:, 0]
+        some = torch.isin(groups, groups[some])
+    return (some & valid).nonzero()[:, 0]

@@ -10,20 +10,24 @@ size 1 there and broadcasts. Channels never carry credit.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import attrs
 import torch
 from torch import Tensor
 
 from rlt2i.axes import Axes
+from rlt2i.functional.numerics import Scalar
+from rlt2i.functional.transfer import on_both, on_host, to_device
 from rlt2i.functional.transitions import Transition
 
 Causality = Literal["state", "action", "outcome", "exogenous"]
 CAUSALITIES: tuple[Causality, ...] = ("exogenous", "state", "action", "outcome")
+Record = TypeVar("Record")
 ImageSize = int | tuple[int, int]
 """(height, width) in pixels; one number means a square."""
 
@@ -51,6 +55,14 @@ def at_least_a_pixel(instance: Any, attribute: Any, value: Any) -> None:
     for size in value if attribute.name == "sizes" else [value]:
         if size is not None and min(height_and_width(size)) < 1:
             raise ValueError(f"{attribute.name}={value}: a side of an image has at least 1 pixel.")
+
+
+def _replaced(record: Record, **fields: Any) -> Record:
+    """`attrs.evolve` for rows of a record that was checked: to check again would make the host wait for the device."""
+    rows = copy.copy(record)
+    for name, value in fields.items():
+        object.__setattr__(rows, name, value)
+    return rows
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -161,7 +173,7 @@ class Conditioning:
 
     def take(self, rows: Tensor) -> Conditioning:
         """The conditioning of some rollouts (repeats allowed)."""
-        return attrs.evolve(self, rows=self.rows[rows.to(self.rows.device)])
+        return attrs.evolve(self, rows=self.rows[to_device(rows, self.rows.device)])
 
     def to(self, device: torch.device | str) -> Conditioning:
         return attrs.evolve(self, tensors={k: v.to(device) for k, v in self.tensors.items()}, rows=self.rows.to(device))
@@ -175,14 +187,15 @@ class TransitionKernel(ABC):
 
     @abstractmethod
     def transition(
-        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: float
+        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: Scalar
     ) -> Transition:
         """Mean and standard deviation of x'.
 
         Args:
             latents, velocity: [N, C, H, W].
             sigma, sigma_next: [N], decreasing.
-            sigma_max: sigma_1, the second entry of the schedule; Flow-SDE needs it at sigma = 1.
+            sigma_max: sigma_1, the second entry of the schedule; Flow-SDE needs it at sigma = 1. A number, or a tensor
+                without axes on the device, which nobody waits for.
         """
 
     @abstractmethod
@@ -242,9 +255,9 @@ class Trajectory:
         return self.latents.shape[1] - 1
 
     @property
-    def sigma_max(self) -> float:
-        """sigma_1: stands in for 1 in the denominator of Flow-SDE's first step."""
-        return float(self.sigmas[1])
+    def sigma_max(self) -> Tensor:
+        """sigma_1, a tensor without axes: stands in for 1 in the denominator of Flow-SDE's first step."""
+        return self.sigmas[1]
 
     @property
     def clean_latents(self) -> Tensor:
@@ -271,6 +284,7 @@ class Trajectory:
     def take(self, rows: Tensor) -> Trajectory:
         """Some rollouts; groups need not stay whole, so the group size becomes 1 unless all are taken."""
         whole = len(rows) == self.num_rollouts
+        rows = to_device(rows, self.latents.device)
         return attrs.evolve(
             self,
             latents=self.latents[rows],
@@ -345,10 +359,12 @@ class Rewards:
                     f"Rewards.maps: values from {low:g} to {high:g}; a map says how much of the judged content is at a "
                     "place, so it is finite and not negative. Give 0 where nothing was judged."
                 )
-        bad = ~torch.isfinite(self.values).all(dim=1) & self.valid
+        # Asked of the host's copy where there is one: rewards come from there.
+        bad = ~torch.isfinite(on_host(self.values)).all(dim=1) & on_host(self.valid)
         if bad.any():
+            row = int(bad.nonzero()[0])
             raise ValueError(
-                f"Rewards.values: rollout {int(bad.nonzero()[0])} is {self.values[bad][0].tolist()} but marked valid. "
+                f"Rewards.values: rollout {row} is {on_host(self.values)[row].tolist()} but marked valid. "
                 "A reward that failed must say valid=False, so that it leaves the statistics instead of poisoning them."
             )
 
@@ -393,20 +409,21 @@ class Credit:
             raise ValueError("Credit.advantage must have one row per rollout.")
         if self.mask.dtype is not torch.bool:
             raise ValueError(f"Credit.mask: got {self.mask.dtype}, expected torch.bool.")
-        if not (torch.isfinite(self.advantage).all() and torch.isfinite(self.weight).all()):
+        finite = torch.isfinite(self.advantage).all() & torch.isfinite(self.weight).all()
+        if bool(finite & (self.weight >= 0).all()):
+            return
+        if not bool(finite):
             raise ValueError("Credit: advantage and weight must be finite; mask out what could not be judged.")
-        if (self.weight < 0).any():
-            raise ValueError(
-                f"Credit.weight: minimum is {float(self.weight.min()):g}; the sign belongs in the advantage."
-            )
+        raise ValueError(f"Credit.weight: minimum is {float(self.weight.min()):g}; the sign belongs in the advantage.")
 
     @property
     def num_rollouts(self) -> int:
         return self.advantage.shape[0]
 
     def take(self, rows: Tensor) -> Credit:
+        rows = to_device(rows, self.advantage.device)
         pick = lambda field: field if field.shape[0] == 1 and self.num_rollouts > 1 else field[rows]
-        return attrs.evolve(self, advantage=self.advantage[rows], weight=pick(self.weight), mask=pick(self.mask))
+        return _replaced(self, advantage=self.advantage[rows], weight=pick(self.weight), mask=pick(self.mask))
 
     def to(self, device: torch.device | str) -> Credit:
         return attrs.evolve(
@@ -489,22 +506,31 @@ class Experience:
         return self.trajectory.num_rollouts
 
     def take(self, rows: Tensor) -> Experience:
-        rewards = attrs.evolve(
+        """Some rollouts; given on the host, nobody waits for the device. All of them, in order, are the record itself.
+
+        Args:
+            rows: [N] long.
+        """
+        here = on_host(rows)
+        if here.equal(torch.arange(self.num_rollouts)):
+            return self
+        rows = on_both(here, self.keys.device)
+        rewards = _replaced(
             self.rewards,
             values=self.rewards.values[rows],
             valid=self.rewards.valid[rows],
             terms={k: v[rows] for k, v in self.rewards.terms.items()},
             maps=None if self.rewards.maps is None else self.rewards.maps[rows],
-            regions=None if self.rewards.regions is None else tuple(self.rewards.regions[i] for i in rows.tolist()),
+            regions=None if self.rewards.regions is None else tuple(self.rewards.regions[i] for i in here.tolist()),
         )
         return attrs.evolve(
             self,
             trajectory=self.trajectory.take(rows),
             rewards=rewards,
             credit=self.credit.take(rows),
-            prompts=self.prompts.take(rows.tolist()),
-            keys=self.keys[rows],
-            groups=self.groups[rows],
+            prompts=self.prompts.take(here.tolist()),
+            keys=on_both(on_host(self.keys)[here], self.keys.device),
+            groups=on_both(on_host(self.groups)[here], self.groups.device),
         )
 
     def step_batch(self, rollouts: Tensor, steps: Tensor) -> StepBatch:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlt2i.functional.matching import noised
 from rlt2i.functional.reward_backprop import last_steps, random_depth, scale_gradient
+from rlt2i.functional.transfer import on_host
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import Needs, Objective, Policy, Sampler, UpdateContext
 from rlt2i.objectives.draws import shared_noise
@@ -138,6 +139,6 @@ class DRaFT(Objective):
         if not self.renoised:
             return stored
         shape, device = tuple(stored.shape[1:]), stored.device
-        noise = shared_noise(context, experience.keys[rollouts], copies, shape, device)
+        noise = shared_noise(context, on_host(experience.keys)[on_host(rollouts)], copies, shape, device)
         anew = noised(trajectory.latents[rollouts, -1], noise, trajectory.sigmas[step])
         return torch.where(copies[:, None, None, None] > 0, anew, stored)

@@ -126,5 +126,10 @@ class SigmaDraws:
 def shared_noise(
     context: UpdateContext, keys: Tensor, draw: Tensor, shape: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """[N, *shape] standard normal noise; equal (key, draw) pairs get equal noise."""
+    """[N, *shape] standard normal noise; equal (key, draw) pairs get equal noise.
+
+    Args:
+        keys, draw: [N] long; given on the host, nobody waits for the device.
+        device: of the noise.
+    """
     return standard_normal(context.seeds("noise", keys, draw), shape, device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.functional.matching import flow_matching_error, noised
+from rlt2i.functional.transfer import on_both, on_host
 from rlt2i.interfaces import Policy, UpdateContext
 from rlt2i.objectives.draws import shared_noise
 from rlt2i.types import Experience, StepBatch
@@ -68,7 +69,8 @@ def noisy_pairs(
     trajectory = experience.trajectory
     shape, device = tuple(trajectory.latents.shape[2:]), trajectory.latents.device
     states, level = experience.step_batch(rollouts, step[rollouts, draws]), sigma[rollouts, draws]
-    noise = shared_noise(context, noise_keys[rollouts], draws, shape, device)
+    keys = on_host(noise_keys)[on_host(rollouts)]
+    noise = shared_noise(context, keys, on_host(draws), shape, device)
     return NoisyPairs(states=states, sigma=level, noise=noise, state=noised(states.clean_latents, noise, level))
 
 
@@ -84,10 +86,11 @@ def whole_groups(
     Raises:
         ValueError: when a group does not fit into a micro-batch.
     """
+    groups, known = on_host(experience.groups), on_host(kept)
     for draw in range(kept.shape[1]):
-        rows = kept[:, draw].nonzero()[:, 0]
-        rows = rows[experience.groups[rows].argsort(stable=True)]
-        _, sizes = experience.groups[rows].unique_consecutive(return_counts=True)
+        rows = known[:, draw].nonzero()[:, 0]
+        rows = rows[groups[rows].argsort(stable=True)]
+        _, sizes = groups[rows].unique_consecutive(return_counts=True)
         largest = max(sizes.tolist(), default=0)
         if largest > context.micro_batch_size:
             raise ValueError(
@@ -107,5 +110,7 @@ def whole_groups(
 
 def _one_draw(groups: list[Tensor], draw: int, kept: Tensor, context: UpdateContext) -> tuple[Tensor, Tensor]:
     rollouts = torch.cat(groups)
+    draws = on_both(torch.full_like(rollouts, draw), kept.device)
+    rollouts = on_both(rollouts, kept.device)
     context.handed_out(kept, rollouts)
-    return rollouts, torch.full_like(rollouts, draw)
+    return rollouts, draws

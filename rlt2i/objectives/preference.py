@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlt2i.functional.matching import flow_matching_error, noised
 from rlt2i.functional.preference import dpo_logits, dpo_loss
+from rlt2i.functional.transfer import on_both, on_host
 from rlt2i.interfaces import Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws, shared_noise
 from rlt2i.objectives.reduction import trainable_steps, weight_and_mask
@@ -29,13 +30,13 @@ def preference_losses(
     trajectory = experience.trajectory
     shape, device = tuple(trajectory.latents.shape[2:]), trajectory.latents.device
     grid = (shape[1], shape[2])
-    groups, members = experience.groups.unique(return_inverse=True)
+    groups, members = (on_both(x, device) for x in on_host(experience.groups).unique(return_inverse=True))
     sigma, step = sigmas.draw(experience, groups, context=context)
     winners, losers, kept = _pairs(experience, members, step)
 
     for pair, draw in _halves(context, kept):
         level = sigma[pair, draw]
-        noise = shared_noise(context, groups[pair], draw, shape, device)
+        noise = shared_noise(context, on_host(groups)[on_host(pair)], draw, shape, device)
         both = torch.cat([winners[pair, draw], losers[pair, draw]])
         pairs = experience.step_batch(both, step[pair, draw].repeat(2))
         state = noised(pairs.clean_latents, noise.repeat(2, 1, 1, 1), level.repeat(2))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.functional.reward_backprop import first_order, scale_gradient
+from rlt2i.functional.transfer import on_host
 from rlt2i.interfaces import UpdateContext
 from rlt2i.objectives.reduction import on_grid
 from rlt2i.types import Experience, StepBatch
@@ -34,7 +35,7 @@ def rewarded(
     Returns:
         [N] rewards with a gradient, and what is worth logging about them.
     """
-    found = context.reward_gradient(latents.detach(), experience.prompts.take(rollouts.tolist()))
+    found = context.reward_gradient(latents.detach(), experience.prompts.take(on_host(rollouts).tolist()))
     metrics = {
         "backprop/reward": found.scores,
         "backprop/gradient": torch.linalg.vector_norm(found.gradient, dim=(1, 2, 3)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ import torch
 from attrs import validators
 from torch import Tensor
 
+from rlt2i.functional.transfer import on_host, to_device
 from rlt2i.interfaces import Policy
 from rlt2i.types import Conditioning, ImageSize, Prompts
 
@@ -136,6 +138,7 @@ class IntervalGuidance(GuidanceForm):
         return self.of.combine(positive, negative, scale)
 
     def active(self, sigma: Tensor) -> Tensor:
+        sigma = on_host(sigma)  # whether any row is guided is a question of the host
         inside = (sigma >= self.low) & (sigma <= self.high)
         within = self.of.active(sigma)
         return inside if within is None else inside & within
@@ -199,7 +202,9 @@ class Guided(Policy):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.uncond_grad):
             negative = self.policy.velocity(latents, sigma, self._negative(conditioning))
         guided = self.form.combine(positive, negative, self.scale)
-        return guided if active is None else torch.where(active[:, None, None, None], guided, positive)
+        if active is None:
+            return guided
+        return torch.where(to_device(active, guided.device)[:, None, None, None], guided, positive)
 
     def _negative(self, conditioning: Conditioning) -> Conditioning:
         """The negative prompt for every row, beside what else conditions that row."""
@@ -218,6 +223,9 @@ class Guided(Policy):
         return attrs.evolve(conditioning, tensors=tensors, rows=rows)
 
     # ------------------------------------------------------------------------------------------------- delegated
+
+    def merged(self) -> AbstractContextManager[None]:
+        return self.policy.merged()
 
     def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
         return self.policy.sigmas(num_steps, size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,8 +95,38 @@ def merged_weights(network: Any) -> dict[str, Tensor]:
         if ".lora_" not in name
     }
     for name, module in adapted.items():
-        down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
-        delta = (module.scaling["default"] * up.float().flatten(1) @ down.float().flatten(1)).detach().cpu()
         base = weights[f"{name}.weight"]
-        weights[f"{name}.weight"] = (base.float() + delta.view(base.shape)).to(base.dtype)
+        weights[f"{name}.weight"] = (base.float() + _delta(module).cpu().view(base.shape)).to(base.dtype)
     return weights
+
+
+@contextlib.contextmanager
+def merged(network: Any) -> Iterator[None]:
+    """Within it the network computes with W + alpha / rank B A in place of W and the adapter; without gradient.
+
+    A layer is one product instead of three. The sum is rounded once to the precision of W, so a velocity differs from
+    the adapter's own by that rounding: in float32 by less than 1e-5 of its size, in bfloat16 by less than 2e-2, where
+    an adapter's own rounding is as large. Not for ratios, which compare such differences. W comes back bit for bit.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    kept = [weight.data for weight in weights]
+    try:
+        for layer, weight in zip(layers, weights, strict=True):
+            weight.data = (weight.data.float() + _delta(layer).view(weight.shape)).to(weight.dtype)
+            layer.merged_adapters.append("default")
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, weight, before in zip(layers, weights, kept, strict=True):
+            weight.data = before
+            layer.merged_adapters.clear()
+
+
+def _delta(layer: Any) -> Tensor:
+    """[out, in] float32, what the adapter adds to the weight of its layer."""
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    delta: Tensor = layer.scaling["default"] * up.detach().float().flatten(1) @ down.detach().float().flatten(1)
+    return delta

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rlt2i.functional.transfer import to_device
 from rlt2i.inputs.phrases import Characters, content_phrases, find_phrase
 from rlt2i.inputs.typography import is_blank, is_invisible
 from rlt2i.types import TokenSpan
@@ -98,4 +99,4 @@ def span_tensors(spans: Sequence[Sequence[TokenSpan]], device: torch.device | st
         tokens[prompt, : len(selected)] = torch.tensor(selected, dtype=torch.long)
         for concept, where in enumerate(concepts):
             members[prompt, [selected.index(t) for t in where], concept] = True
-    return tokens.to(device), members.to(device)
+    return to_device(tokens, device), to_device(members, device)

@@ -11,6 +11,7 @@ from attrs.validators import ge, gt, le, lt, optional
 
 from rlt2i.config import neutral
 from rlt2i.distributed import TIMEOUT
+from rlt2i.tasks.curriculum import PromptCurriculum
 from rlt2i.types import ImageSize, at_least_a_pixel, image_size, image_sizes
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -47,6 +48,9 @@ class TrainConfig:
         max_invalid_share: of rollouts whose reward failed; beyond it the run stops instead of learning from the rest.
         trackers: where metrics go besides metrics.jsonl.
         process_timeout: seconds that a process waits for the others before the run ends; one that died ends it at once.
+        merge_adapter: evaluate with the adapter merged into the weights, and roll out so where the objective takes no
+            ratio between rollout and update: fewer products, and other last digits.
+        curriculum: which prompts of the stream are passed over; null takes it as it comes.
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {
@@ -85,6 +89,8 @@ class TrainConfig:
     max_invalid_share: float = attrs.field(default=0.25, validator=[ge(0), le(1)])
     trackers: tuple[Tracker, ...] = ("tensorboard",)
     process_timeout: float = neutral(TIMEOUT, validator=gt(0))
+    merge_adapter: bool = neutral(False)
+    curriculum: PromptCurriculum | None = neutral(None)
 
     @betas.validator
     def _check_betas(self, _: Any, value: tuple[float, float]) -> None:

@@ -56,6 +56,10 @@ class WeightedSum(Reward):
         return (some - {"gradient"}) | (all_of_them & {"gradient"})
 
     @property
+    def concurrency(self) -> int:
+        return min(reward.concurrency for reward, _ in self.rewards.values())
+
+    @property
     def span(self) -> tuple[float, float] | None:
         ends = []
         for reward, weight in self.rewards.values():

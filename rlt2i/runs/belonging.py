@@ -45,6 +45,9 @@ def continuity(recipe: Recipe) -> str:
     mapping = recipe.mapping()
     mapping.pop("heldout", None)
     mapping["train"] = {k: v for k, v in mapping["train"].items() if k not in (*_RECORDED, *_ROUNDING)}
+    for name in ("curriculum", "merge_adapter"):  # runs from before there were such fields had none
+        if not mapping["train"][name]:
+            del mapping["train"][name]
     mapping["policy"] = {k: v for k, v in mapping["policy"].items() if k not in _ROUNDING_OF_POLICY}
     for field in file_fields(recipe):
         _blank(mapping, field)

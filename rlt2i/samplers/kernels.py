@@ -7,6 +7,7 @@ from attrs import validators
 from torch import Tensor
 
 from rlt2i.functional.gaussian import cps_log_prob_map, log_prob_map
+from rlt2i.functional.numerics import Scalar
 from rlt2i.functional.transitions import Transition, cps, dance_sde, flow_ddim, flow_sde, precise
 from rlt2i.types import TransitionKernel
 
@@ -30,7 +31,7 @@ class FlowSDE(TransitionKernel):
     noise_level: float = attrs.field(default=0.7, validator=_positive)
 
     def transition(
-        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: float
+        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: Scalar
     ) -> Transition:
         return flow_sde(latents, velocity, sigma, sigma_next, sigma_max=sigma_max, noise_level=self.noise_level)
 
@@ -49,7 +50,7 @@ class DanceSDE(TransitionKernel):
     eta: float = attrs.field(default=0.3, validator=_positive)
 
     def transition(
-        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: float
+        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: Scalar
     ) -> Transition:
         return dance_sde(latents, velocity, sigma, sigma_next, eta=self.eta)
 
@@ -70,7 +71,7 @@ class CPS(TransitionKernel):
     noise_level: float = attrs.field(default=0.8, validator=[_positive, validators.le(1.0)])
 
     def transition(
-        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: float
+        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: Scalar
     ) -> Transition:
         return cps(latents, velocity, sigma, sigma_next, noise_level=self.noise_level)
 
@@ -92,7 +93,7 @@ class DDIM(TransitionKernel):
     eta: float = attrs.field(default=1.0, validator=[_positive, validators.le(1.0)])
 
     def transition(
-        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: float
+        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: Scalar
     ) -> Transition:
         return flow_ddim(latents, velocity, sigma, sigma_next, eta=self.eta)
 
@@ -111,7 +112,7 @@ class Precise(TransitionKernel):
     noise_level: float = attrs.field(default=1.5, validator=_positive)
 
     def transition(
-        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: float
+        self, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, *, sigma_max: Scalar
     ) -> Transition:
         return precise(latents, velocity, sigma, sigma_next, noise_level=self.noise_level)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlt2i.captures import EDGES
 from rlt2i.functional.branching import Paths, separate_paths
+from rlt2i.functional.transfer import on_both, to_device, with_twin
 from rlt2i.functional.transitions import clean_prediction, euler
 from rlt2i.interfaces import Policy, RolloutRequest
 from rlt2i.types import Conditioning, Trajectory, TransitionKernel
@@ -75,17 +76,24 @@ def denoise(
     noise, captures = request.noise, request.captures
     of_group = paths or separate_paths(request.group_size, num_steps, stochastic_steps)
     plan = of_group.of_groups(len(noise) // request.group_size)
-    sigmas = policy.sigmas(num_steps, request.image_size).to(noise.device)
-    initial = noise.initial(policy.latent_shape(request.image_size))[plan.states[:, 0]]
+    schedule = policy.sigmas(num_steps, request.image_size)
+    sigmas = to_device(schedule, noise.device)
+    initial = noise.initial(policy.latent_shape(request.image_size))
+    if not plan.states[:, 0].equal(torch.arange(len(initial))):
+        initial = initial[to_device(plan.states[:, 0], noise.device)]
     latents = policy.initial_latents(initial, sigmas[0])
     num_rollouts, _, height, width = latents.shape
     requested = captures - {CLEAN_PREDICTIONS, EDGES}
+    draws = plan.edges >= 0
+    noisy = to_device(draws, noise.device)
+    noise.draw_ahead(tuple(latents.shape[1:]), int(draws.any(dim=0).sum()))
 
     states, log_probs = [latents], []
     recorded: dict[str, list[Tensor]] = {name: [] for name in captures - {EDGES}}
     previous_clean, sigma_previous = torch.zeros_like(latents), torch.ones_like(sigmas[0].expand(num_rollouts))
     for step in range(num_steps):
         sigma, sigma_next = sigmas[step].expand(num_rollouts), sigmas[step + 1].expand(num_rollouts)
+        sigma = with_twin(sigma, schedule[step].expand(num_rollouts))  # guidance at some levels asks which they are
         velocity, captured = _velocity(policy, latents, sigma, conditioning, requested, plan.states[:, step])
         for name, value in captured.items():
             recorded[name].append(value)
@@ -93,42 +101,41 @@ def denoise(
         if CLEAN_PREDICTIONS in captures:
             recorded[CLEAN_PREDICTIONS].append(clean)
 
-        edges = plan.edges[:, step]
         moved, log_prob = latents, latents.new_zeros(1, 1, 1).expand(num_rollouts, height, width)
-        if (edges < 0).any():
+        if not draws[:, step].all():
             moved = solver(
                 latents, velocity, sigma, sigma_next, previous_clean=previous_clean, sigma_previous=sigma_previous
             )
-        if (edges >= 0).any():
-            noisy = (edges >= 0).to(noise.device)[:, None, None]
+        if draws[:, step].any():
             assert kernel is not None, "a step that draws noise has a kernel"
-            transition = kernel.transition(latents, velocity, sigma, sigma_next, sigma_max=float(sigmas[1]))
+            transition = kernel.transition(latents, velocity, sigma, sigma_next, sigma_max=sigmas[1])
             # A rollout without noise (-1) gets somebody's, and is put back on the ODE below.
-            drawn = transition.mean + transition.std * noise.step(tuple(latents.shape[1:]))[edges]
-            moved = torch.where(noisy[:, None], drawn, moved)
-            log_prob = torch.where(noisy, kernel.log_prob_map(drawn, transition), log_prob)
+            drawn = transition.mean + transition.std * noise.step(tuple(latents.shape[1:]), plan.edges[:, step])
+            here = noisy[:, step, None, None]
+            moved = torch.where(here[:, None], drawn, moved)
+            log_prob = torch.where(here, kernel.log_prob_map(drawn, transition), log_prob)
         latents = moved
         states.append(latents)
         log_probs.append(log_prob)
         previous_clean, sigma_previous = clean, sigma
 
-    stochastic = torch.zeros(num_steps, dtype=torch.bool, device=noise.device)
+    stochastic = torch.zeros(num_steps, dtype=torch.bool)
     stochastic[list(stochastic_steps)] = True
     no_log_probs = latents.new_zeros(1, 1, 1, 1).expand(num_rollouts, num_steps, height, width)
     stacked = {name: torch.stack(values, dim=1) for name, values in recorded.items()}
     if EDGES in captures or paths is not None:
         # Numbered within their group, so that they do not depend on what was rolled out together.
-        stacked[EDGES] = of_group.edges.repeat(num_rollouts // request.group_size, 1).to(noise.device)
+        stacked[EDGES] = to_device(of_group.edges.repeat(num_rollouts // request.group_size, 1), noise.device)
     return Trajectory(
         latents=torch.stack(states, dim=1),
         sigmas=sigmas,
         log_probs=torch.stack(log_probs, dim=1) if stochastic_steps else no_log_probs,
-        stochastic=stochastic,
+        stochastic=on_both(stochastic, noise.device),
         kernel=kernel,
         conditioning=conditioning,
         group_size=request.group_size,
         captures=stacked,
-        noisy=(plan.edges >= 0).to(noise.device),
+        noisy=noisy,
     )
 
 
@@ -143,6 +150,7 @@ def _velocity(
     rows, place = states.unique(return_inverse=True)
     alone = len(rows) == len(states)
     if not alone:
+        rows, place = to_device(rows, latents.device), to_device(place, latents.device)
         latents, sigma, conditioning = latents[rows], sigma[rows], conditioning.take(rows)
     if names:
         velocity, captured = policy.velocity_with_captures(latents, sigma, conditioning, names)

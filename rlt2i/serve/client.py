@@ -110,6 +110,11 @@ class RemoteReward(Reward):
     def scope(self) -> Literal["sample", "group"]:
         return self.info().scope
 
+    @property
+    def concurrency(self) -> int:
+        """Several chunks of a rollout are on their way at once; the servers queue them."""
+        return 4
+
     def fingerprint(self) -> dict[str, Any]:
         """That of the reward behind the servers: where it runs decides no score."""
         return {"reward": "RemoteReward", "of": dict(self.info().details)}

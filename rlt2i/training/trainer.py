@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from rlt2i.engine import Collected, Engine, Stopwatch
 from rlt2i.evaluation.health import diversity_metrics, health_metrics
 from rlt2i.evaluation.heldout import Evaluation, evaluate
 from rlt2i.evaluation.map_samples import map_samples
+from rlt2i.functional.transfer import on_host
 from rlt2i.interfaces import Policy
 from rlt2i.learner import Learner
 from rlt2i.recipes.recipe import Recipe
-from rlt2i.rewards.agreement import FailureCounts
+from rlt2i.rewards.agreement import FailureCounts, all_gather_text
 from rlt2i.runs.artifacts import UnreadableFileError, evaluation_file, maps_file, read_evaluation, write_maps
 from rlt2i.runs.belonging import (
     changed_rounding,
@@ -37,6 +40,7 @@ from rlt2i.runs.metrics import read_metrics
 from rlt2i.runs.optimizer_state import optimizer_tensors, restore_optimizer
 from rlt2i.runs.terminal import summary_line
 from rlt2i.tasks.base import TaskPrompt, as_prompts
+from rlt2i.tasks.curriculum import Chosen, CurriculumState, texts_without_spread
 from rlt2i.training.alarm import hacking_alarms
 from rlt2i.training.group_sizes import groups_by_size
 from rlt2i.training.observations import observations
@@ -70,6 +74,7 @@ class Trainer:
         stop: whether the user, or a scheduler, wants the run to end.
         iteration: finished so far, of which `saved` are in a checkpoint.
         base: how the starting weights were judged.
+        curriculum: where the run stands in its stream of prompts.
     """
 
     recipe: Recipe
@@ -85,6 +90,9 @@ class Trainer:
     saved: int = 0
     base: Evaluation | None = None
     mentioned: bool = False
+    curriculum: CurriculumState = attrs.field(
+        default=attrs.Factory(lambda self: CurriculumState(self.recipe.train.curriculum), takes_self=True)
+    )
 
     @property
     def policy(self) -> Policy:
@@ -134,7 +142,9 @@ class Trainer:
 
     def _one_iteration(self) -> dict[str, Any]:
         train, watch = self.recipe.train, Stopwatch(device=self.engine.device)
-        collected = self.distributed.raise_on_all(lambda: self._collect(watch), doing=f"iteration {self.iteration + 1}")
+        doing = f"iteration {self.iteration + 1}"
+        chosen = self.distributed.raise_on_all(self._chosen, doing=doing)
+        collected = self.distributed.raise_on_all(lambda: self._collect(chosen, watch), doing=doing)
         valid = torch.cat([batch.experience.rewards.valid for batch in collected])
         lost = 1 - self.distributed.mean(valid.float())
         tally = FailureCounts.sum_of(batch.tally for batch in collected)
@@ -143,11 +153,14 @@ class Trainer:
         self._stop_if_broken(tally, invalid, "train", "Nothing was learned from this batch")
         with watch("update"):
             metrics: dict[str, Any] = dict(self.learner.learn([batch.experience for batch in collected], watch.advance))
+        dull = self._without_spread(collected)
+        self.curriculum.learned(chosen, dull, iteration=self.iteration)
         self.iteration += 1  # from here on the weights are those of a finished iteration
         self._mention_uniform_prompts(collected)
         metrics |= observations(collected, self.distributed.mean) | {
             f"seconds/{k}": v for k, v in watch.seconds.items()
         }
+        metrics |= {f"beside_seconds/{k}": v for k, v in watch.beside.items()} | self.curriculum.metrics(chosen)
         metrics["rewards/invalid"] = invalid
         if train.group_size > 1:
             differing = [diversity_metrics(batch.images, train.group_size) for batch in collected]
@@ -160,11 +173,33 @@ class Trainer:
             self._keep_maps(collected)
         return metrics
 
-    def _collect(self, watch: Stopwatch) -> list[Collected]:
+    def _chosen(self) -> Chosen:
+        """The prompts of this iteration, of all processes."""
+        train = self.recipe.train
+        return self.curriculum.choose(
+            lambda start, count: self.recipe.task.train_prompts(seed=train.seed, start=start, count=count),
+            count=train.prompts_per_iteration,
+            iteration=self.iteration,
+            seed=train.seed,
+        )
+
+    def _without_spread(self, collected: list[Collected]) -> list[str]:
+        """The prompts of all processes whose groups showed no difference; only asked for by a curriculum."""
+        if self.curriculum.curriculum is None:
+            return []
+        dull: list[str] = []
+        for batch in collected:
+            rewards, prompts = batch.experience.rewards, batch.prompts
+            dull += texts_without_spread(
+                prompts.texts, on_host(rewards.final), on_host(rewards.valid), prompts.group_size
+            )
+        told = all_gather_text(json.dumps(dull), self.distributed.gather, self.engine.device)
+        return [text for one in told for text in json.loads(one)]
+
+    def _collect(self, chosen: Chosen, watch: Stopwatch) -> list[Collected]:
         """One batch for every image size."""
         train = self.recipe.train
-        first = self.iteration * train.prompts_per_iteration
-        stream = self.recipe.task.train_prompts(seed=train.seed, start=first, count=train.prompts_per_iteration)
+        ratios = self.learner.objective.needs.noise
         batches = []
         for size, positions in groups_by_size(train, iteration=self.iteration).items():
             shard = shard_prompts(
@@ -173,12 +208,16 @@ class Trainer:
                 rank=self.distributed.rank,
                 world_size=self.distributed.world_size,
             )
-            own = [positions[i] for i in shard]
-            prompts = as_prompts([stream[i] for i in own], group_size=train.group_size)
-            prompts = attrs.evolve(prompts, draws=tuple(first + i for i in own))
-            with self.learner.sets.use(self.learner.objective.rollout_weights):
+            mine = [positions[i] for i in shard]
+            prompts = as_prompts([chosen.prompts[i] for i in mine], group_size=train.group_size)
+            prompts = attrs.evolve(prompts, draws=tuple(chosen.places[i] for i in mine))
+            with self.learner.sets.use(self.learner.objective.rollout_weights), self._merged(not ratios):
                 batches.append(self.engine.collect(prompts, iteration=self.iteration, watch=watch, image_size=size))
         return batches
+
+    def _merged(self, allowed: bool) -> AbstractContextManager[None]:
+        """The adapter merged into the weights, where the recipe asks for it and nothing speaks against it."""
+        return self.policy.merged() if allowed and self.recipe.train.merge_adapter else nullcontext()
 
     def _mention_uniform_prompts(self, collected: list[Collected]) -> None:
         """Say once that a prompt has no word that a map could start from."""
@@ -239,7 +278,7 @@ class Trainer:
     def _evaluated(self, weights: str) -> Evaluation:
         """One of the parameter sets, judged; training does not notice."""
         train = self.recipe.train
-        with self.learner.sets.use(weights), undisturbed_generators():
+        with self.learner.sets.use(weights), undisturbed_generators(), self._merged(True):
             return evaluate(
                 self.policy,
                 self.engine.algorithm.reward,
@@ -379,6 +418,7 @@ class Trainer:
             "policy": policy_identity(self.recipe),
             "rounding": rounding(self.recipe),
             "start": self.start,
+            "curriculum": self.curriculum.state(),
         }
         save_checkpoint(
             self.run_dir,
@@ -417,6 +457,7 @@ class Trainer:
         restore_global_generators({k.removesuffix(rank): v for k, v in saved.items() if k.endswith(rank)})
         self.iteration = self.saved = state["iteration"]
         self.learner.optimizer_step = state["optimizer_step"]
+        self.curriculum.restore(state.get("curriculum", {}))
 
 
 def _readable(path: Path) -> bool:

@@ -63,7 +63,7 @@ FAULTS: dict[str, tuple[Act, str]] = {
     "out of span": (shifted(5.0), r"outside the documented range \[0, 1\].*and \d+ other reasons"),
     "wrong length": (
         lambda batch, output: RewardOutput(scores=output.scores[1:], valid=output.valid[1:]),
-        "16 x returned 15 scores for 16 images",
+        "16 x returned 7 scores for 8 images",
     ),
     "no output": (lambda batch, output: None, "16 x returned NoneType, expected RewardOutput"),
 }

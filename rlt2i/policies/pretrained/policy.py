@@ -17,6 +17,7 @@ from rlt2i.interfaces import Policy
 from rlt2i.policies.attention.maps import Where
 from rlt2i.policies.attention.recorder import recording
 from rlt2i.policies.attention.watch import watch
+from rlt2i.policies.lora import merged
 from rlt2i.policies.pretrained import autoencoder
 from rlt2i.policies.pretrained.export import export_adapter, export_network
 from rlt2i.policies.pretrained.loading import compile_blocks, meta_pipeline, prepare, quietly, read_pipeline
@@ -255,6 +256,9 @@ class PretrainedPolicy(Policy):
         with recording(names, num_blocks=len(self.blocks()), where=where) as recorder:
             velocity = self.velocity(latents, sigma, conditioning)
         return velocity, recorder.captures()
+
+    def merged(self) -> contextlib.AbstractContextManager[None]:
+        return merged(self.network) if self.spec.lora_rank is not None else contextlib.nullcontext()
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Of the network's arithmetic."""
