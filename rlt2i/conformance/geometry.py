@@ -43,7 +43,11 @@ def offers(subject: Subject) -> str:
 def schedule(subject: Subject) -> None:
     """sigmas(T, size) gives T + 1 float32 levels that fall from at most 1 to 0."""
     for num_steps in (1, 4, 10, 28):
-        sigmas = subject.policy.sigmas(num_steps, subject.size)
+        try:
+            sigmas = subject.policy.sigmas(num_steps, subject.size)
+        except ValueError:
+            require(num_steps == 1, f"sigmas({num_steps}) is refused; rollouts of so many steps are usual.")
+            continue
         require(
             sigmas.shape == (num_steps + 1,),
             f"sigmas({num_steps}) has shape {list(sigmas.shape)}; T steps have T + 1 levels, the last of them 0. Is "

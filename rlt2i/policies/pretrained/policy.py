@@ -169,7 +169,13 @@ class PretrainedPolicy(Policy):
             scheduler.set_timesteps(num_steps)
         else:
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-        return torch.as_tensor(scheduler.sigmas, dtype=torch.float32).cpu().clone()
+        sigmas = torch.as_tensor(scheduler.sigmas, dtype=torch.float32).cpu().clone()
+        if not torch.isfinite(sigmas).all():  # one that stretches its levels to a last one divides by zero
+            raise ValueError(
+                f"num_steps={num_steps}: the {type(scheduler).__name__} of {self.spec.path} has no levels for so few. "
+                "Use 2 or more."
+            )
+        return sigmas
 
     def shift_of(self, num_tokens: int) -> float:
         """mu, the logarithm of the schedule's shift: linear in the number of image tokens (FLUX.1)."""
