@@ -38,10 +38,8 @@ def add_lora(transformer: Any, *, rank: int, alpha: int, targets: tuple[str, ...
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
-    for target in targets:
-        if not any(name.endswith(f".{target}") for name, _ in transformer.named_modules()):
-            raise ValueError(f"lora_targets: no layer of the transformer is called {target!r}.")
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    layers = [name for target in targets for name in _layers(transformer, target)]
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(config)
@@ -51,6 +49,16 @@ def add_lora(transformer: Any, *, rank: int, alpha: int, targets: tuple[str, ...
             for matrices in (module.lora_A, module.lora_B):
                 for name, linear in matrices.items():
                     matrices[name] = _master(linear)
+
+
+def _layers(transformer: Any, target: str) -> list[str]:
+    """The target, or the full names of its layers where others of that name are lists of layers (FLUX.2's to_out)."""
+    found = {name: part for name, part in transformer.named_modules() if f".{name}".endswith(f".{target}")}
+    layers = [name for name, part in found.items() if not isinstance(part, torch.nn.ModuleList)]
+    if not layers:
+        hint = f"; {target!r} is a list of layers, name {target + '.0'!r}" if found else ""
+        raise ValueError(f"lora_targets: no layer of the transformer is called {target!r}{hint}.")
+    return [target] if len(layers) == len(found) else layers
 
 
 def _master(linear: torch.nn.Linear) -> MasterLinear:

@@ -65,8 +65,15 @@ def find_spans(
     return tuple(spans)
 
 
-def character_ranges(tokenizer: object, text: str, max_length: int) -> list[Characters]:
-    """The characters that each token of the (truncated, unpadded) prompt stands for; (0, 0) for special tokens.
+def character_ranges(
+    tokenizer: object, text: str, max_length: int, *, padded: bool = False, special: bool = True
+) -> list[Characters]:
+    """The characters that each token of the truncated prompt stands for; (0, 0) for special and padding tokens.
+
+    Args:
+        max_length: of the prompt in tokens.
+        padded: pad it to this length, on the side that the tokenizer pads.
+        special: add special tokens; no, where a template has written them.
 
     Raises:
         ValueError: when the tokenizer cannot tell.
@@ -77,7 +84,13 @@ def character_ranges(tokenizer: object, text: str, max_length: int) -> list[Char
             "tokens. Save a `tokenizer.json` beside it (a fast tokenizer)."
         )
     encoded = tokenizer(  # type: ignore[operator]
-        text, truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True
+        text,
+        truncation=True,
+        max_length=max_length,
+        padding="max_length" if padded else False,
+        add_special_tokens=special,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
     )
     pairs = zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
     return [(0, 0) if special else (int(offset[0]), int(offset[1])) for offset, special in pairs]

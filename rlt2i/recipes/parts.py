@@ -10,12 +10,18 @@ from types import MappingProxyType
 PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "PolicySpec": {
+            "AuraFlow": "rlt2i.policies.aura_flow:AuraFlow",
             "Flux": "rlt2i.policies.flux:Flux",
+            "Flux2": "rlt2i.policies.flux2:Flux2",
+            "Flux2Klein": "rlt2i.policies.flux2:Flux2Klein",
+            "Krea2": "rlt2i.policies.krea2:Krea2",
             "Lumina2": "rlt2i.policies.lumina2:Lumina2",
+            "QwenImage": "rlt2i.policies.qwen_image:QwenImage",
             "SD3": "rlt2i.policies.sd3:SD3",
             "SDXL": "rlt2i.policies.sdxl:SDXL",
             "Sana": "rlt2i.policies.sana:Sana",
             "StableDiffusion": "rlt2i.policies.sd:StableDiffusion",
+            "ZImage": "rlt2i.policies.zimage:ZImage",
         },
         "GuidanceForm": {
             "IntervalGuidance": "rlt2i.policies.guidance:IntervalGuidance",

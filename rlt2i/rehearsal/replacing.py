@@ -26,10 +26,11 @@ from rlt2i.types import ImageSize, height_and_width
 IMAGE_SIZE = 32
 SIZES = {"Lumina2Pipeline": 64}
 """Pixels a side that tiny pipelines draw; IMAGE_SIZE where nothing is said."""
-PADDED = frozenset({"FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline"})
-"""Pipelines that pad every prompt, without a template before it, which a short text would cut off with the prompt."""
-SHORT = 32
-"""Tokens of their text."""
+TEXT_LENGTHS = {
+    "AuraFlowPipeline": 32, "FluxPipeline": 32, "Flux2KleinPipeline": 48, "Flux2Pipeline": 220, "Krea2Pipeline": 48,
+    "SanaPipeline": 32, "StableDiffusion3Pipeline": 32,
+}  # fmt: skip
+"""Pipelines that pad every prompt -> tokens of text for a tiny one, enough for a template before a short prompt."""
 NEEDS_NOTHING = frozenset({"JPEGCompressibility", "JPEGIncompressibility", "Function", "StandInReward"})
 """Rewards that judge without weights, beside those of embedded tasks."""
 _SHRUNK = (
@@ -112,9 +113,10 @@ def small_policy(
         save_tiny(spec.pipeline, place)
     said.append(f"policy.path: {spec.path} -> a tiny {spec.pipeline} with random weights")
     small: dict[str, Any] = {"path": str(place), "revision": None}
-    if spec.pipeline in PADDED and spec.max_sequence_length > SHORT:
-        small["max_sequence_length"] = SHORT
-        said.append(f"policy.max_sequence_length: {spec.max_sequence_length} -> {SHORT}")
+    length = TEXT_LENGTHS.get(spec.pipeline)
+    if length is not None and spec.max_sequence_length > length:  # type: ignore[attr-defined]
+        small["max_sequence_length"] = length
+        said.append(f"policy.max_sequence_length: {spec.max_sequence_length} -> {length}")  # type: ignore[attr-defined]
     return attrs.evolve(spec, **small), SIZES.get(spec.pipeline, IMAGE_SIZE)
 
 

@@ -22,6 +22,7 @@ from rlt2i.policies.sana import Sana
 from rlt2i.policies.tiny import save_tiny
 from rlt2i.recipes.parts import PARTS
 from rlt2i.rehearsal.replacing import small_policy
+from tests.helpers.backbones import marked
 from tests.helpers.toy import ToySpec
 
 SIZE = 32
@@ -278,7 +279,7 @@ def test_a_broken_policy_is_refused_with_its_mistake(name, whole):
 OURS = {name: load_object(reference) for name, reference in PARTS["PolicySpec"].items()}
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", marked(OURS))
 def test_our_own_policies_keep_every_law(name, tmp_path):
     spec, size = small_policy(OURS[name](lora_rank=2), tmp_path, SIZE, compile_blocks=False, said=[])
     findings = check_policy(spec, size=size)

@@ -24,12 +24,13 @@ from rlt2i.rehearsal.stand_ins import StandInReward
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.types import Prompts
+from tests.helpers.backbones import marked
 
 BACKBONES = {name: load_object(reference) for name, reference in PARTS["PolicySpec"].items()}
 PROMPTS = Prompts.of(("a red cat", "two boxes on a sign"), group_size=3)
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=marked(BACKBONES))
 def backbone(request, tmp_path_factory):
     """The size of its images, and the loaded tiny policy with its starting weights."""
     spec = BACKBONES[request.param](lora_rank=2, guidance_scale=2.0)

@@ -7,15 +7,22 @@ import pytest
 import torch
 
 from rlt2i.config import load_object
+from rlt2i.policies.aura_flow import AuraFlow
 from rlt2i.policies.cost import NotCounted, capture_share, forward_flops, make_plan
 from rlt2i.policies.counts import PeakMemory, count_operations, fused_attention
+from rlt2i.policies.flux2 import Flux2, Flux2Klein
+from rlt2i.policies.krea2 import Krea2
 from rlt2i.policies.lumina2 import Lumina2, Lumina2Policy
+from rlt2i.policies.pretrained.loading import meta_text_encoders
+from rlt2i.policies.qwen_image import QwenImage
 from rlt2i.policies.sd3 import SD3
 from rlt2i.policies.tiny import save_tiny
+from rlt2i.policies.zimage import ZImage
 from rlt2i.recipes.parts import PARTS
 from rlt2i.types import Prompts
+from tests.helpers.backbones import marked
 
-BACKBONES = [load_object(reference) for reference in PARTS["PolicySpec"].values()]
+BACKBONES = {name: load_object(reference) for name, reference in PARTS["PolicySpec"].items()}
 SD35 = SD3(path="stabilityai/stable-diffusion-3.5-medium", lora_rank=32, dtype="bfloat16")
 
 
@@ -160,8 +167,9 @@ def test_the_decoder_is_built_in_its_own_precision():
     assert SD35.policy.on_meta(SD35).vae.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("spec", [each for each in BACKBONES if each is not SD3], ids=lambda spec: spec.__name__)
-def test_every_backbone_is_counted(spec, tmp_path):
+@pytest.mark.parametrize("name", marked(name for name in BACKBONES if name != "SD3"))
+def test_every_backbone_is_counted(name, tmp_path):
+    spec = BACKBONES[name]
     policy = spec(path=str(save_tiny(spec.pipeline, tmp_path)), lora_rank=2)
     plan = make_plan(
         policy, image_size=(32, 64), num_steps=2, trained_steps=1, rollouts_per_iteration=4, micro_batch_size=2
@@ -171,9 +179,35 @@ def test_every_backbone_is_counted(spec, tmp_path):
     assert plan.parameters + plan.trainable == sum(p.numel() for p in loaded.network.parameters())
     h, w = loaded.token_grid((32, 64))
     assert plan.image_tokens == h * w
-    assert plan.text_tokens == loaded.encode(Prompts.of(["a cat"]))["embeddings"].shape[1]
+    longest = loaded.encode(Prompts.of(["a cat " * 400]))["embeddings"].shape[1]
+    assert plan.text_tokens == longest
     assert 0 < plan.capture_share < 1
     assert plan.backward_flops > 0.9 * plan.forward_flops
+
+
+@pytest.mark.parametrize(
+    ("spec", "billions", "encoder"),
+    [
+        (Flux2Klein(), 3.88, 4.02),
+        (Flux2Klein(path="black-forest-labs/FLUX.2-klein-base-9B"), 9.08, 8.19),
+        (Flux2(), 32.2, 24.0),
+        (ZImage(), 6.15, 4.02),
+        (ZImage(path="Tongyi-MAI/Z-Image-Turbo"), 6.15, 4.02),
+        (QwenImage(), 20.4, 8.29),
+        (QwenImage(path="Qwen/Qwen-Image-2512"), 20.4, 8.29),
+        (Krea2(), 12.82, 4.44),
+        (AuraFlow(), 6.86, 1.22),
+    ],
+    ids=lambda value: getattr(value, "path", None),
+)
+def test_real_models_have_their_parameters(spec, billions, encoder):
+    """From the configurations that the package ships; nothing is fetched."""
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters()) / 1e9
+
+    assert count(spec.policy.on_meta(spec).network) == pytest.approx(billions, rel=3e-3)
+    assert count(meta_text_encoders(spec)) == pytest.approx(encoder, rel=3e-3)
 
 
 def test_what_reads_its_input_is_not_counted_and_says_so(tmp_path, monkeypatch):

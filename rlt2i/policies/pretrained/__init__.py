@@ -15,8 +15,9 @@ from pathlib import Path
 
 from rlt2i.policies.pretrained.policy import PretrainedPolicy
 from rlt2i.policies.pretrained.spec import PretrainedSpec
+from rlt2i.policies.pretrained.text import in_template
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 """Configurations of published pipelines, so that their cost is known without a download."""
 
-__all__ = ["DATA", "PretrainedPolicy", "PretrainedSpec"]
+__all__ = ["DATA", "PretrainedPolicy", "PretrainedSpec", "in_template"]

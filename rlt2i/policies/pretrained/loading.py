@@ -79,7 +79,8 @@ def meta_pipeline(spec: PretrainedSpec) -> Any:
         vae = _class(spec, "vae").from_config(spec.config("vae"))
     cast(network, spec.weight_dtype)
     cast(vae, spec.image_dtype)
-    absent = dict.fromkeys(list(inspect.signature(pipeline.__init__).parameters)[1:])
+    parameters = list(inspect.signature(pipeline.__init__).parameters.values())[1:]
+    absent = {each.name: None if each.default is each.empty else each.default for each in parameters}
     given = {key: value for key, value in spec.components().items() if key in absent}
     return pipeline(**(absent | given | {spec.network: network, "vae": vae}))
 
@@ -107,7 +108,8 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def _kinds(spec: PretrainedSpec) -> dict[str, str]:
     """Component -> name of its class; the pipeline's index lists them as [library, class]."""
-    return {name: kind[1] for name, kind in spec.config("").items() if isinstance(kind, list) and kind[1]}
+    pairs = {name: kind for name, kind in spec.config("").items() if isinstance(kind, list) and len(kind) == 2}
+    return {name: kind for name, (_, kind) in pairs.items() if isinstance(kind, str)}
 
 
 def _class(spec: PretrainedSpec, component: str) -> Any:

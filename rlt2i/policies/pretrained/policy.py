@@ -27,7 +27,7 @@ from rlt2i.policies.token_spans import Characters, character_ranges, find_spans,
 from rlt2i.types import Conditioning, ImageSize, Prompts, TokenSpan, height_and_width
 
 Order = Literal["text_image", "image_text", "cross"]
-_TOKENS, _MEMBERS = "core_tokens", "core_members"
+_TOKENS, _MEMBERS, _MASK = "core_tokens", "core_members", "mask"
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -44,7 +44,8 @@ class PretrainedPolicy(Policy):
         attention: name of the watched attention in a block.
         patch: latents per side of an image token.
         order: what a block attends to: text before image, image before text, or text from the image ("cross").
-        tokenizer: component whose tokens the image attends to.
+        tokenizer: component whose tokens the image attends to: a tokenizer, or a processor that has one.
+        padded: whether that component pads prompts to `text_length`, on the side that its tokenizer says.
     """
 
     spec: PretrainedSpec
@@ -56,6 +57,7 @@ class PretrainedPolicy(Policy):
     patch: ClassVar[int] = 2
     order: ClassVar[Order] = "text_image"
     tokenizer: ClassVar[str] = "tokenizer"
+    padded: ClassVar[bool] = False
 
     @classmethod
     def load(cls, spec: PretrainedSpec, device: torch.device) -> Self:
@@ -93,6 +95,8 @@ class PretrainedPolicy(Policy):
     @abstractmethod
     def encode_text(self, text: str, *, negative: bool) -> Mapping[str, Tensor]:
         """One prompt, as its stock pipeline encodes it: tensors without a batch axis, "embeddings" [L, D] among them.
+
+        Prompts of different lengths are padded at their end with zeros; `text_mask` tells where.
 
         Args:
             negative: whether it is a negative prompt; some pipelines wrap only positive ones into a template.
@@ -143,7 +147,11 @@ class PretrainedPolicy(Policy):
     def text_streams(self, text: str) -> Mapping[str, tuple[int, Sequence[Characters]]]:
         """Text stream -> (where it starts among the text tokens, characters of the prompt behind each token)."""
         written, start = self.written(text)
-        found = character_ranges(getattr(self.pipe, self.tokenizer), written, self.text_length)
+        component = getattr(self.pipe, self.tokenizer)
+        tokenizer = getattr(component, "tokenizer", component)
+        first = getattr(tokenizer, "bos_token", None)
+        special = not (start and first and written.startswith(first))  # else the template has written it
+        found = character_ranges(tokenizer, written, self.text_length, padded=self.padded, special=special)
         clipped = [(max(a - start, 0), min(b - start, len(text))) for a, b in found]
         return {"text": (0, [(a, b) if a < b else (0, 0) for a, b in clipped])}
 
@@ -151,12 +159,16 @@ class PretrainedPolicy(Policy):
         """Text tokens before the image, where text comes first: one number, or [N] where rows differ."""
         return conditioning["embeddings"].shape[1]
 
+    def image_length(self, grid: tuple[int, int]) -> int:
+        """Image tokens before the text, where the image comes first, padding included."""
+        return grid[0] * grid[1]
+
     def where(self, latents: Tensor, conditioning: Conditioning) -> Where:
         """Where image and words are in what a block attends to."""
         grid = (latents.shape[-2] // self.patch, latents.shape[-1] // self.patch)
         tokens, members = conditioning[_TOKENS], conditioning[_MEMBERS]
         if self.order == "image_text":
-            tokens = tokens + grid[0] * grid[1]
+            tokens = tokens + self.image_length(grid)
         start = self.text_end(conditioning) if self.order == "text_image" else 0
         return Where(grid=grid, image=start, tokens=tokens, members=members, joint=self.order != "cross")
 
@@ -176,6 +188,16 @@ class PretrainedPolicy(Policy):
                 "Use 2 or more."
             )
         return sigmas
+
+    def text_mask(self, conditioning: Conditioning) -> Tensor | None:
+        """[N, L] bool, the tokens of the text that are no padding; None where nothing is padded."""
+        return conditioning[_MASK] if _MASK in conditioning.tensors else None
+
+    def text_rows(self, conditioning: Conditioning) -> list[Tensor]:
+        """The embeddings of each rollout at their own length, for a network that takes a list."""
+        mask, embeddings = self.text_mask(conditioning), conditioning["embeddings"]
+        lengths = [embeddings.shape[1]] * len(embeddings) if mask is None else mask.sum(dim=1).tolist()
+        return [row[:length] for row, length in zip(embeddings, lengths, strict=True)]
 
     def shift_of(self, num_tokens: int) -> float:
         """mu, the logarithm of the schedule's shift: linear in the number of image tokens (FLUX.1)."""
@@ -239,6 +261,10 @@ class PretrainedPolicy(Policy):
         spans += [()] * len(negatives)
         tokens, members = span_tensors(spans, self.device)
         tensors = {name: _stack([row[name] for row in rows]) for name in rows[0]}
+        lengths = {len(row["embeddings"]) for row in rows}
+        if _MASK not in tensors and len(lengths) > 1:
+            ones = [row["embeddings"].new_ones(len(row["embeddings"]), dtype=torch.bool) for row in rows]
+            tensors[_MASK] = _stack(ones)
         prompt_of_rollout = torch.arange(len(prompts.texts), device=self.device).repeat_interleave(prompts.group_size)
         return Conditioning(
             tensors={**tensors, _TOKENS: tokens, _MEMBERS: members}, rows=prompt_of_rollout, token_spans=tuple(spans)

@@ -22,6 +22,20 @@ _CACHE_BYTES = 2 << 30
 Encoded = Mapping[str, Tensor]
 """One prompt: name -> tensor without a batch axis."""
 
+_PROBE = "\ue000"
+"""A character of private use, which no template contains."""
+
+
+def in_template(render: Callable[[str], str], text: str) -> tuple[str, int]:
+    """What a template makes of a prompt, and where the prompt begins in it.
+
+    Args:
+        render: puts a prompt into the template; it may strip the blanks around it.
+    """
+    written, start = render(text), render(_PROBE).index(_PROBE)
+    stripped = not written.startswith(text, start)
+    return written, start - (len(text) - len(text.lstrip())) * stripped
+
 
 @attrs.define(eq=False, kw_only=True)
 class TextEncoding:

@@ -11,7 +11,20 @@ from typing import Any
 
 import torch
 
-from rlt2i.policies.tiny.text import clip_encoder, clip_tokenizer, gemma_encoder, t5_encoder, unigram_tokenizer
+from rlt2i.policies.tiny.text import (
+    clip_encoder,
+    clip_tokenizer,
+    gemma_encoder,
+    mistral3_encoder,
+    pixtral_processor,
+    qwen3_encoder,
+    qwen3_vl_encoder,
+    qwen25_vl_encoder,
+    qwen_tokenizer,
+    t5_encoder,
+    umt5_encoder,
+    unigram_tokenizer,
+)
 
 
 def kl_autoencoder(*, widths: tuple[int, ...] = (8, 16), **options: Any) -> Any:
@@ -160,12 +173,143 @@ def lumina2() -> Any:
     )  # fmt: skip
 
 
+def flux2_klein(*, is_distilled: bool = False) -> Any:
+    """Two double-stream and three single-stream blocks; an autoencoder whose statistics are not those of no data."""
+    from diffusers import Flux2KleinPipeline
+
+    tokenizer = qwen_tokenizer()
+    return Flux2KleinPipeline(
+        **_flux2_parts(guidance_embeds=False), text_encoder=qwen3_encoder(tokenizer), tokenizer=tokenizer,
+        is_distilled=is_distilled,
+    )  # fmt: skip
+
+
+def flux2(*, padding_side: str = "left") -> Any:
+    """As the small FLUX.2-klein, with guidance as an input, and Mistral 3 to read a conversation."""
+    from diffusers import Flux2Pipeline
+
+    processor = pixtral_processor(padding_side=padding_side)
+    return Flux2Pipeline(
+        **_flux2_parts(guidance_embeds=True), text_encoder=mistral3_encoder(processor.tokenizer), tokenizer=processor
+    )
+
+
+def _flux2_parts(*, guidance_embeds: bool) -> dict[str, Any]:
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, layers_per_block=1,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential")
+    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}
+
+
+def z_image(*, use_dynamic_shifting: bool = False) -> Any:
+    """Three joint layers and one refiner each for image and text."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=48, n_layers=3, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=16,
+        axes_dims=[4, 4, 4], axes_lens=[300, 64, 64],
+    )  # fmt: skip
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):  # learnt; zeros when new
+        torch.nn.init.normal_(token)
+    vae = kl_autoencoder(scaling_factor=0.4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
+    return ZImagePipeline(
+        transformer=transformer, vae=vae, tokenizer=tokenizer, text_encoder=qwen3_encoder(tokenizer, layers=2),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=use_dynamic_shifting),
+    )  # fmt: skip
+
+
+def _qwen_autoencoder() -> Any:
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[-0.7, 0.4, 0.1, -0.2], latents_std=[2.8, 1.4, 2.3, 0.6],
+    )  # fmt: skip
+
+
+def qwen_image() -> Any:
+    """Three double-stream blocks; the autoencoder of a video model, with a mean and a deviation for every channel."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+
+    tokenizer = qwen_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=8192, base_shift=0.5, max_shift=0.9,
+        shift_terminal=0.02, time_shift_type="exponential",
+    )  # fmt: skip
+    return QwenImagePipeline(
+        transformer=transformer, vae=_qwen_autoencoder(), tokenizer=tokenizer, scheduler=scheduler,
+        text_encoder=qwen25_vl_encoder(tokenizer),
+    )  # fmt: skip
+
+
+def krea2(*, is_distilled: bool = False) -> Any:
+    """Three blocks of four query heads to two pairs of key and value heads; text as a stack of three hidden states."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+
+    tokenizer = qwen_tokenizer()
+    transformer = Krea2Transformer2DModel(
+        in_channels=16, num_layers=3, attention_head_dim=16, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, timestep_embed_dim=32, text_hidden_dim=16, num_text_layers=3, text_num_attention_heads=2,
+        text_num_key_value_heads=1, text_intermediate_size=32, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=6400, base_shift=0.5, max_shift=1.15
+    )
+    return Krea2Pipeline(
+        transformer=transformer, scheduler=scheduler, vae=_qwen_autoencoder(), tokenizer=tokenizer,
+        text_encoder=qwen3_vl_encoder(tokenizer), text_encoder_select_layers=(1, 2, 3), is_distilled=is_distilled,
+    )  # fmt: skip
+
+
+def aura_flow() -> Any:
+    """One double-stream and two single-stream blocks; images of at most 20 tokens a side."""
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    tokenizer = unigram_tokenizer()
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=2,
+        attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=64,
+        pos_embed_max_size=400,
+    )  # fmt: skip
+    with torch.no_grad():  # new, its gates are all but closed, and neither text nor adapters matter
+        for parameter in transformer.parameters():
+            parameter.mul_(1.8)
+    return AuraFlowPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73), vae=kl_autoencoder(),
+        tokenizer=tokenizer, text_encoder=umt5_encoder(tokenizer),
+    )  # fmt: skip
+
+
 TINY: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "StableDiffusion3Pipeline": stable_diffusion_3,
         "StableDiffusionPipeline": stable_diffusion,
         "StableDiffusionXLPipeline": stable_diffusion_xl,
         "FluxPipeline": flux,
+        "Flux2KleinPipeline": flux2_klein,
+        "Flux2Pipeline": flux2,
+        "ZImagePipeline": z_image,
+        "QwenImagePipeline": qwen_image,
+        "Krea2Pipeline": krea2,
+        "AuraFlowPipeline": aura_flow,
         "SanaPipeline": sana,
         "Lumina2Pipeline": lumina2,
     }
