@@ -40,7 +40,7 @@ class OnPolicyDistillation(Objective):
 
     uses_advantage = False
 
-    teachers: Mapping[str, Path] = attrs.field()
+    teachers: Mapping[str, Path] = attrs.field(hash=False)
     route: str | None = None
     form: Literal["v", "exact"] = attrs.field(default="v", validator=validators.in_(("v", "exact")))
 

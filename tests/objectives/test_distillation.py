@@ -78,7 +78,7 @@ def test_the_student_becomes_its_teacher(tmp_path: Path):
     distances = [
         learner.learn(collect(engine, update=i, group_size=2).experience)["loss/distillation"] for i in range(30)
     ]
-    assert distances[-1] < 0.01 * distances[0]
+    assert distances[-1] < 0.05 * distances[0]
     assert learner.saved_sets == ()  # the teacher is a file already
 
 
