@@ -94,10 +94,10 @@ class Hooks:
         """`--custom-reward-post-process-path`: raw rewards and advantages."""
         raw = [float(sample.get_reward_value(args)) for sample in samples]
         advantage = self.credit.advantage.advantage(self._context(args, samples, rewards_of(raw, samples)))
-        if advantage.shape[1] != 1:
+        if advantage.shape[1:] != (1, 1, 1):
             raise ValueError(
-                f"{type(self.credit.advantage).__name__} resolves steps, and miles_diffusion keeps one advantage per "
-                "sample. Use GroupRelative() or WinRate()."
+                f"{type(self.credit.advantage).__name__} resolves steps or places, and miles_diffusion keeps one "
+                "advantage per sample. Use GroupRelative() or WinRate()."
             )
         return raw, advantage.flatten().tolist()
 

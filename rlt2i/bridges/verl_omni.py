@@ -101,8 +101,10 @@ def register_advantage(name: str, advantage: Advantage) -> Any:
         rewards, labels = sample_level_rewards[:, -1].float(), [str(label) for label in index]
         order = sorted(range(len(labels)), key=lambda i: (labels.index(labels[i]), i))
         given = advantage.advantage(_reward_context(rewards[order], [labels[i] for i in order]))
-        if given.shape[1] != 1:
-            raise ValueError(f"{type(advantage).__name__} resolves steps; verl-omni passes one reward per image.")
+        if given.shape[1:] != (1, 1, 1):
+            raise ValueError(
+                f"{type(advantage).__name__} resolves steps or places; verl-omni passes one reward per image."
+            )
         values = torch.empty_like(rewards)
         values[order] = given.flatten()
         spread = values[:, None].expand(-1, sample_level_rewards.shape[1]).contiguous()
