@@ -9,10 +9,12 @@ from typing import Any
 
 import attrs
 import torch
+from safetensors.torch import save_file
 from torchvision.io import write_png
 
 from rlt2i.credit.feature_saliency import FeatureSaliency
-from rlt2i.interfaces import Reward
+from rlt2i.interfaces import Objective, PolicySpec, Reward
+from rlt2i.objectives.distillation import OnPolicyDistillation
 from rlt2i.policies.pretrained import PretrainedSpec
 from rlt2i.policies.tiny import TINY, save_tiny
 from rlt2i.recipes.recipe import Recipe
@@ -81,6 +83,7 @@ def make_small(recipe: Recipe, folder: Path, *, compile_blocks: bool = True) -> 
     small = attrs.evolve(recipe, policy=policy, reward=reward, heldout=heldout)
     small = attrs.evolve(small, task=_task(recipe.task, folder, image_size, said))
     small = attrs.evolve(small, credit=_with_small_parts(small, folder, said))
+    small = attrs.evolve(small, objective=_with_teachers(small, folder, said))
     small = _with_few_steps(small, said)
     return Rehearsed(recipe=attrs.evolve(small, train=_train(small, image_size, said)), replaced=tuple(said))
 
@@ -217,6 +220,20 @@ def _with_small_parts(recipe: Recipe, folder: Path, said: list[str]) -> Any:
         return type(part)(**{name: value for name, value in changed.items() if name in _settable(part)})
 
     return walk(recipe.credit)
+
+
+def _with_teachers(recipe: Recipe, folder: Path, said: list[str]) -> Objective:
+    """Where a recipe learns from other runs: the small policy's own weights, a little off."""
+    objective = recipe.objective
+    if not isinstance(objective, OnPolicyDistillation):
+        return objective
+    listed = ", ".join(map(str, objective.teachers.values()))
+    said.append(f"OnPolicyDistillation.teachers: {listed} -> the small policy's own weights, scaled by 1.01")
+    policy = recipe.policy.load("cpu") if isinstance(recipe.policy, PolicySpec) else recipe.policy
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "teacher.safetensors"
+    save_file({k: (1.01 * v.detach()).contiguous() for k, v in policy.trainable_parameters().items()}, path)
+    return attrs.evolve(objective, teachers=dict.fromkeys(objective.teachers, path))
 
 
 def _settable(part: Any) -> set[str]:
