@@ -140,7 +140,7 @@ class Curve:
 
     Attributes:
         measure: what is compared: "strict accuracy", or "reward" where the trained reward has no strict form.
-        base, end: of held-out prompts, before the first update and after the last.
+        base, end: of all evaluation prompts, before the first update and after the last.
         gain, low, high: paired gain and its 95 % interval.
         aside: what else there is to say: objects per image, or what a judge that was never trained on says.
         fresh: whether the recipe is still the one that was run.
@@ -219,10 +219,10 @@ def sentences(recipe: str) -> list[str]:
         override = f" --set train.seed={curve.seed}" if curve.seed != train.seed else ""
         of_all = f" of {train.iterations}" if curve.iterations < train.iterations else ""
         said.append(
-            f"`{recipe}`, seed {curve.seed}: held-out {curve.measure} {_share(curve.base)} at the base and "
+            f"`{recipe}`, seed {curve.seed}: {curve.measure} {_share(curve.base)} at the base and "
             f"{_share(curve.end)} after {curve.iterations}{of_all} iterations, a paired gain of {_gain(curve.gain)} "
-            f"[{_gain(curve.low)}, {_gain(curve.high)}] on {train.eval_prompts} images, {curve.verdict}{curve.aside} "
-            f"(`rlt2i train {recipe}{override}`, then `python -m benchmarks.curve`)."
+            f"[{_gain(curve.low)}, {_gain(curve.high)}] on {train.eval_prompts} evaluation images, {curve.verdict}"
+            f"{curve.aside} (`rlt2i train {recipe}{override}`, then `python -m benchmarks.curve`)."
         )
         if not curve.fresh:
             said.append("The recipe has changed since.")
@@ -299,7 +299,8 @@ def figure(curves: Sequence[Curve]) -> str:
     top, row = 52, 20
     height = top + row * len(ordered) + 44
     with charts.figure(760, height) as canvas:
-        charts.text(canvas, 8, 20, "Held-out gain over the base, one run each, 95 % interval over prompts", fontsize=14)
+        title = "Gain over the base on the evaluation prompts, one run each, 95 % interval over prompts"
+        charts.text(canvas, 8, 20, title, fontsize=14)
         charts.text(canvas, 8, 38, "Numbers of iterations differ between recipes: see the pages.", color=charts.QUIET)
         plot = charts.axes(canvas, 260, top - 6, 40, 34)
         for place, curve in enumerate(ordered):
@@ -319,9 +320,8 @@ def figure(curves: Sequence[Curve]) -> str:
         plot.set_ylim(len(ordered) - 0.3, -0.7)
         plot.axvline(0, color=charts.QUIET, linewidth=1)
         plot.grid(axis="x")
-        label = (
-            f"Held-out gain of {len(ordered)} runs; the largest is {ordered[0].recipe} with {_gain(ordered[0].gain)}."
-        )
+        best = f"the largest is {ordered[0].recipe} with {_gain(ordered[0].gain)}."
+        label = f"Gain of {len(ordered)} runs on the evaluation prompts; {best}"
         return charts.svg(canvas, label, standalone=True) + "\n"
 
 

@@ -38,6 +38,13 @@ class OtherProcessFailed(RuntimeError):
     """Something could not be done on another process, which says why; so no process goes on."""
 
 
+class Stopped(Exception):
+    """Some process was asked to stop, so all of them leave what they were doing."""
+
+
+_GOES_ON, _STOPS, _FAILED = range(3)
+
+
 def processes_launched() -> int:
     """How many processes the launcher says that it started; 1 without a launcher.
 
@@ -203,6 +210,41 @@ class Distributed:
         if self.any(error is not None):
             raise error or OtherProcessFailed(f"{doing}: another process failed; see its message.")
         return result  # type: ignore[return-value]  # there was no error
+
+    def in_step(self, work: Callable[[Callable[[], None]], Result], *, stop: Callable[[], bool], doing: str) -> Result:
+        """What `work` returns, with all processes in step: whatever ends it on one ends it on all.
+
+        Args:
+            work: called once, with a function that it calls after each piece, equally often on every process.
+            stop: asked after each piece; where it holds on any process, none goes on.
+            doing: see `raise_on_all`.
+
+        Raises:
+            Stopped: on every process alike.
+            OtherProcessFailed, ProcessLost: as `raise_on_all`.
+        """
+
+        def agree(here: int) -> None:
+            worst = here
+            if self.world_size > 1:
+                worst = int(self.gather(torch.tensor([here], device=self.device)).max())
+            if worst == _FAILED > here:
+                raise OtherProcessFailed(f"{doing}: another process failed; see its message.")
+            if worst == _STOPS:
+                raise Stopped
+
+        def step() -> None:
+            agree(_STOPS if stop() else _GOES_ON)
+
+        try:
+            result = work(step)
+        except (Stopped, OtherProcessFailed, ProcessLost):
+            raise
+        except Exception:
+            agree(_FAILED)
+            raise
+        step()
+        return result
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:

@@ -121,7 +121,9 @@ def rollout(
     advance: Callable[[int], None] = _nothing,
     finished: Callable[[range, Trajectory], None] | None = None,
 ) -> Trajectory:
-    """Trajectories of P x G rollouts; a function of (seed, prompt, draw, index) alone, not of the chunks.
+    """Trajectories of P x G rollouts; all draws are functions of (seed, prompt, draw, index) alone, not of the chunks.
+
+    The networks may round otherwise in chunks of another size: equal to the last bits in float32, in bfloat16 not.
 
     Args:
         share_initial_noise: start the rollouts of a group from the same noise.
@@ -229,7 +231,8 @@ class Engine:
     Attributes:
         algorithm: with its policy loaded.
         image_size: in pixels, unless `collect` is asked for another.
-        rollout_batch_size: rollouts per forward pass; changes speed and memory, nothing else.
+        rollout_batch_size: rollouts per forward pass; for speed and memory. Draws do not depend on it, rounding does:
+            see `TrainConfig`.
         seed: of the run.
         share_initial_noise: whether a group starts from the same noise, so that its rollouts differ by what was done
             rather than by where they began.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.distributed import sum_in_buckets
+from rlt2i.distributed import OtherProcessFailed, sum_in_buckets
 from rlt2i.engine import reward_gradient
 from rlt2i.functional.ema import power_decay
 from rlt2i.functional.transfer import on_host, to_device
@@ -192,6 +192,7 @@ class Learner:
 
         Raises:
             UpdateRefused: on a NaN or infinite loss or gradient, on every process alike.
+            OtherProcessFailed: when only others have failed.
         """
         batches = [experience] if isinstance(experience, Experience) else list(experience)
         parts = list(zip(*(self._split(batch) for batch in batches), strict=True))
@@ -209,7 +210,8 @@ class Learner:
         if len(parts) > 1 and needs.old_log_probs:
             # The first update is on policy by construction; the later ones need log-probs from the same graph and
             # batches.
-            parts = [parts[0], *(tuple(self._replayed(batch) for batch in part) for part in parts[1:])]
+            with self._failing_together():
+                parts = [parts[0], *(tuple(self._replayed(batch) for batch in part) for part in parts[1:])]
         averages = Averages()
         for index, part in enumerate(parts):
             averages.add(self._update(part, advance, on_policy=index == 0))
@@ -287,15 +289,16 @@ class Learner:
         with contextlib.ExitStack() as undo:
             undo.callback(self.optimizer.zero_grad, set_to_none=True)
             counts = [max(1, round(count)) for count in (num_rollouts, num_groups, num_pairs)]
-            for batch in informative:
-                context = self._context(*counts, on_policy=on_policy)
-                for loss in self.objective.losses(self.policy, batch, context=context):
-                    loss.value.backward()
-                    total = total + loss.value.detach()
-                    averages.add(loss.metrics, loss.steps)
-                    advance(1)
+            with self._failing_together():
+                for batch in informative:
+                    context = self._context(*counts, on_policy=on_policy)
+                    for loss in self.objective.losses(self.policy, batch, context=context):
+                        loss.value.backward()
+                        total = total + loss.value.detach()
+                        averages.add(loss.metrics, loss.steps)
+                        advance(1)
             gradient = self._reduced_gradient_norm()
-            # The only time that the host waits for the backward passes.
+            # The only time that a single process waits for the backward passes.
             value, norm = self._total(total, norm_of=gradient)
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise UpdateRefused(
@@ -329,6 +332,24 @@ class Learner:
                 parameter.grad = gradient
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """A block without collectives: where it fails on one process, such as out of memory, none waits for that one.
+
+        Raises:
+            OtherProcessFailed: when only others have failed; the error itself where it happened.
+        """
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        alone = self.reduce_sum is None
+        if error is not None if alone else self._total(float(error is not None))[0] > 0:
+            raise error or OtherProcessFailed(
+                f"optimizer step {self.optimizer_step + 1}: another process failed; see its message."
+            )
 
     def _total(self, *values: float | Tensor, norm_of: Tensor | None = None) -> list[float]:
         """The sums over all processes, and a number that is the same on all of them: read together."""

@@ -1,4 +1,4 @@
-"""Randomness as a function of names, so results do not depend on batch size, order or world size."""
+"""Randomness as a function of names, so draws do not depend on batch size, order or world size."""
 
 from __future__ import annotations
 

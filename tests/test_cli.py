@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from rlt2i import cli
@@ -386,3 +387,24 @@ def test_pairs_that_are_all_there_say_so(folder: Path, capsys: pytest.CaptureFix
     assert "going on with prompt" not in shown
     assert "out: all 4 prompts are drawn already, with 4 pairs" in shown
     assert "out: all 3 prompts are drawn already, with 4 pairs" in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "rlt2i: interrupted.\n"),
+        (MemoryError(), 2, "rlt2i: Out of memory. Compute less at once: --set train.micro_batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2, "rlt2i: CUDA out of memory. Compute less at once"),
+    ],
+    ids=["interrupt", "host memory", "device memory"],
+)
+def test_what_ends_a_command_from_outside_is_one_message(
+    error: BaseException, status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def ends(_: object) -> int:
+        raise error
+
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+    monkeypatch.setattr(cli, "_obey", ends)
+    assert cli.main(["list"]) == status
+    assert capsys.readouterr().err.startswith(message)

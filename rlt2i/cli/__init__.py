@@ -66,8 +66,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("rlt2i: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        print(f"rlt2i: interrupted{notes}.", file=sys.stderr)
         return 130
     except Exception as error:
         message = _user_message(error)
@@ -95,6 +96,13 @@ def _user_message(error: Exception) -> str | None:
         from rlt2i.runs.files import advice
 
         return f"{error}. {advice(error, Path(str(error.filename or '.')))}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        first = str(error).strip().split("\n")[0] or "Out of memory."
+        return (
+            f"{first} Compute less at once: --set train.micro_batch_size=... while learning, "
+            "--set train.rollout_batch_size=... while sampling and judging, --set policy.gradient_checkpointing=true. "
+            "A run goes on with these from its last checkpoint: --resume."
+        )
     if isinstance(error, ValueError | FileNotFoundError) or type(error).__name__ in _SAYS_ENOUGH:
         return f"{error}\n({DEBUG}=1 shows where this came from.)"
     return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlt2i.distributed import Distributed
 from rlt2i.evaluation.draw import Draw
-from rlt2i.evaluation.statistics import Interval, clustered_mean, paired_difference
+from rlt2i.evaluation.statistics import Interval, clustered_mean, mean_of_fixed_prompts
 from rlt2i.interfaces import Policy, Reward, RewardOutput
 from rlt2i.rewards.agreement import FailureCounts, all_gather_notes, with_same_components
 from rlt2i.rewards.validity import score_safely
@@ -117,25 +117,46 @@ class Evaluation:
         return self.scores if name == "reward" else self.components[name]
 
     def metrics(self, base: Evaluation | None = None) -> dict[str, float]:
-        """Means for the log, with intervals for the headline and, given the base, its paired gain."""
+        """Means for the log, with intervals for the headline and, given the base, its paired gain.
+
+        Where the prompts are all there are of their categories (`TaskPrompt.fixed`), the headline is the mean of the
+        categories' means, and its interval is over the images of these very prompts; else it is over prompts. Where
+        some of them are trained on, the headline is told of the others and of them alone too: `eval/unseen/strict`
+        and `eval/seen/strict`.
+        """
         kept = self.valid
-        clusters = [p.text for p, ok in zip(self.prompts, kept.tolist(), strict=True) if ok]
         found = {"eval/reward": float(self.scores[kept].mean()), "eval/images": float(kept.sum())}
         found |= {f"eval/{name}": float(values[kept].nanmean()) for name, values in self.components.items()}
         name = self.headline
-        found |= _interval(f"eval/{name}", clustered_mean(self.values(name)[kept], clusters, seed=0))
+        both = kept & base.valid if base is not None else None
+        trained_on = torch.tensor([p.trained_on for p in self.prompts])
+        parts = {"": torch.ones_like(kept)}
+        if trained_on.any() and not trained_on.all():
+            parts |= {"unseen/": ~trained_on, "seen/": trained_on}
+        for part, rows in parts.items():
+            if part:
+                found[f"eval/{part}images"] = float((rows & kept).sum())
+            if (rows & kept).any():
+                mean = self._mean(self.values(name), rows & kept)
+                found |= {f"eval/{part}{name}": mean.mean} | _interval(f"eval/{part}{name}", mean)
+            if base is not None and both is not None and (rows & both).any():
+                gain = self._mean(self.values(name).double() - base.values(name).double(), rows & both)
+                found |= {f"eval/{part}{name}_gain": gain.mean} | _interval(f"eval/{part}{name}_gain", gain)
         for category in dict.fromkeys(p.category for p in self.prompts):
             rows = torch.tensor([p.category == category for p in self.prompts]) & kept
             found[f"eval/{category}"] = float(self.values(name)[rows].mean())
-        if base is not None:
-            both = kept & base.valid
-            clusters = [p.text for p, ok in zip(self.prompts, both.tolist(), strict=True) if ok]
-            gain = paired_difference(self.values(name)[both], base.values(name)[both], clusters, seed=0)
-            found |= {f"eval/{name}_gain": gain.mean} | _interval(f"eval/{name}_gain", gain)
         for name, judged in self.heldout.items():
             before = base.heldout.get(name) if base is not None else None
             found |= self._heldout_metrics(f"eval/heldout/{name}", judged, before)
         return found
+
+    def _mean(self, values: Tensor, kept: Tensor) -> Interval:
+        """Of some images."""
+        chosen = [p for p, ok in zip(self.prompts, kept.tolist(), strict=True) if ok]
+        texts = [p.text for p in chosen]
+        if all(p.fixed for p in chosen):
+            return mean_of_fixed_prompts(values[kept], texts, [p.category for p in chosen])
+        return clustered_mean(values[kept], texts, seed=0)
 
     def _heldout_metrics(self, name: str, now: Scores, before: Scores | None) -> dict[str, float]:
         """Mean, spread over images and share of failures; given the base, the paired gain with its interval."""
@@ -147,8 +168,7 @@ class Evaluation:
         found |= {f"{name}/{part}": float(v[now.valid].nanmean()) for part, v in now.components.items()}
         both = now.valid & before.valid if before is not None else torch.zeros_like(now.valid)
         if before is not None and both.any():
-            clusters = [p.text for p, ok in zip(self.prompts, both.tolist(), strict=True) if ok]
-            gain = paired_difference(now.scores[both], before.scores[both], clusters, seed=0)
+            gain = self._mean(now.scores.double() - before.scores.double(), both)
             found |= {f"{name}_gain": gain.mean} | _interval(f"{name}_gain", gain)
         return found
 
@@ -172,7 +192,7 @@ def evaluate(
     rollout_batch_size: int,
     distributed: Distributed | None = None,
     heldout: Mapping[str, Reward] | None = None,
-    advance: Callable[[int], None] = lambda count: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Sample every prompt once and score it.
 
@@ -183,7 +203,11 @@ def evaluate(
         distributed: this process among the others, and its device; default alone, on the CPU.
         heldout: name -> a reward to score as well. One that fails is invalid for the images concerned and stops
             nothing; whatever it draws from global generators, training does not notice.
-        advance: called with the number of images of each chunk that has been drawn.
+        stop: asked after every chunk; where it holds on any process, all of them leave.
+
+    Raises:
+        Stopped: because of `stop`.
+        OtherProcessFailed: when images could not be drawn elsewhere; the error itself where it happened.
     """
     group = distributed or Distributed.alone()
     count = -(-len(prompts) // group.world_size)
@@ -197,7 +221,9 @@ def evaluate(
         rollout_batch_size=rollout_batch_size,
         device=group.device,
     )
-    judged = draw.judged(policy, reward, batch, advance=advance)
+    judged = group.in_step(
+        lambda step: draw.judged(policy, reward, batch, advance=lambda _: step()), stop=stop, doing="evaluating"
+    )
 
     def whole(tensor: Tensor) -> Tensor:
         return group.gather(tensor.to(group.device))[: len(prompts)].cpu()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
 from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
@@ -24,15 +28,32 @@ def cell(value: T) -> T | str:
 
 
 class VisibleStream:
-    """A stream whose text is made `visible`; everything else is the stream's own."""
+    """A stream whose text is made `visible`; everything else is the stream's own.
+
+    When the terminal goes away (a closed window, a lost connection) nobody reads any more, which is no error of the run.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         """Returns how many characters of `text` were taken: all."""
-        self._stream.write(visible(text))
+        with self._unread():
+            self._stream.write(visible(text))
         return len(text)
+
+    def flush(self) -> None:
+        with self._unread():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _unread(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # for whatever else writes there
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

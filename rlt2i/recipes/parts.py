@@ -58,6 +58,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "Aesthetic": "rlt2i.rewards.aesthetic:Aesthetic",
             "Affine": "rlt2i.rewards.combinators:Affine",
             "Cached": "rlt2i.rewards.cached:Cached",
+            "Deadline": "rlt2i.rewards.deadline:Deadline",
             "Clip": "rlt2i.rewards.combinators:Clip",
             "CLIPScore": "rlt2i.rewards.clipscore:CLIPScore",
             "Function": "rlt2i.rewards.combinators:Function",

@@ -27,8 +27,12 @@ class TrainConfig:
         prompts_per_iteration: P, over all processes together.
         group_size: G, rollouts per prompt.
         optimizer_steps_per_iteration: optimiser steps per rollout batch, each on its own share of the groups.
-        rollout_batch_size: rollouts per forward pass while sampling; changes speed and memory, nothing else.
-        micro_batch_size: (rollout, step) pairs per forward pass while learning; likewise.
+        rollout_batch_size: rollouts per forward pass while sampling. It is meant for speed and memory: the draws are
+            the same whatever it is. But kernels may round otherwise for batches of another size, and sampling carries
+            that on: the same image to the last bits in float32; in bfloat16 another one of the same quality (latents
+            differ by about .1 after four stochastic steps).
+        micro_batch_size: (rollout, step) pairs per forward pass while learning. Likewise: the gradient is the same up
+            to the order of its sums and the rounding of the dtype.
         image_size: in pixels, one number for a square or [height, width]; of evaluations, and of rollouts too.
         sizes: of rollouts where they are to be of several: each gets equally many groups of an iteration, and which
             ones is drawn by the seed. A size that is named twice gets twice as many. Batches are of one size, and

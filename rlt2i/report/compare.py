@@ -16,6 +16,8 @@ from rlt2i.inputs.display import cell, visible
 from rlt2i.report.charts import Series, line_chart
 from rlt2i.report.numbers import count, signed
 from rlt2i.report.rundir import Run, column, read_run
+from rlt2i.runs.directory import INPUTS
+from rlt2i.runs.identity import read_inputs
 
 
 @attrs.frozen(kw_only=True)
@@ -157,7 +159,8 @@ def compare_runs(
         for seed, run in sorted(seeds.items())
     ]
     differences = _differences(outcomes, baseline)
-    sentence = visible(_sentence(outcomes, differences, baseline, metric, common[-1]))
+    lines = [_sentence(outcomes, differences, baseline, metric, common[-1]), *_other_data(opened)]
+    sentence = visible("\n".join(lines))
     out.mkdir(parents=True, exist_ok=True)
     made = Comparison(
         outcomes=outcomes,
@@ -171,6 +174,24 @@ def compare_runs(
     made.svg.write_text(_plot(curves, metric, common), encoding="utf-8")
     made.text.write_text(visible(_markdown(made, metric)), encoding="utf-8")
     return made
+
+
+def _other_data(opened: Mapping[str, Mapping[int, Run]]) -> list[str]:
+    """What the runs read under one name with different content."""
+    read: dict[str, dict[str, list[str]]] = {}
+    for seeds in opened.values():
+        for run in seeds.values():
+            for name, entry in (read_inputs(run.path / INPUTS) or {}).items():
+                read.setdefault(name, {}).setdefault(entry["sha256"], []).append(run.path.name)
+    lines = []
+    for name, versions in read.items():
+        if len(versions) > 1:
+            who = "; ".join(", ".join(names) for names in versions.values())
+            lines.append(
+                f"Not the same data: {name} had {len(versions)} different contents ({who}). A difference between these "
+                "runs may be one of the data."
+            )
+    return lines
 
 
 def _by_seed(arm: str, runs: Sequence[Run]) -> dict[int, Run]:

@@ -78,8 +78,9 @@ def curve(run: Run, head: Headline) -> Mapping[str, Any]:
     found: dict[str, Any] = {"held_out": None, "reward": None, "banded": False, "smoothed": False}
     if head.metric:
         series = [_series(run.evals, f"eval/{head.metric}")]
-        if head.metric == "strict" and any("eval/partial" in row for row in run.evals):
-            series.append(_series(run.evals, "eval/partial"))
+        beside = head.metric.replace("unseen/", "seen/") if "/" in head.metric else "partial"
+        if head.metric.endswith("strict") and any(f"eval/{beside}" in row for row in run.evals):
+            series.append(_series(run.evals, f"eval/{beside}"))
         found["banded"] = bool(series[0].low)
         found["held_out"] = two_sizes(
             series,

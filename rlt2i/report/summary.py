@@ -10,7 +10,9 @@ import attrs
 from rlt2i.report.numbers import count, short, signed, two
 from rlt2i.report.rundir import PASS, EvalImages, Row, Run, has_pass_mark
 
-_PRIMARY = ("strict", "partial", "reward")
+_UNSEEN, _SEEN = "unseen/", "seen/"
+"""Of prompts that were never trained on, and of those that were, where an evaluation holds both."""
+_PRIMARY = ("unseen/strict", "strict", "unseen/partial", "partial", "unseen/reward", "reward")
 _NAMES = {"strict": "strict accuracy", "partial": "partial score", "reward": "reward"}
 _NOT_CATEGORIES = frozenset({*_PRIMARY, "objects", "objects_asked", "images", "count", "seconds"})
 _SUFFIXES = ("_low", "_high", "_gain", "_se", "_std", "_count")
@@ -82,11 +84,17 @@ class Headline:
 
 def metric_name(metric: str) -> str:
     """What a metric is called in a sentence."""
+    for prefix, which in ((_UNSEEN, "prompts never trained on"), (_SEEN, "prompts trained on")):
+        if metric.startswith(prefix):
+            return f"{metric_name(metric.removeprefix(prefix))} on {which}"
     return _NAMES.get(metric, metric.replace("_", " "))
 
 
 def primary_metric(evals: Sequence[Row]) -> str:
-    """The metric that the report is about: strict if logged, else partial, else reward; "" if none."""
+    """The metric that the report is about: strict if logged, else partial, else reward; "" if none.
+
+    Where some of the evaluation's prompts were trained on, that of the others.
+    """
     return next((m for m in _PRIMARY if any(f"eval/{m}" in row for row in evals)), "")
 
 
@@ -125,7 +133,7 @@ def headline(run: Run, images: tuple[EvalImages, EvalImages] | None) -> Headline
     iterations = int(last["step"] - first["step"])
     parts = [f"Held-out {metric_name(metric)} {two(before)} → {two(after)} over {count(iterations, 'iteration')}"]
     parts.append(f"paired gain {gain.text}" if not math.isnan(gain.low) else f"gain {gain.text}")
-    parts += _count(last, images)
+    parts += _count(last, images, metric)
     if "eval/objects" in last:
         requested = f" vs {last['eval/objects_asked']:.2f} asked" if "eval/objects_asked" in last else ""
         parts.append(f"mean objects {last['eval/objects']:.2f}{requested}")
@@ -253,9 +261,9 @@ def _without_evaluation(run: Run) -> Headline:
     )
 
 
-def _count(last: Row, images: tuple[EvalImages, EvalImages] | None) -> list[str]:
+def _count(last: Row, images: tuple[EvalImages, EvalImages] | None, metric: str) -> list[str]:
     """How many images were scored; the saved ones may be fewer, so they are called so."""
-    for key in ("eval/images", "eval/count"):
+    for key in ("eval/unseen/images",) if metric.startswith(_UNSEEN) else ("eval/images", "eval/count"):
         if key in last:
             return [count(last[key], "image")]
     return [count(len(images[1]), "saved image")] if images else []

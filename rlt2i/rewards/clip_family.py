@@ -85,7 +85,7 @@ class ImageTextReward(Reward):
     """One number for an image and its prompt, from a model with two towers. Runs where the images are.
 
     Attributes:
-        rollout_batch_size: images per forward pass; changes memory and speed, not scores.
+        rollout_batch_size: images per forward pass; for memory and speed. Scores change by rounding only.
     """
 
     offers = frozenset({"gradient"})

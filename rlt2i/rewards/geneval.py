@@ -43,7 +43,8 @@ class GenEvalReward(Reward):
         colour_model: CLIP ViT-L/14 of OpenAI, in whose terms GenEval reads colours.
         threshold: detections need a higher confidence.
         counting_threshold: the same for counting prompts.
-        rollout_batch_size: images per forward pass of the detector; changes memory and speed, not scores.
+        rollout_batch_size: images per forward pass of the detector; for memory and speed. Scores change by
+            rounding only.
     """
 
     metadata_keys = frozenset({"tag", "include"})

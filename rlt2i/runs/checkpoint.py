@@ -135,7 +135,7 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    _prune(run_dir, step, keep, on_write)
+    prune(run_dir, step, keep, on_write)
     return final
 
 
@@ -179,8 +179,8 @@ def _publish(staging: Path, final: Path, on_write: Callable[[str], None]) -> Pat
     return final
 
 
-def _prune(run_dir: Path, step: int, keep: int, on_write: Callable[[str], None]) -> None:
-    """Remove complete checkpoints older than `step`, oldest first, so that `keep` remain."""
+def prune(run_dir: Path, step: int, keep: int, on_write: Callable[[str], None] = lambda event: None) -> None:
+    """Remove complete checkpoints older than `step`, oldest first, so that `keep` remain, that of `step` included."""
     older = sorted((s, p) for s, final, p in _folders(run_dir) if final and s < step)
     complete = [(s, p) for s, p in older if (p / MANIFEST).is_file()]
     for old, path in complete[: max(0, len(complete) - (keep - 1))]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from rlt2i.config.references import is_reference
 from rlt2i.config.trust import is_ours_or_installed, remember
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.files import sha256
+from rlt2i.tasks.base import Task
 
 Inputs = dict[str, dict[str, str]]
 """Field of the recipe -> {"path": absolute, "sha256": hexadecimal}."""
@@ -28,13 +30,14 @@ def inputs_of(recipe: Recipe) -> Inputs:
     Installed packages are known by their versions and left out.
 
     Returns:
-        By dotted field; code is called "field (module)".
+        By dotted field; code is called "field (module)". Files that a task's data name (the images of pairs) are one
+        entry together: their folder, and the SHA-256 over the SHA-256 of each.
     """
-    found: Inputs = {}
-    for field in attrs.fields(type(recipe)):
-        if field.name not in _NOT_IDENTITY:
-            for name, path in _files(getattr(recipe, field.name), field.name):
-                found[name] = {"path": str(path), "sha256": sha256(path)}
+    found = {name: {"path": str(path), "sha256": sha256(path)} for name, path in _named_files(recipe)}
+    for name, task in _tasks(recipe.task, "task"):
+        if files := task.further_files():
+            digest = hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+            found[f"{name} (files named in its data)"] = {"path": str(Path(files[0]).parent), "sha256": digest}
     return found
 
 
@@ -46,9 +49,24 @@ def remember_code(recipe: Recipe) -> None:
     remember([*code, *(path for path in around if path.is_file() and not is_ours_or_installed(path))])
 
 
+def _tasks(task: Task, field: str) -> Iterator[tuple[str, Task]]:
+    yield field, task
+    kind: type = type(task)
+    if attrs.has(kind):
+        for part in attrs.fields(kind):
+            if isinstance(inner := getattr(task, part.name), Task):
+                yield from _tasks(inner, f"{field}.{part.name}")
+
+
 def file_fields(recipe: Recipe) -> dict[str, Path]:
     """Dotted field -> the data file it names."""
-    return {name: Path(entry["path"]) for name, entry in inputs_of(recipe).items() if not name.endswith(")")}
+    return {name: path for name, path in _named_files(recipe) if not name.endswith(")")}
+
+
+def _named_files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    for field in attrs.fields(type(recipe)):
+        if field.name not in _NOT_IDENTITY:
+            yield from _files(getattr(recipe, field.name), field.name)
 
 
 def read_inputs(file: Path) -> Inputs | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlt2i.recipes.recipe import Recipe
-from rlt2i.runs.checkpoint import clean_staging, set_aside_after
+from rlt2i.runs.checkpoint import clean_staging, prune, set_aside_after
 from rlt2i.runs.directory import RunDirectory, disk_errors
 from rlt2i.runs.metrics import FAILURES, append_lines
 from rlt2i.runs.runlog import RunLog
@@ -46,6 +46,7 @@ class Logbook:
             self._run = RunDirectory.create(run_dir, recipe.mapping(), recipe.hash, inputs)
         clean_staging(run_dir)
         self._trackers = recipe.train.trackers
+        self._keep = recipe.train.keep_checkpoints
         self._log: RunLog | None = None
 
     def check(self) -> None:
@@ -55,6 +56,7 @@ class Logbook:
     def rewind(self, iteration: int) -> list[str]:
         """Forget what came after `iteration`, so that no iteration is logged or kept twice; the lines dropped."""
         set_aside_after(self._run.path, iteration)
+        prune(self._run.path, iteration, self._keep)  # a kill may have come between a checkpoint and this
         return self._run.rewind(iteration)
 
     def has(self, iteration: int, phase: str) -> bool:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 WIDTH = 160
 """Columns of a summary line, at most."""
 
-HELD_OUT = ("eval/strict", "eval/partial", "eval/reward")
+HELD_OUT = ("eval/unseen/strict", "eval/strict", "eval/partial", "eval/reward")
 """Names of the held-out score; the first that was logged is shown."""
 
 

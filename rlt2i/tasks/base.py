@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -22,6 +23,11 @@ class TaskPrompt:
         metadata: JSON-able data that the reward needs.
         core: the phrases the user cares about; empty means the content words.
         category: for tables.
+        fixed: of a held-out prompt: it is one of all there are of its category, so that an interval is over the images
+            of these very prompts and not over prompts that might have been drawn instead. A list that is cut short must
+            hold each prompt once.
+        trained_on: of a held-out prompt: it is among the training prompts too, so that it tells how well they were
+            learned and not how well that carries over.
 
     Raises:
         ValueError: for text that holds half of a character (a lone surrogate), which no tokenizer takes.
@@ -31,6 +37,8 @@ class TaskPrompt:
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     core: tuple[str, ...] = ()
     category: str = "all"
+    fixed: bool = False
+    trained_on: bool = False
 
     def __attrs_post_init__(self) -> None:
         refuse_surrogates((self.text, self.core, self.category, self.metadata), "prompt")
@@ -51,6 +59,10 @@ class Task(ABC):
     @abstractmethod
     def eval_prompts(self, count: int) -> list[TaskPrompt]:
         """`count` held-out prompts, balanced over categories; the same list on every call."""
+
+    def further_files(self) -> Sequence[Path]:
+        """Files that are named within the files of the task's fields: their content belongs to a run as well."""
+        return ()
 
     def check_image_size(self, image_size: ImageSize) -> None:  # noqa: B027 - most tasks go with every size
         """Refuse a size (`train.image_size` or one of `train.sizes`) that the task's images cannot have.

@@ -62,6 +62,11 @@ class PairFileTask(Task):
             return self.evaluation.eval_prompts(count)
         return balanced(self._split()[1], count, of="PairFileTask")
 
+    def further_files(self) -> list[Path]:
+        """The images of all pairs."""
+        named = (str(pair.metadata[role]) for pair in self._file().pairs for role in ROLES)
+        return [Path(path) for path in dict.fromkeys(named)]
+
     def check_image_size(self, image_size: ImageSize) -> None:
         if self.evaluation is not None:
             self.evaluation.check_image_size(image_size)

@@ -14,7 +14,7 @@ import torch
 
 from rlt2i.algorithm import Algorithm
 from rlt2i.config.secrets import redacted
-from rlt2i.distributed import Distributed
+from rlt2i.distributed import Distributed, Stopped
 from rlt2i.engine import Engine
 from rlt2i.evaluation.auto import asks_for_auto, resolve_auto
 from rlt2i.interfaces import Policy
@@ -79,14 +79,19 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None, ac
             say(batch.table())
         else:
             checkpoint = distributed.raise_on_all(lambda: load_checkpoint(path), "reading the checkpoint")
-            trainer.restore(checkpoint)
+            try:
+                trainer.restore(checkpoint)
+            except Stopped:
+                say(f"stopped before going on after iteration {checkpoint.step}; the run is as it was")
+                return
             if log is not None and (dropped := log.rewind(trainer.iteration)):
                 say(f"{len(dropped)} lines of metrics after it, or damaged, are set aside in metrics.dropped.jsonl")
             say(f"resuming after iteration {trainer.iteration} of {train.iterations}")
         trainer.train()
         if trainer.iteration < train.iterations:
             again = f"rlt2i train --run-dir {run_dir} --resume"
-            say(f"stopped after iteration {trainer.iteration}, saved. Go on with: {again}")
+            kept = "saved" if trainer.iteration else "nothing to save yet"
+            say(f"stopped after iteration {trainer.iteration}, {kept}. Go on with: {again}")
 
 
 def _prompts_of(recipe: Recipe) -> Iterator[TaskPrompt]:

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.distributed import Distributed
+from rlt2i.distributed import Distributed, Stopped
 from rlt2i.engine import Collected, Engine, Stopwatch
 from rlt2i.evaluation.health import diversity_metrics, health_metrics
 from rlt2i.evaluation.heldout import Evaluation, evaluate
@@ -53,10 +53,6 @@ MAPS_SHOWN = 6
 
 class RunStopped(RuntimeError):
     """Training cannot go on; what was learned so far is saved."""
-
-
-class Interrupted(Exception):
-    """An evaluation was cut short because the run was asked to stop."""
 
 
 @attrs.define
@@ -117,7 +113,7 @@ class Trainer:
                     self._judge(first=self.iteration == 0)
                 elif self.iteration == 0 and self.base is None:
                     self._adopt_base()
-            except Interrupted:
+            except Stopped:
                 return
         while self.iteration < train.iterations and not self._stopping():
             metrics = self._one_iteration()
@@ -125,7 +121,7 @@ class Trainer:
                 try:
                     metrics |= self._judge(first=False)
                     self._watch_for_hacking(metrics)
-                except Interrupted:
+                except Stopped:
                     pass  # judged when the run is resumed
                 except Exception:
                     self._remember(metrics)  # the iteration is finished, although nothing could be said about it
@@ -289,13 +285,8 @@ class Trainer:
                 rollout_batch_size=train.rollout_batch_size,
                 distributed=self.distributed,
                 heldout=self.recipe.heldout,
-                advance=self._leave_evaluation,
+                stop=lambda: self.stop.requested,
             )
-
-    def _leave_evaluation(self, _: int) -> None:
-        # With several processes all would have to agree on it in the middle of a phase in which one may fail.
-        if self.distributed.world_size == 1 and self.stop.requested:
-            raise Interrupted
 
     def _judge(self, *, first: bool) -> dict[str, Any]:
         """Evaluate the weights that would be shipped: the average where there is one, else the online weights."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import torch
 
 from rlt2i.evaluation.heldout import Evaluation, Scores, evaluate
+from rlt2i.runs.terminal import summary_line
 from rlt2i.tasks.base import TaskPrompt
+from rlt2i.tasks.shapes.task import ShapesTask
 from tests.helpers.toy import QuadrantBrightness, ToyPolicy, ToyTask
 
 
@@ -53,3 +56,39 @@ def test_the_trained_reward_may_be_watched_under_another_name():
     )
     assert torch.equal(found.heldout["same"].scores, found.scores)
     assert found.metrics()["eval/heldout/same"] == found.metrics()["eval/reward"]
+
+
+def test_what_is_held_out_is_told_apart_from_what_is_trained_on():
+    """24 shapes prompts, four of each category: right are the two categories that hold nothing out, and "colors"."""
+    task = ShapesTask()
+    prompts = task.eval_prompts(24)
+    trained = {p.text for p in task.train_prompts(seed=0, start=0, count=2000)}
+    assert {p.category for p in prompts if p.trained_on} == {"single_object", "counting"}
+    assert all(p.trained_on == (p.text in trained) for p in prompts)
+
+    def judged(*right: str) -> Evaluation:
+        scores = torch.tensor([float(p.category in right) for p in prompts])
+        images = torch.zeros(24, 3, 2, 2, dtype=torch.uint8)
+        return Evaluation(
+            prompts=prompts,
+            images=images,
+            scores=scores,
+            valid=torch.ones(24, dtype=torch.bool),
+            components={"strict": scores},
+        )
+
+    base, now = judged("single_object"), judged("single_object", "counting", "colors")
+    found = now.metrics(base)
+    assert found["eval/strict"] == 0.5
+    assert found["eval/unseen/strict"] == 0.25
+    assert found["eval/seen/strict"] == 1.0
+    assert found["eval/strict_gain"] == pytest.approx(1 / 3)
+    assert found["eval/unseen/strict_gain"] == 0.25
+    assert found["eval/seen/strict_gain"] == 0.5
+    assert (found["eval/unseen/images"], found["eval/seen/images"]) == (16, 8)
+    # No prompt is right in one image and wrong in another: nothing varies, however much the prompts differ.
+    assert found["eval/strict_low"] == found["eval/strict_high"] == 0.5
+    assert "held-out  0.250" in summary_line(1, found)
+    # A category of prompts whose images could not be judged leaves the others alone.
+    lost = attrs.evolve(now, valid=torch.tensor([p.category != "colors" for p in prompts])).metrics(base)
+    assert lost["eval/unseen/strict"] == 0.0

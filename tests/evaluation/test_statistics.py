@@ -6,14 +6,17 @@ import math
 
 import pytest
 import torch
+from scipy.stats import t
 
 from rlt2i.evaluation.statistics import (
     any_of_cluster,
     category_means,
     clustered_mean,
     mean_of_categories,
+    mean_of_fixed_prompts,
     paired_difference,
 )
+from rlt2i.tasks.shapes.task import ShapesTask
 
 
 def test_two_clusters_by_hand():
@@ -146,3 +149,63 @@ def test_more_refusals():
         paired_difference(torch.ones(2), torch.ones(3), [0, 1], seed=0)
     with pytest.raises(ValueError, match="confidence=95"):
         clustered_mean(torch.ones(2), [0, 1], seed=0, confidence=95)
+
+
+# ------------------------------------------------------------------------------------- prompts that are all there are
+
+
+def test_fixed_prompts_by_hand():
+    # Category a: prompts p (0, 1) and q (1, 1, 1); category b: r (0, 1). Unbiased variances 1/2, 0 and 1/2.
+    values, names = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0]), ["p", "p", "q", "q", "q", "r", "r"]
+    found = mean_of_fixed_prompts(values, names, ["a"] * 5 + ["b"] * 2)
+    assert found.mean == pytest.approx((4 / 5 + 1 / 2) / 2)
+    parts = [2 * 0.5 / (2 * 5) ** 2, 2 * 0.5 / (2 * 2) ** 2]
+    assert found.std_error == pytest.approx(math.sqrt(sum(parts)))
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 + parts[1] ** 2)
+    assert found.high - found.mean == pytest.approx(t.ppf(0.975, freedom) * found.std_error)
+    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+    assert (found.clusters, found.values) == (3, 7)
+
+
+def test_fixed_prompts_with_one_image_each_are_one_stratum_and_never_narrower():
+    ones = mean_of_fixed_prompts(torch.tensor([0.0, 1.0, 1.0, 0.0]), ["p", "q", "r", "s"], ["a"] * 4)
+    assert ones.std_error == pytest.approx(math.sqrt(torch.tensor([0.0, 1.0, 1.0, 0.0]).var().item() / 4))
+    # A lone one is compared with all the others of its category; where there are none, nothing is known.
+    lone = mean_of_fixed_prompts(torch.tensor([1.0, 1.0, 0.0]), ["p", "p", "q"], ["a"] * 3)
+    assert lone.std_error == pytest.approx(math.sqrt((1 / 3) / 3))
+    none = mean_of_fixed_prompts(torch.tensor([1.0, 0.0, 1.0]), ["p", "p", "q"], ["a", "a", "b"])
+    assert none.mean == 0.75
+    assert math.isnan(none.low)
+    assert math.isnan(none.std_error)
+    same = mean_of_fixed_prompts(torch.ones(4), ["p", "p", "q", "q"], ["a"] * 4)
+    assert (same.low, same.mean, same.high) == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="mean_of_fixed_prompts: 'p' is in 'a' and in 'b'"):
+        mean_of_fixed_prompts(torch.ones(2), ["p", "p"], ["a", "b"])
+
+
+@pytest.mark.parametrize("count", [96, 480])
+@pytest.mark.parametrize("paired", [False, True], ids=["mean", "gain"])
+def test_coverage_on_the_shipped_prompts(count, paired):
+    """Each prompt has its own rate of success, as a model has; an evaluation draws every image anew."""
+    prompts = ShapesTask().eval_prompts(count)
+    texts, categories = [p.text for p in prompts], [p.category for p in prompts]
+    random = torch.Generator().manual_seed(0)
+    rates = {text: torch.rand((), generator=random).item() for text in dict.fromkeys(texts)}
+    before = torch.tensor([rates[text] for text in texts]) * 0.8
+    after = torch.tensor([min(1.0, 0.1 + rates[text] ** 0.5) for text in texts])
+    expected = after - before if paired else before
+    truth = mean_of_fixed_prompts(expected, texts, categories).mean
+    hits, widths, old = 0, [], []
+    for trial in range(400):
+        noise = torch.rand(count, generator=random)  # the same for both: what is easy for one is easier for the other
+        right = (noise < before).double()
+        values = (noise < after).double() - right if paired else right
+        found = mean_of_fixed_prompts(values, texts, categories)
+        hits += found.low <= truth <= found.high
+        widths.append(found.high - found.low)
+        if trial < 5:
+            wide = clustered_mean(values, texts, seed=trial, resamples=500)
+            old.append(wide.high - wide.low)
+    assert 0.92 <= hits / 400 <= 0.98
+    if (count, paired) == (480, False):  # an interval over prompts would be more than twice as wide
+        assert sum(old) / 5 > 2 * sum(widths) / 400

@@ -135,3 +135,17 @@ def test_refusals(arms, make_run, tmp_path):
         compare_runs(runs | {"star": [make_run("other", updates=20, every=20, images=False, maps=False)]}, tmp_path)
     with pytest.raises(ValueError, match="has no run"):
         compare_runs({"uniform": []}, tmp_path)
+
+
+def test_runs_on_other_data_are_named(arms, tmp_path):
+    runs = arms(uniform=[0.1, 0.1], star=[0.2, 0.2])
+    for arm, content in (("uniform", "a"), ("star", "a")):
+        for run in runs[arm]:
+            inputs = {"task.train": {"path": f"{run}/prompts.txt", "sha256": content}}
+            (run / "inputs.json").write_text(json.dumps(inputs))
+    assert "Not the same data" not in compare_runs(runs, tmp_path / "out").sentence
+    (runs["star"][1] / "inputs.json").write_text(json.dumps({"task.train": {"path": "prompts.txt", "sha256": "b"}}))
+    told = compare_runs(runs, tmp_path / "out")
+    said = "Not the same data: task.train had 2 different contents (uniform-0, uniform-1, star-0; star-1)."
+    assert said in told.sentence
+    assert said in told.text.read_text(encoding="utf-8")

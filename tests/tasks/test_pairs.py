@@ -6,11 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
 from PIL import Image
 
 from rlt2i.rewards.geneval import GenEvalReward
+from rlt2i.runs.identity import changes, inputs_of
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.recorded import Recorded
 from rlt2i.tasks.base import check_metadata
@@ -19,6 +21,7 @@ from rlt2i.tasks.promptfile import PromptFileTask
 from rlt2i.tasks.shapes.task import ShapesTask
 from tests.helpers.toy import SIDE, ToyTask
 from tests.helpers.toy_pairs import write_pairs
+from tests.helpers.toy_recipe import clipped
 
 
 def picture(file: Path, size: tuple[int, int] = (SIDE, SIDE), grey: int = 0) -> None:
@@ -148,3 +151,26 @@ def test_a_prompt_typed_otherwise_is_held_out_with_the_rest(tmp_path: Path):
     task = PairFileTask(pairs=str(file(tmp_path, *rows, again)))
     assert [p.text for p in task.eval_prompts(1)] == ["caf\u00e9 9"]
     assert sorted(p.text for p in task.train_prompts(seed=0, start=0, count=9)) == [f"caf\u00e9 {i}" for i in range(9)]
+
+
+def test_the_images_of_pairs_belong_to_a_run(tmp_path: Path):
+    path = file(tmp_path, *(row(prompt=f"prompt {i}") for i in range(10)), row(prompt="prompt 0", winner="c.png"))
+    inner = PairFileTask(pairs=str(path))
+    assert inner.further_files() == [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    recipe = attrs.evolve(clipped(), task=PairFileTask(pairs=str(path), evaluation=inner))
+    before = inputs_of(recipe)
+    assert changes(before, inputs_of(recipe)) == []
+    picture(tmp_path / "c.png", grey=9)
+    told = changes(before, inputs_of(recipe))
+    assert [line.split(":")[0] for line in told] == [
+        "task (files named in its data)",
+        "task.evaluation (files named in its data)",
+    ]
+    assert f"{tmp_path} has other content" in told[0]
+    # Moved as a whole, it is the same data.
+    picture(tmp_path / "c.png", grey=2)
+    (moved := tmp_path / "elsewhere").mkdir()
+    for name in ("a.png", "b.png", "c.png", "pairs.jsonl"):
+        (tmp_path / name).rename(moved / name)
+    there = PairFileTask(pairs=str(moved / "pairs.jsonl"))
+    assert changes(before, inputs_of(attrs.evolve(recipe, task=attrs.evolve(there, evaluation=there)))) == []

@@ -138,3 +138,20 @@ def test_one_that_is_lost_ends_the_others_with_a_message(tmp_path, recipe):
     saved = latest_checkpoint(run)
     assert saved is not None, "what was finished before is saved"
     assert load_checkpoint(saved).step >= 3
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_or_is_stopped_takes_the_others_along_with_a_message(tmp_path):
+    words = [*TORCHRUN[:-1], "tests.helpers.failing_ranks", str(tmp_path)]
+    ran = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    ends = {(int(rank), name): how for rank, name, how in re.findall(r"<(\d)\|([^|]*)\|([^>]*)>", ran.stdout)}
+    for name in ("sampling", "learning", "evaluating, at once", "evaluating, later"):
+        assert ends[1, name].startswith("OutOfMemoryError: CUDA out of memory"), ends
+        assert ends[0, name].startswith("OtherProcessFailed: "), ends
+        assert "another process failed" in ends[0, name]
+    for name in ("logging", "saving"):
+        assert "No space left on device" in ends[0, name], ends
+        assert ends[1, name].startswith("OtherProcessFailed: writing the "), ends
+    assert ends[0, "stopping"] == ends[1, "stopping"] == "ended"
+    assert "stopped after iteration 0" in ran.stdout  # in the middle of the first evaluation

@@ -94,3 +94,52 @@ def test_a_loop_finishes_its_update_and_exits_0():
     output, errors = process.communicate(timeout=60)
     assert (output, process.returncode) == ("saved\n", 0)
     assert "SIGTERM: stopping after this iteration" in errors
+
+
+def ends(body: str) -> subprocess.CompletedProcess[str]:
+    """A process that does this within a `GracefulStop`."""
+    start = "import os, signal, threading, time\nfrom rlt2i.training import signals\nsignals.PATIENCE = 0.2\n"
+    script = f"{start}with signals.GracefulStop() as stop:\n{textwrap.indent(textwrap.dedent(body), '    ')}"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+
+
+_TWICE = (
+    "threading.Timer(0.1, lambda: [os.kill(os.getpid(), signal.SIGINT) or time.sleep(0.1) for _ in range(2)]).start()"
+)
+
+
+def test_twice_ends_a_process_that_is_stuck_in_foreign_code():
+    done = ends(f"import hashlib\n{_TWICE}\nhashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)")
+    assert done.returncode == 130
+    assert "stuck in foreign code" in done.stderr
+
+
+def test_twice_ends_one_that_hangs_in_python_by_an_exception():
+    done = ends(
+        f"{_TWICE}\ntry:\n    time.sleep(100)\nexcept KeyboardInterrupt:\n    time.sleep(0.5)\n    print('kept')"
+    )
+    assert (done.returncode, done.stdout) == (0, "kept\n")  # whoever hears of it has the time that he needs
+
+
+def test_the_third_time_nothing_swallows_it():
+    body = """
+        for _ in range(3):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+            except BaseException:
+                print("swallowed", flush=True)
+        print("alive", flush=True)
+    """
+    done = ends(body)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "swallowed\n")
+
+
+def test_leaving_ends_the_watching_thread_and_puts_the_descriptor_back():
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    with GracefulStop():
+        (watching,) = [thread for thread in threading.enumerate() if thread.name == "signals"]
+    watching.join(10)
+    assert not watching.is_alive()
+    assert signal.set_wakeup_fd(before) == before

@@ -305,6 +305,7 @@ def report_folder(
         health=results.health(rows, before),
         against=str(other.path) if other is not None else "",
         notes=notes,
+        fixed=all(row.get("fixed") for row in rows),
     )
     replace_text(folder.path / "report.json", json.dumps(report.mapping(), indent=1, ensure_ascii=False) + "\n")
     replace_text(folder.path / "report.md", report.markdown())

@@ -62,4 +62,6 @@ def _record(drawing: Drawing, pixels: str, health: dict[str, float]) -> dict[str
         "metadata": dict(prompt.metadata),
         "sha256": pixels,
         "health": health,
+        **({"fixed": True} if prompt.fixed else {}),
+        **({"trained_on": True} if prompt.trained_on else {}),
     }

@@ -33,6 +33,7 @@ class Report:
         health: measure -> mean over images.
         against: folder of the evaluation that `before` and `gain` refer to, or "".
         notes: what else differs from that evaluation.
+        fixed: whether the prompts are all there are, so that intervals are over their images; else over prompts.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Report:
     health: Mapping[str, Measure]
     against: str = ""
     notes: Sequence[str] = ()
+    fixed: bool = False
 
     @property
     def headline_measure(self) -> Measure | None:
@@ -75,10 +77,12 @@ class Report:
 
     def _written(self, table: Any, *, heading: str) -> str:
         over = "mean of the categories' means" if self.overall == "categories" else "mean over images"
+        among = "over images of these prompts, which are all there are" if self.fixed else "over prompts"
+        kind = "95 % intervals" if self.fixed else "95 % bootstrap intervals"
         parts = [
             f"{'# ' if heading else ''}{self.title}",
             self.sentence(),
-            f"{self.prompts} prompts x {self.images_per_prompt} images; {over}; 95 % bootstrap intervals over prompts."
+            f"{self.prompts} prompts x {self.images_per_prompt} images; {over}; {kind} {among}."
             + (f" Paired with {self.against}." if self.against else ""),
             table(self._scores()),
         ]
@@ -104,6 +108,8 @@ class Report:
             for part, measure in said.measures.items():
                 name = reward if part == SCORE else f"{reward}/{part}"
                 rows.append([name, *self._cells(measure)])
+                if measure.unseen is not None:
+                    rows.append([f"{name}, prompts never trained on", *self._cells(Measure(mean=measure.unseen))])
                 if measure.any_of is not None:
                     any_of = Measure(mean=measure.any_of)
                     rows.append([f"{name}, any of {self.images_per_prompt}", *self._cells(any_of)])
@@ -153,7 +159,7 @@ class Report:
 
     def _few(self) -> list[str]:
         measure = self.headline_measure
-        if measure is None or measure.mean is None:
+        if measure is None or measure.mean is None or self.fixed:
             return []
         counts = [interval.clusters for interval in measure.categories.values()] or [measure.mean.clusters]
         few = sum(count < FEW for count in counts)

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from rlt2i.evaluation.health import mean_cosine_distance, pixel_features, vendi_score
-from rlt2i.evaluation.statistics import Interval, any_of_cluster, clustered_mean, mean_of_categories, paired_difference
+from rlt2i.evaluation.statistics import (
+    Interval,
+    any_of_cluster,
+    clustered_mean,
+    mean_of_categories,
+    mean_of_fixed_prompts,
+    paired_difference,
+)
 from rlt2i.evaluation.suites.folder import EvaluationError, Folder, Record, check_complete, scores_of
 from rlt2i.evaluation.suites.suite import PIXELS, drawing_id
 from rlt2i.vision.patch_features import patch_features
@@ -34,6 +41,7 @@ class Measure:
             are several images of each prompt.
         before: mean of the other evaluation over the images that have a value in both.
         gain: mean of the paired differences to it.
+        unseen: the mean over the prompts that are not trained on, where the others are known to be.
     """
 
     mean: Interval | None
@@ -41,6 +49,7 @@ class Measure:
     any_of: Interval | None = None
     before: float | None = None
     gain: Interval | None = None
+    unseen: Interval | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -127,7 +136,7 @@ def measured(
     if len(set(categories)) > 1:
         for category in dict.fromkeys(categories):
             own = [i for i, name in enumerate(categories) if name == category]
-            by_category[category] = clustered_mean(values[torch.tensor(own)], [prompts[i] for i in own], seed=0)
+            by_category[category] = _overall(values[torch.tensor(own)], [kept[i][0] for i in own], "images")
     any_of = None
     if len(kept) > len(set(prompts)) and set(values.tolist()) <= {0.0, 1.0}:
         best, names = any_of_cluster(values, prompts)
@@ -145,8 +154,11 @@ def measured(
             paired = [row for row, _, _ in pairs]
             gain = _overall(now - then, paired, overall)
             mean_before = _overall(then, paired, overall).mean
+    unseen = [i for i, (row, _) in enumerate(kept) if not row.get("trained_on")]
+    told = bool(unseen) and len(unseen) < len(kept)
     return Measure(
         mean=_overall(values, [row for row, _ in kept], overall),
+        unseen=_overall(values[torch.tensor(unseen)], [kept[i][0] for i in unseen], overall) if told else None,
         categories=by_category,
         any_of=any_of,
         before=mean_before,
@@ -156,6 +168,9 @@ def measured(
 
 def _overall(values: Tensor, rows: Sequence[Record], overall: str) -> Interval:
     prompts = [row["prompt"] for row in rows]
+    if all(row.get("fixed") for row in rows):
+        categories = [row["category"] if overall == "categories" else "all" for row in rows]
+        return mean_of_fixed_prompts(values, prompts, categories)
     if overall == "images":
         return clustered_mean(values, prompts, seed=0)
     return mean_of_categories(values, prompts, [row["category"] for row in rows], seed=0)

@@ -85,7 +85,8 @@ class Suite:
             raise ValueError(
                 f"--prompts {count}: suite {self.name!r} has {len(requested)} prompts; use 1 to {len(requested)}."
             )
-        return balanced(requested, count, of=f"suite {self.name!r}")
+        # A few of them stand for all the others, so that intervals are over prompts.
+        return [attrs.evolve(prompt, fixed=False) for prompt in balanced(requested, count, of=f"suite {self.name!r}")]
 
 
 @attrs.frozen(kw_only=True)

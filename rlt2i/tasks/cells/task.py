@@ -46,7 +46,8 @@ class CellsTask(Task):
         return drawn
 
     def eval_prompts(self, count: int) -> list[TaskPrompt]:
-        return [_task_prompt(prompt) for prompt in eval_prompts(self.grid, self.named, count)]
+        prompts = eval_prompts(self.grid, self.named, count)
+        return [attrs.evolve(_task_prompt(prompt), fixed=True) for prompt in prompts]
 
 
 def eval_prompts(grid: int, named: int, count: int) -> list[CellsPrompt]:

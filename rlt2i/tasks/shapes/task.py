@@ -13,7 +13,11 @@ from rlt2i.types import ImageSize, height_and_width
 
 @attrs.frozen(kw_only=True)
 class ShapesTask(Task):
-    """A mini-GenEval: six categories in turn, a random training combination of each."""
+    """A mini-GenEval: six categories in turn, a random training combination of each.
+
+    Four of the categories hold combinations out; the prompts of `single_object` and `counting` are all trained on, and
+    evaluations tell the two apart.
+    """
 
     @property
     def provides(self) -> frozenset[str]:
@@ -35,7 +39,8 @@ class ShapesTask(Task):
                 f"ShapesTask.eval_prompts({count}): a balanced evaluation needs a multiple of the {len(CATEGORIES)} "
                 f"categories. Use {max(1, per_category) * len(CATEGORIES)} or {(per_category + 1) * len(CATEGORIES)}."
             )
-        return [_task_prompt(p) for p in eval_prompts(per_category)]
+        pool = set(split_prompts()[0])
+        return [attrs.evolve(_task_prompt(p), fixed=True, trained_on=p in pool) for p in eval_prompts(per_category)]
 
     def check_image_size(self, image_size: ImageSize) -> None:
         if height_and_width(image_size) != (CANVAS, CANVAS):

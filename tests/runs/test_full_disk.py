@@ -1,0 +1,119 @@
+"""A disk that is full, read-only or somebody else's, at any write of any command: one message, and nothing is lost."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from rlt2i.config import dump_yaml
+from rlt2i.evaluation.suites.catalogue import suite_mapping
+from rlt2i.runs.checkpoint import latest_checkpoint
+from tests.helpers.filesystem_events import changes, in_a_fork, refused
+from tests.helpers.suite_parts import suite
+from tests.runs.test_kills import content, recipe
+
+SHARE = 40
+"""Every fortieth change by default; all of them under the slow mark."""
+WAYS_OUT = ("free some space", "--run-dir", "another folder", "on a healthy, writable disk", "--out")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, a suite, and a finished run that must stay as it is."""
+    place = tmp_path_factory.mktemp("disk")
+    (place / "toy.yaml").write_text(dump_yaml(recipe().mapping()))
+    (place / "corners.yaml").write_text(dump_yaml(suite_mapping(suite(prompts=2, images_per_prompt=3, steps=1))))
+    for seed in (0, 1):
+        where = ["--run-dir", str(place / "done" / str(seed))]
+        run(["train", str(place / "toy.yaml"), "--set", f"train.seed={seed}", *where])
+    for name, words in COMMANDS.items():
+        run(filled(words, place, place / "warm" / name))
+    return place
+
+
+def run(words: Sequence[str]) -> None:
+    from rlt2i.cli import main
+
+    assert main(words) == 0, words
+
+
+COMMANDS = {
+    "train": ["train", "TOY", "--run-dir", "OUT", "--resume", "auto", "--report"],
+    "suite": ["eval", "TOY", "--suite", "SUITE", "--out", "OUT"],
+    "pairs": ["pairs", "TOY", "OUT", "--images", "2", "--prompts", "3", "--steps", "1"],
+    "sample": ["sample", "DONE/0", "--prompt", "a corner", "--count", "2", "--out", "OUT/a.png", "--separate"],
+    "maps": ["maps", "DONE/0", "--prompt", "a bright corner", "--out", "OUT/a.png"],
+    "eval": ["eval", "DONE/0", "--prompts", "2", "--out", "OUT/a.json"],
+    "report": ["report", "DONE/0", "--out", "OUT/a.html"],
+    "compare": ["compare", "uniform=DONE/0", "star=DONE/1", "--out", "OUT"],
+}
+
+
+def filled(words: Sequence[str], place: Path, out: Path) -> list[str]:
+    names = {"TOY": place / "toy.yaml", "SUITE": place / "corners.yaml", "DONE": place / "done", "OUT": out}
+    for name, path in names.items():
+        words = [word.replace(name, str(path)) for word in words]
+    return list(words)
+
+
+def check(name: str, place: Path, tmp_path: Path, cases: Callable[[int], Iterable[tuple[int, int]]]) -> None:
+    """For some (change, error): the command says why and how to go on; given again, it ends as if nothing had been.
+
+    Args:
+        cases: of the number of changes that the command makes.
+    """
+    out, note = tmp_path / "out", tmp_path / "note"
+    words = filled(COMMANDS[name], place, out)
+    listed = changes(lambda: run(words), out, note)
+    expected, before = content(out), content(place / "done")
+    shutil.rmtree(out)
+    for number, code in cases(len(listed)):
+        status, said = refused(words, out, number, code, note)
+        told = f"{errno.errorcode[code]} at change {number} of {len(listed)}: {listed[number]}\n{said}"
+        assert "Traceback" not in said, told
+        assert status in (0, 2), told
+        if status == 2:
+            assert str(out) in said, told
+            assert any(way in said for way in WAYS_OUT), told
+            assert len(said.splitlines()) <= 6, told
+        else:  # an old checkpoint that stays, or nothing was to be written any more
+            assert said or found_equal(content(out), expected), told
+        if name == "train" and (checkpoint := latest_checkpoint(out)) is not None:
+            assert checkpoint.name in ("checkpoint-00000001", "checkpoint-00000002"), told
+        assert in_a_fork(partial(run, words)) == 0, told
+        assert found_equal(content(out), expected), told
+        shutil.rmtree(out)
+    assert content(place / "done") == before
+
+
+def found_equal(found: dict[str, object], expected: dict[str, object]) -> bool:
+    """The same files; pages and records that hold times or paths differ in content."""
+    timed = (".html", ".svg", "report.json", "report.md")
+    return found.keys() == expected.keys() and all(
+        found[key] == value for key, value in expected.items() if not key.endswith(timed)
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_disk_that_refuses_is_one_message_and_nothing_is_lost(name, place, tmp_path):
+    """At the first change, of another kind for every command; and full at some others, every day at others."""
+    code = (errno.EACCES, errno.EROFS, errno.EDQUOT)[list(COMMANDS).index(name) % 3]
+    today = datetime.date.today().toordinal() % SHARE
+    check(
+        name,
+        place,
+        tmp_path,
+        lambda count: [(0, code), *((n, errno.ENOSPC) for n in range(today % max(1, count - 1), count, SHARE))],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_disk_that_is_full_at_every_change(name, place, tmp_path):
+    check(name, place, tmp_path, lambda count: [(n, errno.ENOSPC) for n in range(count)])
