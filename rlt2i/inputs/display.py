@@ -30,7 +30,7 @@ def cell(value: T) -> T | str:
 class VisibleStream:
     """A stream whose text is made `visible`; everything else is the stream's own.
 
-    When the terminal goes away (a closed window, a lost connection) nobody reads any more, which is no error of the run.
+    When the terminal goes away (a closed window, a lost connection) nobody reads any more: no error of the run.
     """
 
     def __init__(self, stream: TextIO) -> None:
