@@ -35,7 +35,7 @@ ARM_COLUMNS = ("seeds", "before", "after ± SD", "seconds an iteration", "of the
 
 def arm_rows(results: Results) -> list[tuple[str, ...]]:
     """(label, *ARM_COLUMNS) of every arm that ran."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for arm in results.plan.arms:
         seeds = results.seeds(arm)
         if not seeds:

@@ -64,7 +64,7 @@ def longest_texts(length: int) -> Iterator[None]:
             return [length] * len(self)
         return original(self)
 
-    Tensor.tolist = tolist  # type: ignore[method-assign]
+    Tensor.tolist = tolist  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

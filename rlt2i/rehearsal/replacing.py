@@ -117,9 +117,9 @@ def small_policy(
     said.append(f"policy.path: {spec.path} -> a tiny {spec.pipeline} with random weights")
     small: dict[str, Any] = {"path": str(place), "revision": None}
     length = TEXT_LENGTHS.get(spec.pipeline)
-    if length is not None and spec.max_sequence_length > length:  # type: ignore[attr-defined]
+    if length is not None and spec.max_sequence_length > length:
         small["max_sequence_length"] = length
-        said.append(f"policy.max_sequence_length: {spec.max_sequence_length} -> {length}")  # type: ignore[attr-defined]
+        said.append(f"policy.max_sequence_length: {spec.max_sequence_length} -> {length}")
     return attrs.evolve(spec, **small), SIZES.get(spec.pipeline, IMAGE_SIZE)
 
 
