@@ -201,7 +201,9 @@ def _load_elsewhere(recipe: Recipe, run: Path) -> None:
     import diffusers
 
     source = spec.source if spec.lora_rank is not None else exported
-    pipe = getattr(diffusers, spec.pipeline).from_pretrained(source, **spec.components(), local_files_only=True)
+    pipe = getattr(diffusers, spec.pipeline).from_pretrained(
+        source, **spec.components(), local_files_only=True, use_safetensors=True
+    )
     pipe.set_progress_bar_config(disable=True)
     if spec.lora_rank is not None:
         pipe.load_lora_weights(exported)
