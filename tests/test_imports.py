@@ -39,6 +39,7 @@ LAYERS = (
     "objectives",
     "learner",
     "policies",
+    "export",
     "training",
     "rehearsal",
     "conformance",

@@ -74,7 +74,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         message = _user_message(error)
         if message is None:
             raise
-        print(f"rlt2i: {message}", file=sys.stderr)
+        from rlt2i.config.secrets import redacted_text
+
+        print(f"rlt2i: {redacted_text(message)}", file=sys.stderr)
         return 2
 
 

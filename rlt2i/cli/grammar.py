@@ -141,6 +141,18 @@ def parser() -> argparse.ArgumentParser:
     pairs.add_argument("--seed", type=int, default=0)
     pairs.add_argument("--steps", type=int, help="denoising steps (default: those of the recipe's evaluation)")
 
+    export = add("export", inspecting.export, "write what a run has learned for other tools, with a model card")
+    _add_run(export)
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=["diffusers", "comfyui", "kohya", "merged", "peft"],
+        help="an adapter under the names of a tool, or the whole pipeline with the adapter merged",
+    )
+    export.add_argument("--out", type=home_path, metavar="DIR", help="folder to make (default RUN/exports/FORMAT)")
+    export.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the hub, into a private repository")
+    export.add_argument("--public", action="store_true", help="with --push: everybody may see a new repository")
+
     report = add("report", inspecting.report, "write the report of a run, one self-contained HTML page")
     report.add_argument("run", type=home_path, help="run directory")
     report.add_argument("--out", type=home_path, help="file to write (default RUN/report.html)")

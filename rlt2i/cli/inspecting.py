@@ -167,6 +167,28 @@ def pairs(options: argparse.Namespace) -> None:
     print(f"{options.folder / PAIRS}: {count} pairs")
 
 
+def export(options: argparse.Namespace) -> None:
+    """`rlt2i export`: a run's weights as other tools load them."""
+    from rlt2i.export.command import export as write_export
+    from rlt2i.export.hub import check_repository, push
+
+    if options.push:
+        check_repository(options.push)
+    recipe, folder = _loaded(options)
+    home = folder or Path()
+    done = write_export(
+        recipe,
+        options.to,
+        options.out or home / "exports" / options.to,
+        run_dir=folder,
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+    )
+    print("\n".join(done.lines))
+    if options.push:
+        print(push(done.folder, options.push, public=options.public))
+
+
 def report(options: argparse.Namespace) -> None:
     """`rlt2i report`: the page of a run."""
     if options.out:

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from rlt2i.config.references import ConfigError
 
@@ -14,9 +15,25 @@ REDACTED = "<redacted>"
 _SECRETS = {"token", "password", "passwd", "secret", "credential", "authorization", "apikey"}
 _PLACES = {"env", "file", "path", "var", "variable", "name"}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-_USER_IN_URL = re.compile(r"(?<=://)[^/\s@\"'<>]+(?=@)")
-_QUERY_OF_URL = re.compile(r"(?<=[?&;])([\w.-]+)=([^&;#\s\"'<>]+)")
-_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s\"'<>]+")
+_USER_IN_URL = re.compile(r"(?<=//)(?:[^/\s:@\"'<>]*:(?!\d*/)[^\s?#\"'<>]+|[^/\s?#\"'<>]+)(?=@)")
+"""Up to the last @, since a password may hold one; what follows a colon is a port where it is digits before a slash."""
+_QUERY_OF_URL = re.compile(r"(?<=[?&;#])([\w.%-]+)=([^&;#\s\"'<>]+)")
+_URL = re.compile(r"(?:[a-zA-Z][a-zA-Z0-9+.-]*:|(?<![\w:/]))//[^\s\"'<>]+")
+_IN_QUERY = {"sig", "signature", "auth", "pwd", "pass", "jwt", "session", "bearer", "sas"}
+"""Words of a query's names that would mean nothing as the name of a field."""
+
+_HEADER = re.compile(
+    r"(?i)\b((?:proxy-)?authorization|(?:set-)?cookie|x-[\w-]*(?:key|token|secret))(\W{1,4})((?:bearer|basic|token)\s+)?"
+    r"[^\s\"',;<>}\]]+"
+)
+_SCHEME = re.compile(r"(?i)\b(bearer|basic)(\s+)(?=[\w.~+/-]*\d)[\w.~+/-]{6,}=*")
+_ASSIGNED = re.compile(r"([\w.-]+)(=[\"']?)([^\s\"'&;,<>]{4,})")
+_LOGIN = re.compile(r"(?<![\w/])[\w.-]+:[^\s:@/\"'<>]+(?=@[\w-]+(?:\.[\w-]+)*(?:[:/]|\b))")
+_KNOWN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[A-Z0-9]{16}"
+    r"|xox[abprs]-[\w-]{10,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
+)
+"""Shapes of tokens that say themselves what they are."""
 
 
 def is_secret_name(name: str) -> bool:
@@ -41,18 +58,38 @@ def redacted(value: Any, *, secret: bool = False) -> Any:
     if isinstance(value, list | tuple):
         return [redacted(item, secret=secret) for item in value]
     if isinstance(value, str):
-        return REDACTED if secret else redacted_text(value)
+        return REDACTED if secret else redacted_urls(value)
     return value
 
 
 def redacted_text(text: str) -> str:
-    """A text in which `user:password@` and `?token=...` of every URL are replaced."""
-    return _URL.sub(lambda url: _redacted_url(url[0]), text) if "://" in text else text
+    """A message in which secrets are replaced: of URLs, headers, assignments and logins, and well-known tokens."""
+    text = _HEADER.sub(lambda m: f"{m[1]}{m[2]}{m[3] or ''}{REDACTED}", redacted_urls(text))
+    text = _SCHEME.sub(lambda m: f"{m[1]}{m[2]}{REDACTED}", text)
+    text = _ASSIGNED.sub(_redacted_assignment, text)
+    return _KNOWN.sub(REDACTED, _LOGIN.sub(REDACTED, text))
+
+
+def _redacted_assignment(found: re.Match[str]) -> str:
+    """`max_tokens=2048` and a bare `key=value` stay."""
+    secret = _is_secret_in_query(found[1]) and not found[3].isdigit() and found[1].lower() != "key"
+    return f"{found[1]}{found[2]}{REDACTED}" if secret else found[0]
+
+
+def redacted_urls(text: str) -> str:
+    """A text in which `user:password@` and `?token=...` of every URL are replaced, in its fragment as well."""
+    return _URL.sub(lambda url: _redacted_url(url[0]), text) if "//" in text else text
 
 
 def _redacted_url(url: str) -> str:
     shown = _USER_IN_URL.sub(REDACTED, url)
-    return _QUERY_OF_URL.sub(lambda m: f"{m[1]}={REDACTED}" if is_secret_name(m[1]) else m[0], shown)
+    return _QUERY_OF_URL.sub(lambda m: f"{m[1]}={REDACTED}" if _is_secret_in_query(m[1]) else m[0], shown)
+
+
+def _is_secret_in_query(name: str) -> bool:
+    name = unquote(name)
+    words = {word.lower() for word in _WORD.findall(name)}
+    return is_secret_name(name) or bool(words & _IN_QUERY and words.isdisjoint(_PLACES))
 
 
 def _redacted_field(name: str, value: Any, secret: bool) -> Any:
@@ -93,7 +130,7 @@ def refuse_secrets(mapping: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{field}: {REDACTED} stands where the secret was left out. Give it again: --set {field}=..."
             )
-        if (shown := redacted_text(text)) != text:
+        if (shown := redacted_urls(text)) != text:
             raise ConfigError(
                 f"{field}: {shown} carries a secret, which would be written into the run's files and messages. Leave "
                 "it out of the URL and hand it over in an environment variable; a served reward names one in "

@@ -48,6 +48,10 @@ EXAMPLES: Final[Mapping[str, Sequence[str]]] = {
     ),
     "maps": ("rlt2i maps runs/mine --prompt 'a red circle left of a blue square' --out maps.png",),
     "pairs": ("rlt2i pairs star-shapes pairs/shapes --prompts 600 --images 4",),
+    "export": (
+        "rlt2i export runs/mine --to comfyui",
+        "rlt2i export runs/mine --to merged --out mine --push me/mine",
+    ),
     "report": ("rlt2i report runs/mine", "rlt2i report runs/mine --out mine.html"),
     "compare": (
         "rlt2i compare star=runs/a,runs/b uniform=runs/c,runs/d",

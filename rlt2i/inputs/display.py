@@ -11,6 +11,9 @@ from typing import Any, TextIO, TypeVar
 T = TypeVar("T")
 
 _BIDIRECTIONAL = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What begins a formula for a spreadsheet, in full width as well."""
+_SEPARATORS = ("\t", "\r", "\n")
 _SPELT = {code: f"\\u{code:04x}" for code in _BIDIRECTIONAL}
 
 
@@ -24,7 +27,8 @@ def visible(value: T) -> T:
 
 def cell(value: T) -> T | str:
     """A cell of a CSV file: what a spreadsheet would take for a formula is marked as text; numbers stay numbers."""
-    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")) else value
+    formula = isinstance(value, str) and (value[:1] in _SEPARATORS or value.lstrip().startswith(_FORMULA))
+    return f"'{visible(value)}" if formula else visible(value)
 
 
 class VisibleStream:

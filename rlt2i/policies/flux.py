@@ -76,6 +76,9 @@ class Flux(PretrainedSpec):
     known: ClassVar = {"black-forest-labs/FLUX.1-dev": DATA / "flux1_dev.json"}
     licences: ClassVar = {"black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] Non-Commercial; gated"}
 
+    def stock_call(self) -> dict[str, Any]:
+        return super().stock_call() | {"guidance_scale": float(self.embedded_guidance)}
+
     def num_blocks(self, config: Mapping[str, Any]) -> int:
         return int(config["num_layers"] + config["num_single_layers"])
 

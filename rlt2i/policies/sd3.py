@@ -72,7 +72,8 @@ class SD3(PretrainedSpec):
         schedule: "sd3" (shifted, as diffusers' scheduler) or "even"; "auto" is even where the scheduler has shift 1.
         max_sequence_length: T5 tokens.
         text_encoder_3: use T5? Default: if the pipeline has one.
-        zero_text_tokens: zero vectors in place of a T5 that is not used; diffusers' pipeline appends 256.
+        zero_text_tokens: zero vectors in place of a T5 that is not used. Default: 256, as diffusers' pipeline appends,
+            and none for the pipelines of this package, which were trained so.
     """
 
     path: str = attrs.field(default="embedded:shapes", validator=attrs.validators.min_len(1))
@@ -81,7 +82,10 @@ class SD3(PretrainedSpec):
     )
     max_sequence_length: int = attrs.field(default=128, validator=attrs.validators.ge(1))
     text_encoder_3: bool | None = None
-    zero_text_tokens: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    zero_text_tokens: int = attrs.field(
+        default=attrs.Factory(lambda self: 0 if self.path.startswith("embedded:") else 256, takes_self=True),
+        validator=attrs.validators.ge(0),
+    )
 
     pipeline: ClassVar = "StableDiffusion3Pipeline"
     policy: ClassVar = SD3Policy
@@ -115,6 +119,10 @@ class SD3(PretrainedSpec):
             "embeddings": (clip + tail, config["joint_attention_dim"]),
             "pooled": (config["pooled_projection_dim"],),
         }
+
+    def stock_call(self) -> dict[str, Any]:
+        tail = self.max_sequence_length if self.uses_t5 else self.zero_text_tokens
+        return super().stock_call() | {"max_sequence_length": tail}
 
     def components(self) -> dict[str, Any]:
         without_t5 = {} if self.uses_t5 else {"text_encoder_3": None, "tokenizer_3": None}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import attrs
 from attrs import validators
@@ -23,6 +24,8 @@ class PickScoreTask(Task):
         subset: "sfw", filtered by its publishers (15,470 prompts and 1,024 held out), or "full", Flow-GRPO's own
             (25,432 and 2,048), which holds sexual and violent prompts. Scores of the two cannot be compared.
     """
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"split": "subset"}
 
     subset: Subset = attrs.field(default="sfw", validator=validators.in_(("sfw", "full")))
 

@@ -18,6 +18,7 @@ from rlt2i.engine import Collected, Engine, Stopwatch
 from rlt2i.evaluation.health import diversity_metrics, health_metrics
 from rlt2i.evaluation.heldout import Evaluation, evaluate
 from rlt2i.evaluation.map_samples import map_samples
+from rlt2i.export.card import write_card_of_checkpoint
 from rlt2i.functional.transfer import on_host
 from rlt2i.interfaces import Policy
 from rlt2i.learner import Learner
@@ -424,6 +425,7 @@ class Trainer:
         shipped = "ema" if self.recipe.train.ema_decay is not None else "online"
         with self.learner.sets.use(shipped):
             self.policy.export(folder)
+            write_card_of_checkpoint(folder, self.recipe, self.policy, iteration=self.iteration, run_dir=self.run_dir)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, bit for bit.

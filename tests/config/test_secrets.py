@@ -99,3 +99,64 @@ def test_a_secret_in_a_url_is_refused_without_repeating_it(url):
 def test_a_secret_that_was_left_out_is_asked_for():
     with pytest.raises(ConfigError, match=r"--set reward\.api_key="):
         refuse_secrets({"reward": redacted({"api_key": "sk-1"})})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://me:s3cret@judge/x",
+        "https://user:p@ss:s3cret@host/x",
+        "https://user:s3/cret@host/x",
+        "http://s3cret@host/x",
+        "HTTPS://U:s3cret@H",
+        "//me:s3cret@host/x",
+        "me:s3cret@host:80/x",
+        "postgres://u:s3cret@db/x",
+        "https://judge/x#access_token=s3cret",
+        "https://judge/x?q=1#token=s3cret&z=1",
+        "https://judge/x?sig=s3cret",
+        "https://judge/x?X-Amz-Signature=s3cret",
+        "https://judge/x?auth=s3cret",
+        "https://judge/x?pwd=s3cret",
+        "https://judge/x?access%5Ftoken=s3cret",
+        "https://h/x?jwt=s3cret&session=s3cret",
+        "https://h/?subscription-key=s3cret",
+        "Authorization: Bearer s3cret",
+        "{'Authorization': 'Bearer s3cret'}",
+        "-H 'Authorization: Basic s3cret'",
+        "401 Client Error (Bearer s3cret9)",
+        "X-Api-Key: s3cret",
+        "Cookie: session=s3cret",
+        "WANDB_API_KEY=s3cret",
+        "wandb_api_key='s3cret'",
+        "password=s3cret",
+    ],
+)
+def test_no_spelling_of_a_secret_survives_in_a_message(text):
+    said = redacted_text(f"ConnectionError: {text} failed")
+    assert "s3" not in said.replace("<redacted>", "")
+    assert "cret" not in said
+    assert said.startswith("ConnectionError: ")
+    assert said.endswith("failed")
+
+
+@pytest.mark.parametrize("token", ["hf_" + "a1" * 17, "sk-" + "Ab" * 20, "ghp_" + "a1" * 18, "AKIA" + "A1" * 8])
+def test_well_known_tokens_are_known_anywhere(token):
+    assert redacted_text(f"Invalid token {token}.") == "Invalid token <redacted>."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://localhost:8917/v1/score",
+        "http://127.0.0.1:8917/@me/x?prompt=a&steps=3#top",
+        "see https://huggingface.co/black-forest-labs/FLUX.1-dev",
+        "max_tokens=2048 and tokenizer=clip failed at 12:30",
+        "missing metadata key(s) ['text']",
+        "returned 3 scores for 2 images",
+        "'a sign: \"OPEN\"' has no key: value",
+        "//comment",
+    ],
+)
+def test_what_is_no_secret_stays(text):
+    assert redacted_text(text) == text

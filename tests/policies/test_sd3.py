@@ -106,9 +106,8 @@ def test_embeddings_equal_diffusers_without_t5(clip_pipeline, stock):
     policy, pipeline = SD3(path=str(clip_pipeline)).load(), stock(clip_pipeline)
     conditioning = policy.encode(Prompts.of(TEXTS))
     for row, text in enumerate(TEXTS):
-        embeddings, _, pooled, _ = pipeline.encode_prompt(
-            text, None, None, do_classifier_free_guidance=False, max_sequence_length=0
-        )
+        embeddings, _, pooled, _ = pipeline.encode_prompt(text, None, None, do_classifier_free_guidance=False)
+        assert embeddings.shape[1] == 16 + 256  # as the stock pipeline appends them by default
         assert torch.equal(conditioning["embeddings"][row], embeddings[0])
         assert torch.equal(conditioning["pooled"][row], pooled[0])
 

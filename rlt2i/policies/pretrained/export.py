@@ -30,9 +30,7 @@ def export_network(spec: PretrainedSpec, pipe: Any, folder: Path) -> None:
 
     With the rest of the pipeline where that is a local directory: then `folder` is a pipeline of its own.
     """
-    network = getattr(pipe, spec.network)
-    if spec.lora_rank is not None:
-        network = _without_adapter(network, merged_weights(network))
+    network = network_of(spec, pipe)
     network.save_pretrained(folder / spec.network, safe_serialization=True)
     source = spec.source
     if isinstance(source, Path):
@@ -41,6 +39,12 @@ def export_network(spec: PretrainedSpec, pipe: Any, folder: Path) -> None:
                 shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
                 _cast(folder / name, next(network.parameters()).dtype)
         shutil.copy(source / "model_index.json", folder)
+
+
+def network_of(spec: PretrainedSpec, pipe: Any) -> Any:
+    """The network, or a copy of it with its adapter merged."""
+    network = getattr(pipe, spec.network)
+    return network if spec.lora_rank is None else _without_adapter(network, merged_weights(network))
 
 
 def _cast(folder: Path, dtype: torch.dtype) -> None:

@@ -157,6 +157,19 @@ class PretrainedSpec(PolicySpec):
             options["max_sequence_length"] = self.max_sequence_length
         return {name: value for name, value in options.items() if name in takes}
 
+    def stock_call(self) -> dict[str, Any]:
+        """Arguments of the stock pipeline's call that say what the fields of this spec say, guidance included."""
+        import diffusers
+
+        takes = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
+        length = getattr(self, "max_sequence_length", None)
+        options = {
+            "true_cfg_scale" if "true_cfg_scale" in takes else "guidance_scale": float(self.guidance_scale),
+            **({"negative_prompt": self.negative_prompt} if self.guided and self.negative_prompt else {}),
+            **({} if length is None else {"max_sequence_length": length}),
+        }
+        return {name: value for name, value in options.items() if name in takes}
+
     def check(self) -> None:
         """Refuse, before any weight is read, a pipeline that this policy does not cover.
 

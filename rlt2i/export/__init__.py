@@ -1,0 +1,1 @@
+"""What was trained, in the forms that other people's tools load."""
