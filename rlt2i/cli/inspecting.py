@@ -174,16 +174,9 @@ def export(options: argparse.Namespace) -> None:
 
     if options.push:
         check_repository(options.push)
-    recipe, folder = _loaded(options)
-    home = folder or Path()
-    done = write_export(
-        recipe,
-        options.to,
-        options.out or home / "exports" / options.to,
-        run_dir=folder,
-        checkpoint=options.checkpoint,
-        weights=options.weights,
-    )
+    recipe, trained = _loaded(options)
+    home: Path = trained["run_dir"] or Path()
+    done = write_export(recipe, options.to, options.out or home / "exports" / options.to, **trained)
     print("\n".join(done.lines))
     if options.push:
         print(push(done.folder, options.push, public=options.public))
