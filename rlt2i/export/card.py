@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from rlt2i.runs.metrics import read_metrics
 from rlt2i.types import height_and_width
 
 CARD = "README.md"
+_LOG = logging.getLogger(__name__)
 Form = Literal["adapter", "network", "pipeline", "comfyui", "kohya", "peft"]
 """What a folder holds: a LoRA file of diffusers, one network, a whole pipeline, or a file of another tool."""
 _ADAPTER = ("adapter", "comfyui", "kohya", "peft")
@@ -229,10 +231,18 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def write_card_of_checkpoint(folder: Path, recipe: Recipe, policy: Policy, *, iteration: int, run_dir: Path) -> None:
-    """README.md of what a checkpoint exports, whichever form that has; nothing for a policy that is no pipeline."""
+    """README.md of what a checkpoint exports, whichever form that has; nothing for a policy that is no pipeline.
+
+    A card that cannot be written is said and costs no checkpoint.
+    """
     inner = policy.policy if isinstance(policy, Guided) else policy
     if not isinstance(inner, PretrainedPolicy):
         return
     whole = (folder / "model_index.json").is_file()
     form: Form = "adapter" if inner.spec.lora_rank is not None else "pipeline" if whole else "network"
-    write_card(folder, Card(recipe=recipe, policy=inner, form=form, iteration=iteration, run_dir=run_dir))
+    try:
+        write_card(folder, Card(recipe=recipe, policy=inner, form=form, iteration=iteration, run_dir=run_dir))
+    except OSError:
+        raise  # the disk is full, or gone: the checkpoint is not whole
+    except Exception as error:
+        _LOG.warning("no model card beside the export: %s: %s", type(error).__name__, error)

@@ -9,13 +9,11 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rlt2i.cli import main
 from rlt2i.evaluation.draw import Draw
 from rlt2i.evaluation.inspection import load_policy
-from rlt2i.export.card import Card
 from rlt2i.export.command import TARGETS, export
 from rlt2i.export.hub import push
 from rlt2i.policies.flux import Flux
@@ -149,17 +147,6 @@ def test_adapters_load_where_they_belong(to, name, runs, tmp_path, monkeypatch):
     done = export(recipe, to, tmp_path / to, run_dir=run)
     assert re.search(r": (\d+) of \1 layers matched, 0 unmatched", done.lines[1])
     same_image(loaded(done.folder, monkeypatch), recipe, run)
-
-
-def test_the_kohya_file_of_flux_loads_into_the_stock_pipeline(runs, tmp_path):
-    from diffusers import FluxPipeline
-
-    recipe, run = runs["flux"]
-    done = export(recipe, "kohya", tmp_path / "kohya", run_dir=run)
-    pipe = FluxPipeline.from_pretrained(recipe.policy.path)  # type: ignore[attr-defined]
-    pipe.load_lora_weights(load_file(done.folder / "kohya_lora.safetensors"))
-    card = Card(recipe=recipe, policy=load_policy(recipe), form="kohya", iteration=1)  # type: ignore[arg-type]
-    same_image({"pipe": pipe, "settings": card.settings()}, recipe, run)
 
 
 def test_cards_say_what_was_done(runs):
