@@ -220,7 +220,7 @@ def z_image(*, use_dynamic_shifting: bool = False) -> Any:
     tokenizer = qwen_tokenizer()
     transformer = ZImageTransformer2DModel(
         in_channels=4, dim=48, n_layers=3, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=16,
-        axes_dims=[4, 4, 4], axes_lens=[300, 64, 64],
+        axes_dims=[4, 4, 4], axes_lens=[1024, 64, 64],
     )  # fmt: skip
     for token in (transformer.x_pad_token, transformer.cap_pad_token):  # learnt; zeros when new
         torch.nn.init.normal_(token)
