@@ -77,20 +77,9 @@ def blip_configs() -> tuple[Any, Any]:
     """(vision, text) of ImageReward: ViT-L/16 at 224 pixels, BERT-base with cross-attention."""
     from transformers import BlipTextConfig, BlipVisionConfig
 
-    vision = BlipVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=224,
-        patch_size=16,
-        layer_norm_eps=1e-6,
-    )
+    vision = BlipVisionConfig(**_sizes(1024, layers=24), image_size=224, patch_size=16, layer_norm_eps=1e-6)
     text = BlipTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
+        **_sizes(768, layers=12),
         encoder_hidden_size=1024,
         vocab_size=30524,
         max_position_embeddings=512,
@@ -98,6 +87,16 @@ def blip_configs() -> tuple[Any, Any]:
         is_decoder=True,
     )
     return vision, text
+
+
+def _sizes(width: int, *, layers: int) -> dict[str, int]:
+    """Of a transformer with heads of 64 numbers."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+    }
 
 
 def image_reward_to_transformers(

@@ -14,6 +14,7 @@ from rlt2i.tasks.cells.prompts import all_prompts
 from rlt2i.tasks.embedded import pretraining
 from rlt2i.tasks.embedded.networks import build_tokenizer, load_pipeline
 from rlt2i.tasks.shapes.networks import PIPELINE_DIR as SHAPES_PIPELINE_DIR
+from tests.helpers.weight_files import weights
 
 TINY = {
     "schedule": attrs.evolve(SCHEDULE, steps=2, batch_size=4, eval_every=1),
@@ -28,12 +29,6 @@ TINY = {
 @pytest.fixture(scope="module")
 def pipeline():
     return load_pipeline(PIPELINE_DIR)
-
-
-def weights(directory):
-    files = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*.safetensors")}
-    assert len(files) == 4
-    return files
 
 
 @pytest.mark.parametrize(("grid", "named"), KINDS)

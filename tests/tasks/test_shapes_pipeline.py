@@ -25,6 +25,7 @@ from rlt2i.tasks.shapes.networks import PIPELINE_DIR, WORLD
 from rlt2i.tasks.shapes.pretrain import SCHEDULE, evaluate, pretrain
 from rlt2i.tasks.shapes.prompts import all_prompts, eval_prompts
 from rlt2i.tasks.shapes.vocabulary import WORDS
+from tests.helpers.weight_files import weights
 
 TINY = {
     "seed": 3,
@@ -40,13 +41,6 @@ TINY = {
 @pytest.fixture(scope="module")
 def pipeline():
     return load_pipeline(PIPELINE_DIR)
-
-
-def weights(directory):
-    """Every weight file of a pipeline directory, as bytes."""
-    files = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*.safetensors")}
-    assert len(files) == 4
-    return files
 
 
 # Tokenizer
