@@ -112,7 +112,6 @@ def table() -> str:
     for spec in published():
         small, large = (counts.get((spec.path, pixels)) for pixels in PIXELS)
         blocks = spec.num_blocks(spec.config(spec.network))
-        both = "both" if len(spec.directions) > 1 else spec.directions[0].replace("_", " ")
         costs = (
             f"{small.update_gib} / {large.update_gib} | {large.encode_gib} GiB | {large.capture_percent} %"
             if small and large
@@ -120,10 +119,26 @@ def table() -> str:
         )
         size = f"{large.parameters / 1e9:.2f} B" if large else ""
         lines.append(
-            f"| `{spec.path}` | `{type(spec).__name__}` | {size} | {blocks}, {both} | {_guidance(spec)} | "
-            f"{spec.licences.get(spec.path, 'see its page')} | {costs} |"
+            f"| `{spec.path}` | `{type(spec).__name__}` | {size} | {blocks}, {_directions(spec)} | {_guidance(spec)} | "
+            f"{_licence(spec)} | {costs} |"
         )
+    for name, reference in PARTS["PolicySpec"].items():
+        spec = load_object(reference)()
+        if not spec.known:
+            lines.append(
+                f"| `{spec.path}` | `{name}` | | {_directions(spec)} | {_guidance(spec)} | {_licence(spec)} | "
+                "not counted: its configuration does not ship | | |"
+            )
     return "\n".join(lines)
+
+
+def _directions(spec: PretrainedSpec) -> str:
+    return "both" if len(spec.directions) > 1 else spec.directions[0].replace("_", " ")
+
+
+def _licence(spec: PretrainedSpec) -> str:
+    words = spec.licences.get(spec.path, "see its page").replace(", gated", "; gated")
+    return words if words.endswith(("gated", "open")) else f"{words}; open"
 
 
 def _guidance(spec: PretrainedSpec) -> str:
