@@ -30,10 +30,9 @@ SIZES = {"Lumina2Pipeline": 64}
 """Pixels a side that tiny pipelines draw; IMAGE_SIZE where nothing is said."""
 TEXT_LENGTHS = {
     "AuraFlowPipeline": 32, "FluxPipeline": 32, "Flux2KleinPipeline": 48, "Flux2Pipeline": 220, "Krea2Pipeline": 48,
-    "SanaPipeline": 32, "StableDiffusion3Pipeline": 32, "ZImagePipeline": 200,
+    "SanaPipeline": 32, "StableDiffusion3Pipeline": 32,
 }  # fmt: skip
-"""Pipelines that pad every prompt -> tokens of text for a tiny one, enough for a template before a short prompt.
-Z-Image pads none, but its positions end."""
+"""Pipelines that pad every prompt -> tokens of text for a tiny one, enough for a template before a short prompt."""
 NEEDS_NOTHING = frozenset({"JPEGCompressibility", "JPEGIncompressibility", "Function", "StandInReward"})
 """Rewards that judge without weights, beside those of embedded tasks."""
 _SHRUNK = (
