@@ -44,7 +44,7 @@ WHY_NOT = {
     "influence-shapes": "An update measures every rollout with 408 network calls on top of its own 10.",
     "offline-dpo-shapes": "It reads a file of pairs, which `rlt2i pairs dpo-shapes pairs/shapes` makes first.",
     "opd-shapes": "It learns from two other runs, which have to be made first.",
-    "vipo-cells": "It needs the weights of DINOv2 from the hub, which the other recipes do without.",
+    "vipo-cells": "`vipo-cells` needs the weights of DINOv2 from the hub, which the other recipes do without.",
     "feature-saliency-shapes": "It needs the weights of DINOv2 from the hub, which the other recipes do without.",
 }
 """Recipe -> why it has no curve, where there is more to say than that nobody has run it."""
