@@ -26,6 +26,11 @@ def _loaded(options: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
     }
 
 
+def _drawing(options: argparse.Namespace) -> dict[str, Any]:
+    """How images are drawn: `num_steps`, `seed` and `say`."""
+    return {"num_steps": options.steps, "seed": options.seed, "say": _tell}
+
+
 def sample(options: argparse.Namespace) -> None:
     """`rlt2i sample`: one picture of what a policy draws."""
     check_picture(options.out)
@@ -40,9 +45,7 @@ def sample(options: argparse.Namespace) -> None:
         options.prompt,
         **trained,
         count=options.count,
-        num_steps=options.steps,
-        seed=options.seed,
-        say=_tell,
+        **_drawing(options),
         apart=apart,
     )
     _save_picture(picture, options.out)
@@ -60,9 +63,7 @@ def maps(options: argparse.Namespace) -> None:
         recipe,
         options.prompt,
         **trained,
-        num_steps=options.steps,
-        seed=options.seed,
-        say=_tell,
+        **_drawing(options),
     )
     _save_picture(picture, options.out)
 

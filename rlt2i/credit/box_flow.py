@@ -8,14 +8,13 @@ import attrs
 from attrs import validators
 from torch import Tensor
 
-from rlt2i.credit.algebra import Advantage
-from rlt2i.credit.places import JUDGED, judged_map
-from rlt2i.functional.place_rewards import box_flow_rewards, place_relative_advantage
-from rlt2i.interfaces import CreditContext, Needs
+from rlt2i.credit.places import PlaceAdvantage, judged_map
+from rlt2i.functional.place_rewards import box_flow_rewards
+from rlt2i.interfaces import CreditContext
 
 
 @attrs.frozen(kw_only=True)
-class BoxFlow(Advantage):
+class BoxFlow(PlaceAdvantage):
     """R_p = R - c sigma_R W_p, normalised per place over the group (BoxFlow-GRPO, SDG, arXiv 2606.06113).
 
     W is where the reward's regions hurt, as far as they did; sigma_R is the spread of the group's rewards. So a good
@@ -31,12 +30,6 @@ class BoxFlow(Advantage):
 
     strength: float = attrs.field(default=0.5, validator=validators.gt(0))
     signs: Literal["hurt", "all"] = attrs.field(default="hurt", validator=validators.in_(("hurt", "all")))
-    min_std: float = attrs.field(default=0.1, validator=validators.gt(0))
-    clip: float = attrs.field(default=5.0, validator=validators.gt(0))
-
-    @property
-    def needs(self) -> Needs:
-        return JUDGED
 
     def advantage(self, context: CreditContext) -> Tensor:
         rewards, size = context.rewards, context.group_size
@@ -44,7 +37,4 @@ class BoxFlow(Advantage):
         if self.signs == "hurt":
             judged = judged.clamp(max=0)
         places = box_flow_rewards(rewards.final, judged, size, strength=self.strength, valid=rewards.valid)
-        advantage = place_relative_advantage(
-            places, size, size=rewards.final, min_std=self.min_std, valid=rewards.valid
-        )
-        return advantage.clamp(-self.clip, self.clip).float()[:, None]
+        return self.compared(places, context)

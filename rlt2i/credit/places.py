@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import attrs
 import torch
+from attrs import validators
 from torch import Tensor
 
+from rlt2i.credit.algebra import Advantage
 from rlt2i.credit.region_maps import coverage
+from rlt2i.functional.place_rewards import place_relative_advantage
 from rlt2i.interfaces import CreditContext, Needs
 from rlt2i.types import Region
 
@@ -15,6 +19,31 @@ JUDGED = Needs(
     remedies={"regions": "Use one that judges regions, such as GenEvalReward, OCRReward, CellsReward or ShapesReward."},
 )
 """What such an advantage needs."""
+
+
+@attrs.frozen(kw_only=True)
+class PlaceAdvantage(Advantage):
+    """Rewards of places, each compared with the same place of the group's other images.
+
+    Attributes:
+        min_std: floor of a place's standard deviation, in the unit of the reward.
+        clip: bound on the absolute advantage.
+    """
+
+    min_std: float = attrs.field(default=0.1, validator=validators.gt(0))
+    clip: float = attrs.field(default=5.0, validator=validators.gt(0))
+
+    @property
+    def needs(self) -> Needs:
+        return JUDGED
+
+    def compared(self, places: Tensor, context: CreditContext) -> Tensor:
+        """[B, 1, h, w] of the rewards of places [B, h, w]."""
+        rewards = context.rewards
+        advantage = place_relative_advantage(
+            places, context.group_size, size=rewards.final, min_std=self.min_std, valid=rewards.valid
+        )
+        return advantage.clamp(-self.clip, self.clip).float()[:, None]
 
 
 def judged_map(context: CreditContext, *, who: str) -> Tensor:
