@@ -21,7 +21,7 @@ from rlt2i.captures import attention_name
 from rlt2i.policies.counts import PeakMemory, count_operations, fused_attention, longest_texts
 from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
 from rlt2i.policies.pretrained.loading import cast, meta_text_encoders
-from rlt2i.types import Conditioning, ImageSize
+from rlt2i.types import Conditioning, ImageSize, height_and_width
 
 _FLOAT32 = 4
 _ADAM_STATES = 2
@@ -122,6 +122,9 @@ def make_plan(
     rollout_batch_size: int = 16,
     num_tokens: int = 20,
     weight_copies: int = 0,
+    optimizer_steps: int | None = None,
+    noisy_steps: int = 0,
+    clean_predictions: int = 0,
 ) -> Plan:
     """Count a run of `spec`; reads configuration files, never weights.
 
@@ -135,6 +138,10 @@ def make_plan(
         rollout_batch_size: rollouts denoised and decoded together.
         num_tokens: text tokens recorded, for `capture_share`.
         weight_copies: further copies of what learns (average, reference, old policy).
+        optimizer_steps: per iteration; where given, what a batch takes besides its latents is counted too: images,
+            log-probabilities, clean predictions, and the copies of rows that an optimizer step learns from.
+        noisy_steps: steps with a log-probability, if any: then all steps have room for one.
+        clean_predictions: steps whose clean prediction is kept for the credit.
 
     Raises:
         ValueError: when the backbone refuses the size.
@@ -158,6 +165,18 @@ def make_plan(
             * math.prod(policy.latent_shape(image_size))
             * _FLOAT32,
         }
+        taken = chunks = 0
+        if optimizer_steps is not None:
+            channels, height, width = policy.latent_shape(image_size)
+            prediction = rollouts_per_iteration * channels * height * width * _FLOAT32
+            resident |= {
+                "images": rollouts_per_iteration * 3 * math.prod(height_and_width(image_size)),
+                "log-probabilities": rollouts_per_iteration * num_steps * height * width * _FLOAT32 * (noisy_steps > 0),
+                "clean predictions": clean_predictions * prediction,
+            }
+            chunks = sum(resident[name] for name in ("trajectories", "log-probabilities", "clean predictions"))
+            # Rows are chosen by copying: once for the step at hand and, where there are several steps, once for all.
+            taken = chunks if optimizer_steps == 1 else chunks + chunks // optimizer_steps
         base = sum(resident.values())
         # Autocast keeps a copy of every weight in the lower precision, in which the meta network runs throughout.
         mixed = spec.weight_dtype != spec.compute_dtype
@@ -200,8 +219,9 @@ def make_plan(
             capture_share=share,
             memory={
                 "encode": base + (0 if stay else encoders),
-                "rollout": base + max(copies + denoise.peak, decode.peak),
-                "update": base + copies + wider_gradients + update.peak,
+                # Chunks of rollouts are put together while they are still there.
+                "rollout": base + max(copies + denoise.peak, decode.peak, chunks),
+                "update": base + taken + copies + wider_gradients + update.peak,
             },
             resident=resident,
         )

@@ -12,6 +12,7 @@ from rlt2i.policies.cost import NotCounted, Plan, make_plan
 from rlt2i.policies.pretrained import PretrainedSpec
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.recipes.train_config import BatchPlan, derive_batch
+from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.tasks.base import check_metadata
 from rlt2i.types import height_and_width
 
@@ -86,4 +87,7 @@ def plan_of(recipe: Recipe, batch: BatchPlan) -> Plan:
         micro_batch_size=batch.micro_batch_size,
         rollout_batch_size=batch.rollout_batch_size,
         weight_copies=len(copies) + (train.ema_decay is not None),
+        optimizer_steps=batch.optimizer_steps,
+        noisy_steps=len(recipe.sampler.stochastic_steps(0)),
+        clean_predictions=batch.num_steps if CLEAN_PREDICTIONS in recipe.algorithm().captures else 0,
     )

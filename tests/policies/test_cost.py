@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlt2i.config import load_object
+from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.policies.aura_flow import AuraFlow
 from rlt2i.policies.cost import NotCounted, capture_share, forward_flops, make_plan
 from rlt2i.policies.counts import PeakMemory, count_operations, fused_attention
@@ -21,6 +22,7 @@ from rlt2i.policies.zimage import ZImage
 from rlt2i.recipes.parts import PARTS
 from rlt2i.types import Prompts
 from tests.helpers.backbones import marked
+from tests.helpers.objective_cases import experience_for
 
 BACKBONES = {name: load_object(reference) for name, reference in PARTS["PolicySpec"].items()}
 SD35 = SD3(path="stabilityai/stable-diffusion-3.5-medium", lora_rank=32, dtype="bfloat16")
@@ -224,3 +226,31 @@ def test_text_encoders_that_leave_the_device_take_memory_only_while_they_encode(
     assert leave.memory["encode"] == stay.memory["encode"]
     assert stay.memory["update"] - leave.memory["update"] == stay.resident["text encoders"] > 10 << 30
     assert "text encoders" not in leave.resident
+
+
+def test_a_batch_is_counted_with_what_is_kept_of_it_and_copied_while_learning(short):
+    common = {
+        "image_size": 512, "num_steps": 10, "trained_steps": 2, "rollouts_per_iteration": 24, "micro_batch_size": 8,
+    }  # fmt: skip
+    bare = make_plan(short, **common)
+    one = make_plan(short, **common, optimizer_steps=1, noisy_steps=3, clean_predictions=10)
+    four = make_plan(short, **common, optimizer_steps=4)
+    latents = 24 * 16 * 64 * 64 * 4
+    assert one.resident["trajectories"] == 11 * latents
+    assert one.resident["images"] == 24 * 3 * 512 * 512
+    assert one.resident["log-probabilities"] == 10 * latents // 16
+    assert one.resident["clean predictions"] == 10 * latents
+    kept = 24 * 3 * 512 * 512 + 10 * latents // 16 + 10 * latents
+    assert one.memory["update"] - bare.memory["update"] == kept + 21 * latents + 10 * latents // 16
+    # Without noise and captures: the latents once for all steps, and a quarter of them for the step at hand.
+    assert four.memory["update"] - bare.memory["update"] == 24 * 3 * 512 * 512 + 11 * latents + 11 * latents // 4
+    assert four.resident["clean predictions"] == four.resident["log-probabilities"] == 0
+
+
+def test_rows_of_an_experience_are_copies_of_the_counted_size():
+    batch = experience_for(ClippedSurrogate(), prompts=2, group_size=3).trajectory
+    taken = batch.take(torch.arange(6))
+    assert taken.latents.data_ptr() != batch.latents.data_ptr()
+    _, times, channels, height, width = batch.latents.shape
+    assert taken.latents.nbytes == 6 * times * channels * height * width * 4
+    assert taken.log_probs.nbytes == 6 * (times - 1) * height * width * 4
