@@ -106,7 +106,7 @@ class Card:
         spec, notes = self.spec, []
         if spec.guided and not isinstance(spec.guidance, LinearGuidance):
             notes.append(f"It was trained under {type(spec.guidance).__name__}, which the stock pipeline may not have.")
-        if not hasattr(self.policy.pipe.scheduler, "shift") and "shift" not in self.policy.pipe.scheduler.config:
+        if type(self.policy.pipe.scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
             notes.append("`rlt2i sample` takes Euler steps of the flow; other schedulers give other images.")
         return notes
 

@@ -147,7 +147,9 @@ def _merged(policy: PretrainedPolicy, folder: Path) -> str:
     import diffusers
 
     spec = policy.spec
-    network = network_of(spec, policy.pipe).to(spec.compute_dtype)
+    network = network_of(spec, policy.pipe)
+    if network.dtype != spec.compute_dtype:
+        network = network.to(spec.compute_dtype)
     options: dict[str, Any] = {spec.network: network, "dtype": spec.compute_dtype}
     absent = {name: None for name, value in spec.components().items() if value is None}
     with quietly(), fetching(spec):
