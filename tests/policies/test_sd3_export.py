@@ -16,9 +16,7 @@ def run(policy, latents, sigma):
 
 
 def stock_velocity(pipeline, latents, sigma):
-    embeddings, _, pooled, _ = pipeline.encode_prompt(
-        TEXT, None, None, do_classifier_free_guidance=False, max_sequence_length=0
-    )
+    embeddings, _, pooled, _ = pipeline.encode_prompt(TEXT, None, None, do_classifier_free_guidance=False)
     with torch.no_grad():
         return pipeline.transformer(
             hidden_states=latents,
