@@ -12,6 +12,7 @@ from attrs import validators
 from rlt2i.functional.ema import nft_old_decay
 from rlt2i.functional.matching import nft_label
 from rlt2i.functional.reward_targets import gradient_targets, self_distillation_loss_map
+from rlt2i.functional.transfer import on_host
 from rlt2i.functional.transitions import clean_prediction
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.reduction import masked_mean, on_grid, share, trainable_steps
@@ -64,7 +65,7 @@ class DiffusionOPSD(Objective):
             with torch.no_grad(), context.weights("old"):
                 old = policy.velocity(states.latents, states.sigma, states.conditioning)
             anchor = clean_prediction(states.latents, old, states.sigma)
-            found = context.reward_gradient(anchor, experience.prompts.take(rollouts.tolist()))
+            found = context.reward_gradient(anchor, experience.prompts.take(on_host(rollouts).tolist()))
             targets = gradient_targets(anchor, found.gradient, radius=self.radius)
 
             grid = (anchor.shape[2], anchor.shape[3])
