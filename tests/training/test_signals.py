@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
+from rlt2i.runs.checkpoint import latest_checkpoint
 from rlt2i.training.signals import GracefulStop
 
 
@@ -143,3 +146,17 @@ def test_leaving_ends_the_watching_thread_and_puts_the_descriptor_back():
     watching.join(10)
     assert not watching.is_alive()
     assert signal.set_wakeup_fd(before) == before
+
+
+@pytest.mark.slow
+def test_a_terminal_that_goes_away_stops_the_run_and_is_no_error(tmp_path):
+    words = ["-m", "rlt2i", "train", "tests.helpers.toy_recipe:slow", "--run-dir", str(tmp_path / "run")]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(Path(__file__).parents[2])
+        os.execv(sys.executable, [sys.executable, *words])
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and os.read(terminal, 1000):
+        pass
+    os.close(terminal)  # SIGHUP to the run, and nobody reads what it says any more
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert latest_checkpoint(tmp_path / "run") is not None
