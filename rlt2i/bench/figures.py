@@ -73,7 +73,8 @@ def difference_chart(
                     reach += [d.low, d.high]
             plot.plot([d.mean], [row], "o", color=colour, ms=7, mew=0)
             reach += seeds
-            text(canvas, 10, _HEAD + _ROW * (row + 0.42), f"{_name(plan, c)}: {signed(d.mean, 3)}")
+            name = f"{_name(plan, c)}: {signed(d.mean, 3)}"
+            plot.text(0.003, row - 0.4, name, transform=plot.get_yaxis_transform(), va="center")
         low, high = min(reach), max(reach)
         pad = 0.06 * (high - low)
         plot.set_xlim(low - pad, high + pad)
