@@ -2,10 +2,10 @@
 
     PEERS=/path/to/checkouts python -m benchmarks.side_by_side [--images 16] [--rounds 5]
 
-PEERS holds checkouts called `flow_grpo` and `Flow-Factory`; one that is not there, or does not import, is named with
-the reason and left out. Ten steps, nine of them trained, guidance 4.5, an adapter of rank 8, float32, one thread. The
-rollout includes decoding, the update is one optimiser step over all pairs. Arms take turns; a ratio is the median over
-rounds of an arm's seconds / rlt2i's seconds in that round, so above 1 rlt2i is the faster one. Only ratios mean
+PEERS holds checkouts called `flow_grpo` and `Flow-Factory`; one that is not there, or does not work here, is named
+with the reason and left out. Ten steps, nine of them trained, guidance 4.5, an adapter of rank 8, float32, one thread.
+The rollout includes decoding, the update is one optimiser step over all pairs. Arms take turns; a ratio is the median
+over rounds of an arm's seconds / rlt2i's seconds in that round, so above 1 rlt2i is the faster one. Only ratios mean
 something.
 """
 
@@ -306,9 +306,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[float, float
                 print(f"{name}: not timed, PEERS={peers} holds no checkout of that name")
                 continue
             try:
-                arms.append(make(Path(peers), path, options.images, options.size))
+                arm = make(Path(peers), path, options.images, options.size)
+                arm.update(arm.rollout())  # what does not work is found before anything is timed
             except Exception as error:
                 print(f"{name}: not timed, {type(error).__name__}: {error}")
+                continue
+            arms.append(arm)
         seconds = measure(arms, options.rounds)
     print(f"{options.images} images, {STEPS} steps, {TRAINED} trained, width {options.width}, {options.rounds} rounds")
     found = {arm.name: ratios(seconds, arm.name, base.name) for arm in arms}
