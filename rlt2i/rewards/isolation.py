@@ -88,7 +88,9 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-_SETTINGS: dict[str, tuple[_Read, _Write]] = {
+_Settings = Mapping[str, tuple[_Read, _Write]]
+_SIGNALS = "the handling of signals"  # of the main thread alone
+_SETTINGS: _Settings = {
     "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "torch's default device": (_default_device, torch.set_default_device),
     "the recording of gradients": (torch.is_grad_enabled, torch._C._set_grad_enabled),
@@ -104,7 +106,7 @@ _SETTINGS: dict[str, tuple[_Read, _Write]] = {
     "the working directory": (os.getcwd, os.chdir),
     "Python's recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
     "standard output": (_streams, _set_streams),
-    "the handling of signals": (_signals, _set_signals),
+    _SIGNALS: (_signals, _set_signals),
 }
 
 
@@ -112,13 +114,30 @@ _SETTINGS: dict[str, tuple[_Read, _Write]] = {
 def unchanged_process(name: str) -> Iterator[None]:
     """Put back what a reward of this name changes for the whole process, and say so.
 
-    In the main thread only: between threads that score at the same time, one would put back the other's temporary
-    changes. Random number generators stay as they are; nothing that a run draws comes from the global ones.
+    Of several threads that score at the same time only one does this: another would put back its temporary changes.
+    While a reward scores beside a rollout, the rollout sees what the reward changes, until it is put back. Random number
+    generators stay as they are; nothing that a run draws comes from the global ones.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is threading.main_thread():
+        with _unchanged(name, _SETTINGS):
+            yield
+    elif _BESIDE.acquire(blocking=False):
+        try:
+            with _unchanged(name, {what: how for what, how in _SETTINGS.items() if what != _SIGNALS}):
+                yield
+        finally:
+            _BESIDE.release()
+    else:
         yield
-        return
-    before = {what: read() for what, (read, _) in _SETTINGS.items()}
+
+
+_BESIDE = threading.RLock()
+"""Held by the one thread, besides the main one, that looks after the process."""
+
+
+@contextlib.contextmanager
+def _unchanged(name: str, settings: _Settings) -> Iterator[None]:
+    before = {what: read() for what, (read, _) in settings.items()}
     # A guard of our own undoes an inference mode that was entered and never left.
     with torch.inference_mode(torch.is_inference_mode_enabled()):
         torch._C._set_grad_enabled(before["the recording of gradients"])
@@ -132,7 +151,7 @@ def unchanged_process(name: str) -> Iterator[None]:
 
 
 def _put_back(before: Mapping[str, Any]) -> list[str]:
-    changed = [what for what, (read, _) in _SETTINGS.items() if _differs(read, before[what])]
+    changed = [what for what in before if _differs(_SETTINGS[what][0], before[what])]
     for what in changed:
         _SETTINGS[what][1](before[what])
     if any(filter[0] == "error" and filter[2] is Warning for filter in warnings.filters[:1]):
