@@ -115,8 +115,8 @@ def unchanged_process(name: str) -> Iterator[None]:
     """Put back what a reward of this name changes for the whole process, and say so.
 
     Of several threads that score at the same time only one does this: another would put back its temporary changes.
-    While a reward scores beside a rollout, the rollout sees what the reward changes, until it is put back. Random number
-    generators stay as they are; nothing that a run draws comes from the global ones.
+    While a reward scores beside a rollout, the rollout sees what the reward changes, until it is put back. Random
+    number generators stay as they are; nothing that a run draws comes from the global ones.
     """
     if threading.current_thread() is threading.main_thread():
         with _unchanged(name, _SETTINGS):
