@@ -378,7 +378,7 @@ BENDING: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "a folder that goes": (elsewhere, os.getcwd),
     "recursion": (lambda: sys.setrecursionlimit(300), sys.getrecursionlimit),
     "output": (lambda: setattr(sys, "stdout", None), lambda: sys.stdout),
-    "Ctrl-C": (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), lambda: signal.getsignal(signal.SIGINT)),
+    "Ctrl-C": (lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), lambda: signal.getsignal(signal.SIGINT)),
     "SIGTERM": (lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN), lambda: signal.getsignal(signal.SIGTERM)),
     "warnings": (lambda: warnings.simplefilter("error"), lambda: warnings.filters[0]),
 }
