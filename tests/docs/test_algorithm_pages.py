@@ -160,7 +160,7 @@ def test_results_say_plainly_what_a_curve_came_to(gain, low, high, verdict, tmp_
     curve(tmp_path, 0, gain, low, high)
     said, older = pages.sentences("crd-shapes")
     assert older == "That curve was made before rollouts without advantage took part in this loss."
-    assert "`crd-shapes`, seed 0: held-out strict accuracy .425 at the base" in said
+    assert "`crd-shapes`, seed 0: strict accuracy .425 at the base" in said
     assert "after 12 iterations" in said
     assert f"{gain:+.3f}".replace("0.", ".") in said
     assert "on 480 images" in said
