@@ -16,22 +16,23 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or
 SLOW = os.environ.get("RLT2I_SLOW", "share")
 """Slow tests: "share" runs an eighth of them, another one every day; "all" all, "none" none."""
 SHARES = 8
+"""Days until every slow test has had its turn; `@pytest.mark.slow(days=N)` for a sweep that would take too long a day."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
 
 
-def of_today(nodeid: str) -> bool:
+def of_today(nodeid: str, days: int = SHARES) -> bool:
     """Whether a slow test belongs to today's share."""
-    return zlib.crc32(nodeid.encode()) % SHARES == datetime.date.today().toordinal() % SHARES
+    return zlib.crc32(nodeid.encode()) % days == datetime.date.today().toordinal() % days
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say why; leave out slow tests that are not today's."""
     if SLOW != "all" and not config.option.markexpr and not any("::" in argument for argument in config.args):
-        slow = {item for item in items if item.get_closest_marker("slow")}
-        left = [item for item in slow if SLOW == "none" or not of_today(item.nodeid)]
+        slow = {item: mark for item in items if (mark := item.get_closest_marker("slow"))}
+        left = [item for item, mark in slow.items() if SLOW == "none" or not of_today(item.nodeid, **mark.kwargs)]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")

@@ -163,7 +163,7 @@ def test_results_say_plainly_what_a_curve_came_to(gain, low, high, verdict, tmp_
     assert "`crd-shapes`, seed 0: strict accuracy .425 at the base" in said
     assert "after 12 iterations" in said
     assert f"{gain:+.3f}".replace("0.", ".") in said
-    assert "on 480 images" in said
+    assert "on 480 evaluation images" in said
     assert "1.70 objects per image where 1.75 are asked for" in said
     assert "`rlt2i train crd-shapes`" in said
     assert verdict in said

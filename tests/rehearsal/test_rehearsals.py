@@ -23,7 +23,11 @@ def passes(name: str, folder: Path, *, compile_blocks: bool = False) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in NAMES if name not in COMPILED],
+    [
+        pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow(days=24))
+        for name in NAMES
+        if name not in COMPILED
+    ],
 )
 def test_a_shipped_recipe_passes_its_rehearsal(name: str, tmp_path: Path):
     passes(name, tmp_path)
