@@ -16,7 +16,7 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or
 SLOW = os.environ.get("RLT2I_SLOW", "share")
 """Slow tests: "share" runs an eighth of them, another one every day; "all" all, "none" none."""
 SHARES = 8
-"""Days until every slow test has had its turn; `@pytest.mark.slow(days=N)` for a sweep that would take too long a day."""
+"""Days until every slow test has had its turn; `@pytest.mark.slow(days=N)` where that is too much for a day."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

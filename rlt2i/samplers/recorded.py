@@ -11,6 +11,7 @@ from attrs import validators
 from torch import Tensor
 
 from rlt2i.captures import PREFERENCE
+from rlt2i.functional.transfer import to_device
 from rlt2i.functional.transitions import clean_prediction
 from rlt2i.inputs.imagefiles import ImageFileError, read_picture
 from rlt2i.interfaces import Policy, RolloutRequest, Sampler
@@ -57,9 +58,9 @@ class Recorded(Sampler):
         device, num_rollouts = request.noise.device, len(request.noise)
         files = [_file(row, ROLES[i % 2]) for i, row in enumerate(request.metadata)]
         images = torch.stack([read_image(file, request.image_size) for file in files])
-        clean = policy.encode_images(images.to(device) / 255)
+        clean = policy.encode_images(to_device(images, device) / 255)
         noise = request.noise.initial(policy.latent_shape(request.image_size))
-        sigmas = policy.sigmas(self.num_steps, request.image_size).to(device)
+        sigmas = to_device(policy.sigmas(self.num_steps, request.image_size), device)
         level = sigmas.view(1, -1, 1, 1, 1)
         latents = (1 - level) * clean[:, None] + level * noise[:, None]
         return Trajectory(
@@ -109,7 +110,7 @@ def _captures(
     num_rollouts, num_steps = latents.shape[0], latents.shape[1] - 1
     captures: dict[str, Tensor] = {}
     if PREFERENCE in names:
-        verdict = latents.new_tensor([1.0, -1.0]).repeat(num_rollouts // 2)
+        verdict = to_device(torch.tensor([1.0, -1.0], dtype=latents.dtype), latents.device).repeat(num_rollouts // 2)
         captures[PREFERENCE] = verdict[:, None].expand(-1, num_steps)
     requested = names - {PREFERENCE, CLEAN_PREDICTIONS}
     if not names - {PREFERENCE}:

@@ -14,6 +14,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.functional.transfer import to_device
 from rlt2i.policies.pretrained.loading import quietly, read_text_encoder, without_warnings
 from rlt2i.policies.pretrained.spec import PretrainedSpec
 
@@ -81,7 +82,7 @@ class TextEncoding:
         key = (text, negative)
         if key in self._memory:
             self._memory.move_to_end(key)
-            return {name: tensor.to(self.device) for name, tensor in self._memory[key].items()}
+            return {name: to_device(tensor, self.device) for name, tensor in self._memory[key].items()}
         encoded = self._from_disk(key)
         if encoded is None:
             self._arrive()
