@@ -211,7 +211,7 @@ def _load_elsewhere(recipe: Recipe, run: Path) -> None:
             raise RuntimeError(f"{type(pipe).__name__} took no key of {exported}")
     size = recipe.train.image_size
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    image = pipe("a lighthouse", num_inference_steps=2, height=height, width=width, output_type="pt").images
+    image = pipe(prompt="a lighthouse", num_inference_steps=2, height=height, width=width, output_type="pt").images
     if image.shape[-2:] != (height, width) or not torch.isfinite(image).all():
         raise RuntimeError(f"{type(pipe).__name__} drew {tuple(image.shape)} from {exported}, finite or not")
 
