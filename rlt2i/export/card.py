@@ -142,7 +142,7 @@ class Card:
         return (
             "\n".join(lines)
             + f"\n\n{load}\nsettings = dict(\n{settings})\n"
-            + f'image = pipe("{_PROMPT}", generator=torch.Generator().manual_seed(0), **settings).images[0]\n'
+            + f'image = pipe(prompt="{_PROMPT}", generator=torch.Generator().manual_seed(0), **settings).images[0]\n'
             + 'image.save("image.png")\n'
         )
 
