@@ -99,7 +99,6 @@ COMFYUI: Mapping[str, Table] = {
     "Flux2Transformer2DModel": _flux2(),
     "QwenImageTransformer2DModel": SAME,
     "ZImageTransformer2DModel": _stacked_attention(_LAYERS, "attention", ("w1", "w2", "w3")),
-    "Lumina2Transformer2DModel": _stacked_attention(_LAYERS, "attn", ("linear_1", "linear_2", "linear_3")),
 }
 KOHYA: Mapping[str, Table] = {
     "SD3Transformer2DModel": _sd3(),
@@ -107,7 +106,6 @@ KOHYA: Mapping[str, Table] = {
     "Flux2Transformer2DModel": _flux2(),
     "QwenImageTransformer2DModel": SAME,
     "ZImageTransformer2DModel": SAME,
-    "Lumina2Transformer2DModel": COMFYUI["Lumina2Transformer2DModel"],
     "UNet2DConditionModel": SAME,
 }
 

@@ -15,7 +15,7 @@ from rlt2i.export.lora import convert, pairs_of
 def networks() -> dict[str, tuple[Any, tuple[str, ...]]]:
     """Name -> (a network without storage, layers to adapt): attention and feed-forward, wherever a tool names them.
 
-    FLUX.1 and Lumina 2 have their real width, which the converters know by heart.
+    FLUX.1 has its real width, which the converters know by heart.
     """
     import diffusers as d
 
@@ -42,10 +42,6 @@ def networks() -> dict[str, tuple[Any, tuple[str, ...]]]:
         in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=8,
         axes_dims=[2, 2, 4], axes_lens=[16, 16, 16],
     )  # fmt: skip
-    lumina = d.Lumina2Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, hidden_size=2304, num_layers=1, num_refiner_layers=1,
-        num_attention_heads=24, num_kv_heads=8, cap_feat_dim=8,
-    )  # fmt: skip
     ff = ("ff.net.0.proj", "ff.net.2")
     single = ("proj_mlp", "1.proj_out")
     return {
@@ -54,18 +50,6 @@ def networks() -> dict[str, tuple[Any, tuple[str, ...]]]:
         "FLUX.2": (flux2, (*joint, "ff.linear_in", "ff_context.linear_out", "attn.to_qkv_mlp_proj")),
         "Qwen-Image": (qwen, (*joint, "img_mlp.net.0.proj", "txt_mlp.net.2")),
         "Z-Image": (zimage, ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "w1", "w2")),
-        "Lumina 2": (
-            lumina,
-            (
-                "attn.to_q",
-                "attn.to_k",
-                "attn.to_v",
-                "attn.to_out.0",
-                "feed_forward.linear_1",
-                "feed_forward.linear_2",
-                "feed_forward.linear_3",
-            ),
-        ),
     }
 
 
@@ -134,7 +118,6 @@ CASES = {
     ("Qwen-Image", "kohya"): (through_lora, "_convert_non_diffusers_qwen_lora_to_diffusers"),
     ("Z-Image", "comfyui"): (through_checkpoint, "convert_z_image_transformer_checkpoint_to_diffusers"),
     ("Z-Image", "kohya"): (through_lora, "_convert_non_diffusers_z_image_lora_to_diffusers"),
-    ("Lumina 2", "comfyui"): (through_lora, "_convert_non_diffusers_lumina2_lora_to_diffusers"),
 }
 
 

@@ -281,6 +281,6 @@ def test_bf16_full_fine_tuning_keeps_float32_masters(clip_pipeline):
     latents, sigma = draw(policy, 2), torch.tensor([0.9, 0.3])
     exact = reference.velocity(latents, sigma, conditioning)
     rounded = policy.velocity(latents, sigma, policy.encode(Prompts.of(TEXTS)))
-    assert 0 < (exact - rounded).square().mean() < 0.1**2 * exact.square().mean()
+    assert 0 < (exact - rounded).square().mean() < 0.15**2 * exact.square().mean()
     for name, parameter in policy.trainable_parameters().items():
         assert torch.equal(parameter, reference.trainable_parameters()[name])
