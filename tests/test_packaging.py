@@ -137,7 +137,8 @@ def test_every_declared_dependency_is_imported_or_has_a_reason():
 
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    named = [*project["dependencies"], *(r for name, extra in extras.items() if name not in ("dev", "docs") for r in extra)]
+    ours = [requirement for name, extra in extras.items() if name not in ("dev", "docs") for requirement in extra]
+    named = [*project["dependencies"], *ours]
     names = {Requirement(text).name for text in named}
     found = {module.partition(".")[0] for path in (ROOT / "rlt2i").rglob("*.py") for _, module in imports(path)}
     unused = {name for name in names if not found & set(SPELT.get(name, name.replace("-", "_")).split())}
