@@ -84,4 +84,5 @@ def _unpatchify(latents: Tensor) -> Tensor:
 
 def _tidy(images: Tensor) -> Tensor:
     """bf16 convolutions are fastest with channels last."""
-    return images.contiguous(memory_format=torch.channels_last) if images.dtype == torch.bfloat16 else images
+    fast = images.ndim == 4 and images.dtype == torch.bfloat16
+    return images.contiguous(memory_format=torch.channels_last) if fast else images

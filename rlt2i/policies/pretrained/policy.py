@@ -68,8 +68,9 @@ class PretrainedPolicy(Policy):
         network, vae = getattr(pipe, spec.network), pipe.vae
         prepare(spec, network, vae)
         network.to(device)
-        layout = torch.channels_last if spec.image_dtype == torch.bfloat16 else torch.preserve_format
-        vae.to(device, memory_format=layout)
+        flat = all(weight.ndim < 5 for weight in vae.parameters())  # Qwen-Image's convolutions have a time axis
+        fast = flat and spec.image_dtype == torch.bfloat16
+        vae.to(device, memory_format=torch.channels_last if fast else torch.preserve_format)
         policy = cls(spec=spec, pipe=pipe, text=TextEncoding(spec=spec, pipe=pipe, device=device), device=device)
         watch(policy.attentions(), device, spec.compute_dtype)
         if spec.compile:
