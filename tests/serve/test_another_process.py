@@ -62,7 +62,7 @@ def test_a_run_stops_with_a_message_when_its_server_dies(tmp_path):
     def act(count: int, body: bytes) -> Answer:
         batch, want = batch_from_bytes(body)
         reply, _ = output_to_bytes(Grey().score(batch, want), fingerprint=digest(Grey().fingerprint()))
-        return (200, {"content-type": "application/json"}, reply) if count <= 3 else (503, {}, b"")  # two chunks an iteration
+        return (200, {"content-type": "application/json"}, reply) if count <= 3 else (503, {}, b"")
 
     with Rogue(Grey(), act) as rogue:
         recipe = attrs.evolve(toy_recipe.clipped(eval_every=4), reward=remote(rogue.url, patience_s=0.3))
