@@ -157,6 +157,8 @@ def test_a_home_that_cannot_be_written_forgets(home, monkeypatch):
     (home / "plain").write_text("")
     monkeypatch.setenv("RLT2I_TRUSTED", str(home / "plain" / "trusted"))
     remember([home / "plain"])
+    assert (home / "plain").read_text() == ""
+    assert not (home / "plain" / "trusted").exists()
 
 
 def test_the_file_of_a_function_belongs_to_the_run(home):

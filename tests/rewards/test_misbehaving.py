@@ -263,10 +263,8 @@ def says(images: Any, prompts: Any, metadata: Any) -> Any:
     return SAID[0]
 
 
-@pytest.mark.parametrize("said", [torch.tensor([0j, 1j]), ["0.0", "1"], [0j, 1], [False, True], "00", {0.0, 1.0}, 0.0])
+@pytest.mark.parametrize("said", [torch.tensor([0j, 1j]), ["0.0", "1"], [0j, 1], [False, True], "00", 0.0])
 def test_a_plain_function_is_held_to_the_same(said):
-    if isinstance(said, set):
-        pytest.skip("a set of two numbers is an iterable of two numbers")
     output = score_safely(Function(function=lambda_of(said)), batch_of(1, 2))
     assert not output.valid.any()
 
