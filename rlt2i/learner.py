@@ -380,8 +380,10 @@ def informative_rows(experience: Experience, *, whole_groups: bool = False) -> T
     Args:
         whole_groups: keep all valid rows of a group of which one has some advantage, for objectives that compare them.
     """
-    valid, groups = on_host(experience.rewards.valid), on_host(experience.groups)
-    some = on_host((experience.credit.advantage != 0).flatten(1).any(dim=1)) & valid
+    valid = experience.rewards.valid
+    there = (experience.credit.advantage != 0).flatten(1).any(dim=1).to(valid.device)
+    valid, some = on_host(torch.stack([valid, there & valid])).unbind()  # one wait for both
     if whole_groups:
+        groups = on_host(experience.groups)
         some = torch.isin(groups, groups[some])
     return (some & valid).nonzero()[:, 0]
