@@ -63,17 +63,25 @@ def parser() -> argparse.ArgumentParser:
         "--keep", type=home_path, metavar="DIR", help="keep what was written (default: a temporary folder)"
     )
 
-    check = add("check", training.check, "examine a part of yours law by law; every mistake comes with what to do")
-    check.add_argument("kind", choices=["policy"], help="what it is")
+    check = add("check", training.check, "examine a recipe on its own weights, or a policy, law by law")
     check.add_argument(
-        "name",
+        "what",
         type=home_name,
-        help="short name, module:Class, file.py:Class, or a YAML file with the part or a recipe; or a shipped recipe",
+        nargs="+",
+        help="a recipe as `train` takes it; or the word policy and a short name, module:Class, file.py:Class, or a "
+        "YAML file with the part or a recipe",
     )
     _add_set(check, "a field of the part, such as path=DIR; may be repeated")
     check.add_argument("--size", metavar="HxW", help="of images (default: the smallest usual one that it takes)")
     check.add_argument("--device", default="cpu", help="where it is loaded (default cpu)")
     check.add_argument("--tiny", action="store_true", help="on random weights of a tiny pipeline of its class")
+    check.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of a recipe: devices that it will be trained on (default 1)",
+    )
 
     train = add("train", training.train, "train a recipe")
     train.add_argument(

@@ -54,9 +54,18 @@ def rehearse(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """`rlt2i check`: 1 when a law is broken."""
-    from rlt2i.conformance.command import main as check_policy
+    from rlt2i.conformance.command import main, main_of_recipe
 
-    return check_policy(options.name, options.set, size=options.size, device=options.device, tiny=options.tiny)
+    match options.what:
+        case ["policy", name]:
+            return main(name, options.set, size=options.size, device=options.device, tiny=options.tiny)
+        case [name] if name != "policy":
+            if options.size:
+                raise ValueError("check --size: a recipe says its own size. Use --set train.image_size=...")
+            return main_of_recipe(
+                name, options.set, device=options.device, world_size=options.processes, tiny=options.tiny
+            )
+    raise ValueError(f"check {' '.join(options.what)}: say `check RECIPE` or `check policy NAME`.")
 
 
 def train(options: argparse.Namespace) -> None:

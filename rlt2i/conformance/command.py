@@ -1,4 +1,4 @@
-"""`rlt2i check policy SPEC`."""
+"""`rlt2i check policy SPEC` and `rlt2i check RECIPE`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 from rlt2i.config.naming import named_part
 from rlt2i.config.references import is_reference, read_yaml
 from rlt2i.conformance.laws import check_policy, table
+from rlt2i.conformance.recipe import check_recipe
 from rlt2i.inputs.textfiles import has_suffix, user_path
 from rlt2i.interfaces import PolicySpec
 from rlt2i.policies.pretrained import PretrainedSpec
+from rlt2i.policies.pretrained.loading import quietly
 from rlt2i.recipes.parts import PARTS
 from rlt2i.recipes.recipe import load_recipe
-from rlt2i.rehearsal.replacing import small_policy
+from rlt2i.rehearsal.replacing import make_small, small_policy
 from rlt2i.types import ImageSize, image_size
 
 
@@ -65,5 +67,21 @@ def main(name: str, fields: Sequence[str], *, size: str | None, device: str, tin
         for line in said:
             print(f"replaced  {line}")
         findings = check_policy(spec, size=wanted, device=device)
+    print(table(findings))
+    return int(any(finding.mistake is not None for finding in findings))
+
+
+def main_of_recipe(name: str, overrides: Sequence[str], *, device: str, world_size: int, tiny: bool) -> int:
+    """Examine a recipe on its own weights and print what came out; 0 when every law is kept, 1 when not."""
+    recipe, leave_out = load_recipe(name, overrides), []
+    with tempfile.TemporaryDirectory(prefix="rlt2i-check-") as folder:
+        if tiny:
+            small = make_small(recipe, Path(folder), compile_blocks=False)
+            recipe = small.recipe
+            leave_out = ["reward_tells_good_from_bad"] if recipe.reward != load_recipe(name, overrides).reward else []
+            for line in small.replaced:
+                print(f"replaced  {line}")
+        with quietly():
+            findings = check_recipe(recipe, device=device, world_size=world_size, leave_out=leave_out)
     print(table(findings))
     return int(any(finding.mistake is not None for finding in findings))

@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import attrs
 import torch
@@ -45,9 +46,8 @@ class Finding:
     mistake: str | None = None
 
 
-def check_law(name: str, subject: Subject) -> Finding:
-    """One law; whatever a policy raises is its mistake."""
-    law: Law = POLICY_LAWS[name]
+def find(name: str, law: Callable[[Any], str | None], subject: Any) -> Finding:
+    """What came of one law; whatever is raised on the way is the subject's mistake."""
     finding = functools.partial(Finding, law=name, demand=(law.__doc__ or "").strip().splitlines()[0])
     try:
         return finding(note=law(subject) or "")
@@ -57,6 +57,11 @@ def check_law(name: str, subject: Subject) -> Finding:
         if os.environ.get("RLT2I_DEBUG"):
             traceback.print_exc()
         return finding(mistake=f"raised {type(error).__name__}: {error}")
+
+
+def check_law(name: str, subject: Subject) -> Finding:
+    """One law of a policy."""
+    return find(name, POLICY_LAWS[name], subject)
 
 
 def check_policy(

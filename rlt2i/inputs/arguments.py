@@ -30,6 +30,8 @@ EXAMPLES: Final[Mapping[str, Sequence[str]]] = {
         "rlt2i check policy Flux --tiny",
         "rlt2i check policy my_backbone.py:MySpec --set path=weights/mine --size 64x96",
         "rlt2i check policy star-sd35-geneval --tiny",
+        "rlt2i check star-sd35-ocr --tiny",
+        "rlt2i check star-sd35-ocr --device cuda  # before a long run",
     ),
     "train": (
         "rlt2i train star-shapes --report",

@@ -26,6 +26,7 @@ from rlt2i.runs.checkpoint import EXPORT, latest_checkpoint
 from rlt2i.runs.metrics import read_metrics
 from rlt2i.training.dry_run import describe_run
 from rlt2i.training.start import train
+from rlt2i.types import ImageSize, height_and_width
 
 
 @attrs.frozen(kw_only=True)
@@ -198,6 +199,18 @@ def _load_elsewhere(recipe: Recipe, run: Path) -> None:
         if not any(exported.iterdir()):
             raise RuntimeError(f"{exported} is empty")
         return
+    draw_elsewhere(spec, exported, recipe.train.image_size)
+
+
+def draw_elsewhere(spec: PretrainedSpec, exported: Path, size: ImageSize) -> int:
+    """Have diffusers' own pipeline load an export and draw an image.
+
+    Returns:
+        How many tensors of an adapter it took; 0 for a whole pipeline.
+
+    Raises:
+        RuntimeError: when it took none, or the image is not finite or of another size.
+    """
     import diffusers
 
     source = spec.source if spec.lora_rank is not None else exported
@@ -205,15 +218,17 @@ def _load_elsewhere(recipe: Recipe, run: Path) -> None:
         source, **spec.components(), local_files_only=True, use_safetensors=True
     )
     pipe.set_progress_bar_config(disable=True)
+    taken = 0
     if spec.lora_rank is not None:
         pipe.load_lora_weights(exported)
-        if not any(".lora_" in name for name, _ in getattr(pipe, spec.network).named_parameters()):
+        taken = sum(".lora_" in name for name, _ in getattr(pipe, spec.network).named_parameters())
+        if not taken:
             raise RuntimeError(f"{type(pipe).__name__} took no key of {exported}")
-    size = recipe.train.image_size
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    height, width = height_and_width(size)
     image = pipe(prompt="a lighthouse", num_inference_steps=2, height=height, width=width, output_type="pt").images
     if image.shape[-2:] != (height, width) or not torch.isfinite(image).all():
         raise RuntimeError(f"{type(pipe).__name__} drew {tuple(image.shape)} from {exported}, finite or not")
+    return taken
 
 
 @contextlib.contextmanager

@@ -71,7 +71,8 @@ def case_for(reward: Reward) -> Case:
             f"reward test: no pictures are bundled for {name}, which needs the metadata "
             f"{sorted(reward.metadata_keys)}. Bring your own: --good FILE --bad FILE --prompt TEXT --metadata JSON."
         )
-    return drawing_case()
+    foreign = name != type(reward).__name__ or not type(reward).__module__.startswith("rlt2i.")
+    return attrs.evolve(drawing_case(), general=foreign)
 
 
 def judge_case(reward: Reward, case: Case) -> Verdict:

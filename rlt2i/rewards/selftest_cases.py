@@ -25,12 +25,14 @@ class Case:
         prompt, metadata: of all pictures.
         good: [3, H, W] uint8 RGB.
         bad: name -> picture; each must score less.
+        general: made for rewards that compare an image with its prompt, without knowing whether this one does.
     """
 
     prompt: str
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     good: Tensor
     bad: Mapping[str, Tensor]
+    general: bool = False
 
     def reversed(self) -> Case:
         """For a reward whose sign was turned."""

@@ -72,7 +72,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None, ac
         algorithm = distributed.raise_on_all(lambda: recipe.algorithm().load(distributed.device), "loading")
         for reward in (algorithm.reward, *recipe.heldout.values()):
             stack.callback(reward.close)
-        trainer = _assemble(recipe, algorithm, run_dir, log, distributed, say, stop)
+        trainer = assemble(recipe, algorithm, run_dir, log, distributed, say, stop)
         distributed.raise_on_all(lambda: _write_down(trainer, algorithm), "writing down the reward")
         seed_global_generators("global", train.seed, distributed.rank)
         if path is None:
@@ -169,7 +169,7 @@ def _resolved(recipe: Recipe, run_dir: Path | None, distributed: Distributed, sa
     return resolved
 
 
-def _assemble(
+def assemble(
     recipe: Recipe,
     algorithm: Algorithm,
     run_dir: Path,

@@ -20,7 +20,7 @@ from rlt2i.rehearsal.replacing import make_small
 from rlt2i.samplers.sde import SDE
 from rlt2i.seeds import RolloutNoise, derive_seed
 from rlt2i.tasks.base import as_prompts
-from rlt2i.training.start import _assemble
+from rlt2i.training.start import assemble
 from rlt2i.training.trainer import Trainer
 from rlt2i.types import Prompts
 from tests.helpers.pretend_device import DEVICE, MixedDevicesError, Watch, pretend_device, send
@@ -74,7 +74,7 @@ def test_numbers_computed_on_the_device_are_those_of_the_host():
 def trainer_on_device(recipe: Recipe, algorithm: Algorithm, folder: Path) -> Trainer:
     """With an algorithm that was loaded on the host."""
     algorithm = attrs.evolve(algorithm, policy=send(algorithm.policy))
-    return _assemble(recipe, algorithm, folder, None, Distributed.alone(DEVICE), print, None)
+    return assemble(recipe, algorithm, folder, None, Distributed.alone(DEVICE), print, None)
 
 
 def prompts_of(recipe: Recipe) -> Prompts:
