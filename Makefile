@@ -7,6 +7,7 @@
 #   make lint      style, formatting and types
 #   make docs      the documentation site, into site/; the tutorials run while it is built (a few minutes)
 #   make pretrain  train the embedded model's starting weights from nothing (an hour or two of CPU)
+#   make release-check  build the archives and check version, changelog, tag and metadata; publishes nothing
 #   make clean     remove the environment and all caches; runs stay
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 LOCKED := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo docs test lint pretrain install clean
+.PHONY: demo docs test lint pretrain release-check install clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -53,6 +54,9 @@ docs: $(INSTALLED)
 
 pretrain: $(INSTALLED)
 	$(BIN)/rlt2i pretrain shapes --out rlt2i/tasks/shapes/pipeline
+
+release-check: $(INSTALLED)
+	$(BIN)/python .ci/release.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
