@@ -1,6 +1,6 @@
 """Check every model reward against its released weights: download, verify, convert, score, compare or record.
 
-    python examples/check_released_rewards.py            # all of them: about 10 GB
+    python examples/check_released_rewards.py            # all of them: about 45 GB, 35 of them for HPSv3
     python examples/check_released_rewards.py PickScore  # one
 
 Needs the network. What is not recorded yet is written to expectations/<reward>.json; put the file into
@@ -23,6 +23,7 @@ NEEDS = {
     "PickScore": (),
     "CLIPScore": (),
     "HPSv2": ("hpsv2.1",),
+    "HPSv3": ("hpsv3",),
     "Aesthetic": ("aesthetic_sac_logos_ava1_l14",),
     "ImageReward": ("imagereward-v1.0",),
     "GenEvalReward": ("mask2former_swin-s_mmdet",),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import attrs
 import torch
@@ -43,19 +43,25 @@ def clip_pixels(images: Tensor, side: int, *, rounded: bool) -> Tensor:
     Returns:
         [N, 3, side, side] float32.
     """
-    images = _cut_ends(images.float())
+    images = cut_ends(images.float())
     height, width = images.shape[-2:]
     short = min(height, width)
     size = [side if edge == short else int(side * edge / short) for edge in (height, width)]
-    for step in ([height, size[1]], size) if rounded else (size,):
+    images = bicubic(images, size, rounded=rounded)
+    return transform.normalize(transform.center_crop(images, [side, side]), list(MEAN), list(STD))
+
+
+def bicubic(images: Tensor, size: Sequence[int], *, rounded: bool) -> Tensor:
+    """[N, 3, H, W] floats in [0, 1] at another (height, width); `rounded` as in `clip_pixels`."""
+    for step in ([images.shape[-2], size[1]], list(size)) if rounded else (list(size),):
         if step != list(images.shape[-2:]):
             images = transform.resize(images, step, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
         if rounded:
             images = (images * 255).round() / 255
-    return transform.normalize(transform.center_crop(images, [side, side]), list(MEAN), list(STD))
+    return images
 
 
-def _cut_ends(images: Tensor) -> Tensor:
+def cut_ends(images: Tensor) -> Tensor:
     """Keep the middle of a very long image: one pixel wide, it would grow to a hundred thousand rows."""
     height, width = images.shape[-2:]
     most = _LONGEST * min(height, width)
@@ -77,7 +83,7 @@ class Towers(ABC):
 
     @abstractmethod
     def images(self, pixels: Tensor) -> Tensor:
-        """[N, ...] of [N, 3, side, side] normalised pixels; gradients flow."""
+        """[N, ...] of normalised pixels, [N, 3, side, side] unless the reward prepares others; gradients flow."""
 
 
 @attrs.frozen(kw_only=True)
@@ -89,6 +95,7 @@ class ImageTextReward(Reward):
     """
 
     offers = frozenset({"gradient"})
+    preprocessing: ClassVar[str] = "shortest edge bicubic antialiased, 8 bit, centre crop, OpenAI mean, std"
 
     rollout_batch_size: int = attrs.field(default=32, validator=validators.ge(1))
 
@@ -99,6 +106,10 @@ class ImageTextReward(Reward):
     @abstractmethod
     def compare(self, towers: Towers, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """Named [N] values of N encoded images, each with its own encoded text; "score" is the reward."""
+
+    def pixels(self, towers: Towers, images: Tensor, *, rounded: bool) -> Tensor:
+        """What the image tower takes of [N, 3, H, W] floats in [0, 1]; the rest as in `clip_pixels`."""
+        return clip_pixels(images, towers.side, rounded=rounded)
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         device = batch.images.device
@@ -134,7 +145,7 @@ class ImageTextReward(Reward):
         for start in range(0, len(prompts), self.rollout_batch_size):
             chunk = slice(start, start + self.rollout_batch_size)
             floats = images[chunk].float() / 255 if rounded else images[chunk]
-            encoded = towers.images(clip_pixels(floats, towers.side, rounded=rounded))
+            encoded = towers.images(self.pixels(towers, floats, rounded=rounded))
             chunks.append(self.compare(towers, encoded, texts[rows[chunk]]))
         return {name: torch.cat([c[name] for c in chunks]).float() for name in chunks[0]}
 
@@ -146,7 +157,7 @@ class ImageTextReward(Reward):
             "reward": type(self).__name__,
             **{k: repr(v) for k, v in attrs.asdict(self, recurse=False).items() if k != "rollout_batch_size"},
             **weights,
-            "preprocessing": "shortest edge bicubic antialiased, 8 bit, centre crop, OpenAI mean, std",
+            "preprocessing": self.preprocessing,
             "transformers": transformers.__version__,
             "code": CODE,
         }

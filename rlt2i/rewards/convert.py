@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -110,6 +111,61 @@ def image_reward_to_transformers(
         if not name.endswith("position_ids")
     }
     return vision, text, collapse_linear(_below(state, "mlp.layers."))
+
+
+def qwen2_vl_config(vocabulary: int) -> Any:
+    """Qwen2-VL-7B, for a vocabulary of so many tokens."""
+    from transformers import Qwen2VLConfig
+
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }
+    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
+    special = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
+    return Qwen2VLConfig(text_config=text, vision_config=vision, vision_end_token_id=151653, **special)
+
+
+def hpsv3_to_transformers(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """HPSv3's checkpoint as a Qwen2VLModel and the head, "0.weight" to "5.bias".
+
+    It was written by a transformers that had no part `language_model`; the head that predicts words is left out.
+    """
+    model = {f"language_model.{name}": tensor for name, tensor in _below(state, "model.").items()}
+    model |= {f"visual.{name}": tensor for name, tensor in _below(state, "visual.").items()}
+    return model, {name: tensor.float() for name, tensor in _below(state, "rm_head.").items()}
+
+
+def hpsv3_template(source: str) -> str:
+    """The question of HPSv3, out of the text of its module `data_collator_qwen.py`; nothing in it is executed.
+
+    Returns:
+        What is said up to the reward token, in the frame of Qwen2-VL's chats; {prompt} stands for the prompt.
+
+    Raises:
+        ValueError: when the module does not hold the two texts.
+    """
+    wanted = ("INSTRUCTION", "prompt_with_special_token")
+    texts = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in wanted:
+            texts[node.targets[0].id] = str(ast.literal_eval(node.value))
+    if set(texts) != set(wanted) or "{text_prompt}" not in texts["INSTRUCTION"]:
+        raise ValueError(f"hpsv3_template: the module holds {sorted(texts)}, expected {sorted(wanted)}.")
+    # What follows the reward token cannot change its state, since attention is causal.
+    request = texts["prompt_with_special_token"].partition("<|Reward|>")
+    question = texts["INSTRUCTION"].replace("{text_prompt}", "{prompt}") + request[0] + request[1]
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"<|vision_start|><|image_pad|><|vision_end|>{question}"
+    )
 
 
 def collapse_linear(layers: State) -> dict[str, Tensor]:

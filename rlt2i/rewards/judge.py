@@ -11,8 +11,9 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -59,7 +60,7 @@ class Endpoint:
 
 
 @attrs.frozen(kw_only=True)
-class _Answer:
+class Answer:
     """The judge's view of one image; `error` says why there is none."""
 
     score: float = math.nan
@@ -88,14 +89,13 @@ class Judge(Reward):
         """Sampling options of the request."""
 
     @abstractmethod
-    def read(self, choice: Mapping[str, Any]) -> _Answer:
+    def read(self, choice: Mapping[str, Any]) -> Answer:
         """The score in one choice of a chat completion; may raise KeyError, TypeError or ValueError."""
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
-        client = self._client()
-        with ThreadPoolExecutor(min(self.endpoint.concurrency, len(images)), thread_name_prefix="judge") as threads:
-            answers = list(threads.map(lambda image, prompt: self._ask(client, image, prompt), images, batch.prompts))
+        ask = lambda image, prompt: self._ask(data_url(image), self.question(prompt), self.read)
+        answers = self._at_once(ask, images, batch.prompts)
         names = dict.fromkeys(name for answer in answers for name in answer.components)
         return RewardOutput(
             scores=torch.tensor([answer.score for answer in answers]),
@@ -103,6 +103,12 @@ class Judge(Reward):
             components={n: torch.tensor([a.components.get(n, math.nan) for a in answers]) for n in names},
             info=[{"said": a.said} if a.error is None else {"said": a.said, REASON: a.error} for a in answers],
         )
+
+    def _at_once(self, ask: Callable[..., Answer], *values: Iterable[Any]) -> list[Answer]:
+        """What `ask` makes of each row of values, as many requests at a time as the endpoint takes."""
+        self._client()  # made here, so that no two threads make one
+        with ThreadPoolExecutor(self.endpoint.concurrency, thread_name_prefix="judge") as threads:
+            return list(threads.map(ask, *values))
 
     def fingerprint(self) -> dict[str, Any]:
         return configuration(self, without=("endpoint",), model=self.endpoint.model)
@@ -119,15 +125,17 @@ class Judge(Reward):
             )
         return self._clients[0]
 
-    def _ask(self, client: httpx.Client, image: np.ndarray, prompt: str) -> _Answer:
+    def _ask(self, image: str, question: str, read: Callable[[Mapping[str, Any]], Answer]) -> Answer:
+        """One question about an image (a data URL), and what `read` finds in the choice that comes back."""
+        client = self._client()
         body = {
             "model": self.endpoint.model,
             "messages": [
                 {
                     "role": "user",
                     "content": [
-                        {"type": "image_url", "image_url": {"url": data_url(image)}},
-                        {"type": "text", "text": self.question(prompt)},
+                        {"type": "image_url", "image_url": {"url": image}},
+                        {"type": "text", "text": question},
                     ],
                 }
             ],
@@ -146,14 +154,14 @@ class Judge(Reward):
         try:
             reply = send(ask, patience_s=self.endpoint.patience_s)
         except RequestFailed as error:
-            return _Answer(error=f"the judge at {self.endpoint.url} did not answer: {error}")
+            return Answer(error=f"the judge at {self.endpoint.url} did not answer: {error}")
         said = ""
         try:
             choice = json.loads(reply.body)["choices"][0]
             said = str(choice["message"]["content"] or "")[:2000]
-            return attrs.evolve(self.read(choice), said=said)
+            return attrs.evolve(read(choice), said=said)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            return _Answer(said=said, error=f"the judge's answer could not be read: {error!r}"[:500])
+            return Answer(said=said, error=f"the judge's answer could not be read: {error!r}"[:500])
 
 
 @attrs.frozen(kw_only=True)
@@ -178,18 +186,15 @@ class YesNoJudge(Judge):
         return self.asks.replace("{prompt}", prompt)
 
     def options(self) -> dict[str, Any]:
-        return {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+        return dict(FIRST_TOKEN)
 
-    def read(self, choice: Mapping[str, Any]) -> _Answer:
-        found = {"yes": 0.0, "no": 0.0}
-        for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
-            word = re.sub(r"[^a-z]", "", str(entry["token"]).lower())
-            if word in found:
-                found[word] += math.exp(min(0.0, float(entry["logprob"])))
+    def read(self, choice: Mapping[str, Any]) -> Answer:
+        words = first_words(choice)
+        found = {word: words.get(word, 0.0) for word in ("yes", "no")}
         mass = found["yes"] + found["no"]
         if not mass > self.min_mass:
             raise ValueError(f"P(yes) + P(no) = {mass:.3g}, which is no answer (min_mass={self.min_mass:g})")
-        return _Answer(score=found["yes"] / mass, components=found)
+        return Answer(score=found["yes"] / mass, components=found)
 
 
 @attrs.frozen(kw_only=True)
@@ -228,9 +233,29 @@ class RubricJudge(Judge):
     def options(self) -> dict[str, Any]:
         return {"max_tokens": self.max_tokens, "temperature": self.temperature}
 
-    def read(self, choice: Mapping[str, Any]) -> _Answer:
+    def read(self, choice: Mapping[str, Any]) -> Answer:
         marks = self._rubric.marks_in(str(choice["message"]["content"]))
-        return _Answer(score=sum(marks.values()) / len(marks), components=marks)
+        return Answer(score=sum(marks.values()) / len(marks), components=marks)
+
+
+FIRST_TOKEN: Mapping[str, Any] = MappingProxyType(
+    {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+)
+"""Options of a request for the probabilities of one token."""
+
+
+def first_words(choice: Mapping[str, Any]) -> dict[str, float]:
+    """Word -> probability of being the first token of the answer; spellings that differ in case, spaces or punctuation
+    count together. Of what is not among the likeliest tokens nothing is known, so it is not there.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError: when the choice holds no log-probabilities.
+    """
+    found: dict[str, float] = {}
+    for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
+        word = re.sub(r"[^a-z0-9]", "", str(entry["token"]).lower())
+        found[word] = found.get(word, 0.0) + math.exp(min(0.0, float(entry["logprob"])))
+    return found
 
 
 def data_url(image: np.ndarray) -> str:

@@ -37,6 +37,7 @@ TOLERANCES: Final[Mapping[str, float]] = {
     "CLIPScore": 0.002,
     "GenEvalReward": 0.001,
     "HPSv2": 0.002,
+    "HPSv3": 0.1,
     "ImageReward": 0.02,
     "PickScore": 0.05,
 }

@@ -1,7 +1,7 @@
 """`rlt2i reward convert`: a released checkpoint of a reward model, rewritten as safetensors under transformers' names.
 
 The result goes to $RLT2I_WEIGHTS/NAME (~/.cache/rlt2i/weights/NAME by default), where the reward of that name finds it.
-The publishers offer pickles only: this is the one place that reads such files, by torch's
+Most publishers offer pickles only: this is the one place that reads such files, by torch's
 restricted unpickler, so that nothing in them is executed.
 """
 
@@ -10,19 +10,23 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import subprocess
+import sys
 import tempfile
 import urllib.request
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import attrs
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlt2i.rewards import convert, mask2former
 from rlt2i.rewards.aesthetic import HEAD_FILE
+from rlt2i.rewards.hpsv3 import HEAD_LAYERS, TEMPLATE_FILE
 from rlt2i.rewards.weights import SOURCE_FILE, weights_home
 
 State = Mapping[str, Tensor]
@@ -75,12 +79,52 @@ def write_image_reward(state: State, folder: Path) -> None:
     save_file(head, folder / HEAD_FILE)
 
 
+def write_hpsv3(state: State, folder: Path) -> None:
+    """Qwen2-VL-7B, the head on it, and the question that it was trained on."""
+    from transformers import Qwen2VLModel
+
+    renamed, head = convert.hpsv3_to_transformers(state)
+    rows = renamed.get("language_model.embed_tokens.weight")
+    if rows is None or sorted(head) != sorted(f"{n}.{kind}" for n in HEAD_LAYERS for kind in ("weight", "bias")):
+        raise ValueError(f"this is not the expected checkpoint: it holds {len(state)} tensors, such as {[*state][:3]}")
+    # Read the question first: it may need the network, and 16 GB would have been written in vain.
+    template = convert.hpsv3_template(hpsv3_module())
+    with torch.device("meta"):
+        model = Qwen2VLModel(convert.qwen2_vl_config(len(rows)))
+    load(model, renamed, assign=True)
+    model.save_pretrained(folder)
+    save_file(head, folder / HEAD_FILE)
+    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+
+
+def hpsv3_module() -> str:
+    """The text of the authors' module with their question, out of their package: it is theirs and does not ship here.
+
+    Raises:
+        ValueError: when pip cannot fetch the package, or it is another one.
+    """
+    name, version, digest = HPSV3_PACKAGE
+    with tempfile.TemporaryDirectory() as scratch:
+        words = ["download", "--quiet", "--no-deps", "--disable-pip-version-check", "--dest", scratch]
+        command = [sys.executable, "-m", "pip", *words, f"{name}=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = [*Path(scratch).glob("*.whl")]
+        if done.returncode or len(files) != 1:
+            why = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+            raise ValueError(f"pip download {name}=={version} failed ({why}). Convert where there is a network.")
+        check(files[0], digest)
+        with zipfile.ZipFile(files[0]) as wheel:
+            return wheel.read("hpsv3/dataset/data_collator_qwen.py").decode()
+
+
 def write_aesthetic(state: State, folder: Path) -> None:
     """LAION's layers without nonlinearity, multiplied into one."""
     layers = {name.removeprefix("layers."): tensor for name, tensor in state.items()}
     save_file(convert.collapse_linear(layers), folder / HEAD_FILE)
 
 
+HPSV3_PACKAGE = ("hpsv3", "1.0.0", "1a1b3ed1f538315ddf0e90c55b9f5c8ab3248d772cd713c11f7dfe35bf867ab3")
+"""Name, version and SHA-256 of the wheel that the authors of HPSv3 published (MIT)."""
 MMDET = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 RELEASES = {
     "mask2former_swin-s_mmdet": Release(
@@ -101,6 +145,12 @@ RELEASES = {
         licence="Apache-2.0",
         write=write_hpsv2,
     ),
+    "hpsv3": Release(
+        url="https://huggingface.co/MizzenAI/HPSv3/resolve/main/HPSv3.safetensors",
+        sha256="",
+        licence="MIT; the network that it was trained from, Qwen2-VL-7B-Instruct, is under Apache-2.0",
+        write=write_hpsv3,
+    ),
     "imagereward-v1.0": Release(
         url="https://huggingface.co/zai-org/ImageReward/resolve/main/ImageReward.pt",
         sha256="",
@@ -117,9 +167,9 @@ RELEASES = {
 }
 
 
-def load(model: torch.nn.Module, state: State, *, may_miss: str = "\0") -> None:
-    """Load every parameter; refuse a checkpoint that is not the expected one."""
-    missing, unexpected = model.load_state_dict(dict(state), strict=False)
+def load(model: torch.nn.Module, state: State, *, may_miss: str = "\0", assign: bool = False) -> None:
+    """Load every parameter, or take the tensors themselves; refuse a checkpoint that is not the expected one."""
+    missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=assign)
     missing = [name for name in missing if may_miss not in name]
     if missing or unexpected:
         raise ValueError(
@@ -129,7 +179,11 @@ def load(model: torch.nn.Module, state: State, *, may_miss: str = "\0") -> None:
 
 
 def read(checkpoint: Path) -> State:
-    """The state dict inside a checkpoint, at whatever depth trainers usually put it."""
+    """The state dict inside a checkpoint, at whatever depth trainers usually put it; safetensors are left on disk."""
+    with checkpoint.open("rb") as stream:
+        start = stream.read(9)
+    if start[8:] == b"{":
+        return load_file(checkpoint)
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
     return cast(State, stored.get("state_dict", stored))
 

@@ -64,6 +64,17 @@ def drawing_case() -> Case:
     )
 
 
+def questions_case() -> Case:
+    """The same drawing with atomic questions about it: for judges that answer them."""
+    questions = [
+        ["Are there any circles in the image?", "Yes"],
+        ["How many circles are in the image?", "one"],
+        ["Is the circle red?", "Yes"],
+    ]
+    skills = ["object", "count", "attribute"]
+    return attrs.evolve(drawing_case(), metadata={"vqa_list": questions, "skills": skills})
+
+
 def beauty_case() -> Case:
     """A soft evening sky against noise and grey: for rewards that look at the image alone."""
     return Case(
@@ -130,6 +141,7 @@ CASES: Mapping[str, Callable[[], Case]] = MappingProxyType(
         "Aesthetic": beauty_case,
         "CellsReward": cells_case,
         "CornerReward": green_case,
+        "GenEval2Reward": questions_case,
         "GenEvalReward": objects_case,
         "JPEGCompressibility": size_case,
         "JPEGIncompressibility": lambda: size_case().reversed(),

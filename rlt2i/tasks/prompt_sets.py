@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
-from rlt2i.inputs.textfiles import has_suffix, numbered_lines, read_text, split_lines
+from rlt2i.inputs.textfiles import has_suffix, numbered_lines, parse_json, read_text, split_lines
 from rlt2i.tasks.base import TaskPrompt
 from rlt2i.tasks.download import download, keep
 
@@ -29,6 +29,9 @@ _FLOW_FACTORY: Final = (
 _DIFFUSION_NFT: Final = (
     "https://raw.githubusercontent.com/NVlabs/DiffusionNFT/24af5554898d85e93efa492f42b5e9cdf4156e9b/dataset/"
 )
+_GENEVAL2: Final = (
+    "https://raw.githubusercontent.com/facebookresearch/GenEval2/a6e82d2289e8d418f27f0adee77908b07060eea3/"
+)
 _PARTI: Final = "https://raw.githubusercontent.com/google-research/parti/5a657978134374ce28973948331b319adef164bd/"
 
 
@@ -37,7 +40,8 @@ class PromptSet:
     """One file of prompts at a fixed commit.
 
     Attributes:
-        url: of the file; `.txt` has one prompt per line, `.tsv` a header with Prompt and Category.
+        url: of the file; `.txt` has one prompt per line, `.tsv` a header with Prompt and Category,
+            `.jsonl` an object with prompt per line, which becomes its metadata.
         sha256: of its bytes.
         count: distinct prompts in it.
         licence: of the prompts, as far as their publishers say.
@@ -98,6 +102,13 @@ PROMPT_SETS: Final[Mapping[str, PromptSet]] = MappingProxyType(
             licence="not stated by its authors (Imagen)",
             note="the file repeats every prompt five times; peers draw one image for each line",
         ),
+        "geneval2": PromptSet(
+            url=_GENEVAL2 + "geneval2_data.jsonl",
+            sha256="09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43",
+            count=800,
+            licence="CC BY-NC 4.0",
+            note="not for commercial use; every prompt carries the questions that GenEval2Reward asks",
+        ),
         "partiprompts": PromptSet(
             url=_PARTI + "PartiPrompts.tsv",
             sha256="fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb",
@@ -147,11 +158,18 @@ def fetch(url: str, sha256: str, *, instead: str = WITHOUT_A_NETWORK) -> Path:
 
 
 def parse_prompts(path: Path) -> list[TaskPrompt]:
-    """Distinct prompts of a .txt or .tsv file, in order."""
+    """Distinct prompts of a .txt, .tsv or .jsonl file, in order."""
     text = read_text(path)
     if has_suffix(path, ".tsv"):
         rows = csv.DictReader(split_lines(text), delimiter="\t", quoting=csv.QUOTE_NONE)
         found = [TaskPrompt(text=row["Prompt"].strip(), category=row["Category"].strip()) for row in rows]
+    elif has_suffix(path, ".jsonl"):
+        found = [_from_row(parse_json(line.text, line.where)) for line in numbered_lines(text, path)]
     else:
         found = [TaskPrompt(text=line.text) for line in numbered_lines(text, path)]
     return list({prompt.text: prompt for prompt in found}.values())
+
+
+def _from_row(row: Any) -> TaskPrompt:
+    """A row of GenEval 2: its categories are the numbers of atoms, 3 to 10."""
+    return TaskPrompt(text=row["prompt"], metadata=row, category=f"{row['atom_count']} atoms")

@@ -12,7 +12,7 @@ from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.prompt_sets import PROMPT_SETS
 from rlt2i.tasks.streams import balanced
 
-EVALUATION_SETS: Final = ("drawbench", "partiprompts")
+EVALUATION_SETS: Final = ("drawbench", "geneval2", "partiprompts")
 """Sets without a training half."""
 
 
@@ -22,14 +22,15 @@ class PublishedPrompts(Task):
     nothing to train on.
 
     Attributes:
-        set: "drawbench" (200 prompts; its authors state no licence) or "partiprompts" (1,632; Apache-2.0).
+        set: "drawbench" (200 prompts; its authors state no licence), "partiprompts" (1,632; Apache-2.0) or "geneval2"
+            (800 with questions for `GenEval2Reward`; CC BY-NC 4.0, so not for commercial use).
     """
 
     set: str = attrs.field(validator=validators.in_(EVALUATION_SETS))
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset()
+        return frozenset({"vqa_list", "skills", "atom_count"} if self.set == "geneval2" else ())
 
     def train_prompts(self, *, seed: int, start: int, count: int) -> list[TaskPrompt]:
         raise ValueError(

@@ -76,6 +76,61 @@ def save_blip(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+QWEN_WORDS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN_TEMPLATE = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>rate - {prompt}\nnow <|Reward|>"
+
+
+def save_qwen_tokenizer(folder: Path) -> dict[str, int]:
+    """One token per character, and the special tokens of Qwen2-VL. Returns the numbers of all tokens."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<unk>", *QWEN_WORDS, *string.ascii_letters, *string.digits, *" -<|>?\n"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    fast.add_tokens(list(QWEN_WORDS), special_tokens=True)
+    fast.save_pretrained(folder)
+    return vocabulary
+
+
+def tiny_qwen2_vl(words: dict[str, int], rows: int):
+    """The configuration of a Qwen2-VL of two layers."""
+    from transformers import Qwen2VLConfig
+
+    text = {
+        "vocab_size": rows,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    }
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
+    special = {"image_token_id": words["<|image_pad|>"], "video_token_id": words["<|video_pad|>"]}
+    special |= {"vision_start_token_id": words["<|vision_start|>"], "vision_end_token_id": words["<|vision_end|>"]}
+    return Qwen2VLConfig(text_config=text, vision_config=vision, **special)
+
+
+def save_hpsv3(folder: Path, seed: int = 0) -> Path:
+    """What `rlt2i reward convert hpsv3` writes, of a Qwen2-VL of two layers, and a tokenizer in the same folder."""
+    from transformers import Qwen2VLModel
+
+    torch.manual_seed(seed)
+    words = save_qwen_tokenizer(folder)
+    model = Qwen2VLModel(tiny_qwen2_vl(words, len(words) + 1))
+    spread(model)
+    model.save_pretrained(folder)
+    sizes = {"0": (24, 32), "3": (8, 24), "5": (2, 8)}
+    head = {f"{name}.weight": torch.randn(size) / size[1] ** 0.5 for name, size in sizes.items()}
+    head |= {f"{name}.bias": torch.randn(size[0]) for name, size in sizes.items()}
+    save_file(head, folder / "head.safetensors")
+    (folder / "template.txt").write_text(QWEN_TEMPLATE, encoding="utf-8")
+    return folder
+
+
 def save_head(folder: Path, width: int = 16, bias: float = 5.0) -> Path:
     """A collapsed aesthetic head."""
     folder.mkdir(parents=True, exist_ok=True)

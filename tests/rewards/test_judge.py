@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,40 +19,10 @@ from rlt2i.recipes.parts import PARTS
 from rlt2i.rewards.judge import Endpoint, RubricJudge, YesNoJudge
 from rlt2i.rewards.rubrics import RUBRICS, Rubric
 from rlt2i.rewards.validity import score_safely
+from tests.helpers.fake_judge import FakeJudge, said, weighed
 from tests.helpers.fake_rewards import batch_of
-from tests.helpers.servers import QuietHandler, quiet_server
 
 pytest.importorskip("httpx")
-
-Answer = Callable[[dict[str, Any]], tuple[int, Any]]
-
-
-class FakeJudge:
-    """Answers with whatever `answer` makes of a request."""
-
-    def __init__(self) -> None:
-        self.answer: Answer = lambda request: (200, said("Final Score: 3"))
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        fake = self
-
-        class Handler(QuietHandler):
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                fake.requests.append({"path": self.path, **request})
-                fake.headers.append({name.lower(): value for name, value in self.headers.items()})
-                status, body = fake.answer(request)
-                content = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-        self.server = quiet_server(Handler)
-
-    def endpoint(self, **fields: Any) -> Endpoint:
-        url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        return Endpoint(**{"url": url, "model": "fake", "timeout_s": 5.0, "patience_s": 0.5} | fields)
 
 
 @pytest.fixture
@@ -63,16 +31,6 @@ def judge() -> Iterator[FakeJudge]:
     yield fake
     fake.server.shutdown()
     fake.server.server_close()
-
-
-def said(text: str | None) -> dict[str, Any]:
-    return {"choices": [{"message": {"content": text}}]}
-
-
-def weighed(**tokens: float) -> dict[str, Any]:
-    """An answer whose first token has these probabilities."""
-    top = [{"token": token, "logprob": math.log(p)} for token, p in tokens.items()]
-    return {"choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [{"top_logprobs": top}]}}]}
 
 
 # ------------------------------------------------------------------------------------------------------------- yes/no

@@ -13,7 +13,7 @@ from rlt2i.rewards.selftest_cases import CASES, drawing_case
 from rlt2i.tasks.cells.reward import CellsReward, CornerReward
 from rlt2i.tasks.shapes.reward import ShapesReward
 from tests.helpers.fake_rewards import Broken, Grey, Needy, output_of, raises
-from tests.helpers.tiny_models import save_blip, save_clip, save_detector, save_head
+from tests.helpers.tiny_models import save_blip, save_clip, save_detector, save_head, save_hpsv3
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,9 @@ def test_the_ocr_reward_passes_its_case():
     assert verdict.scores[0] == 1.0
 
 
-@pytest.mark.parametrize("name", ["PickScore", "CLIPScore", "HPSv2", "Aesthetic", "ImageReward", "GenEvalReward"])
+@pytest.mark.parametrize(
+    "name", ["PickScore", "CLIPScore", "HPSv2", "HPSv3", "Aesthetic", "ImageReward", "GenEvalReward"]
+)
 def test_model_rewards_can_score_their_case(name, tmp_path, capsys):
     """On random weights the order means nothing; that every picture gets a number and a time does."""
     clip, blip, head = save_clip(tmp_path / "clip"), save_blip(tmp_path / "blip"), save_head(tmp_path / "head")
@@ -55,6 +57,9 @@ def test_model_rewards_can_score_their_case(name, tmp_path, capsys):
         "Aesthetic": {"path": clip, "head": head},
         "ImageReward": {"path": blip, "tokenizer": blip},
     }
+    if name == "HPSv3":
+        qwen = save_hpsv3(tmp_path / "qwen")
+        fields[name] = {"path": qwen, "tokenizer": qwen, "dtype": "float32"}
     if name == "GenEvalReward":
         fields[name] = {"detector": save_detector(tmp_path / "detector"), "colour_model": clip}
     words = [word for field, value in fields[name].items() for word in ("--set", f"{field}='{value}'")]

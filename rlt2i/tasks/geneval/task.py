@@ -6,11 +6,14 @@ from collections.abc import Mapping
 
 import attrs
 import numpy as np
+from attrs.validators import instance_of
 
+from rlt2i.config import neutral
 from rlt2i.rewards.geneval_rules import TAGS
 from rlt2i.seeds import derive_seed
 from rlt2i.tasks.base import Task, TaskPrompt
 from rlt2i.tasks.geneval.prompts import GenEvalPrompt, draw, held_out_keys, official_prompts
+from rlt2i.tasks.geneval.questions import with_questions
 
 FLOW_GRPO_MIX = {
     "position": 7,
@@ -34,9 +37,12 @@ class GenEvalTask(Task):
     Attributes:
         mix: category -> its share of the training prompts. All 80 single objects are held out, so their share
             is 0.
+        questions: give every prompt atomic questions too, which `GenEval2Reward` asks its judge. They are ours, about
+            GenEval's prompts: scores on them are not scores on GenEval 2.
     """
 
     mix: Mapping[str, float] = attrs.field(factory=FLOW_GRPO_MIX.copy)
+    questions: bool = neutral(False, validator=instance_of(bool))
 
     @mix.validator
     def _check_mix(self, _: object, value: Mapping[str, float]) -> None:
@@ -53,7 +59,7 @@ class GenEvalTask(Task):
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"tag", "include", "prompt"})
+        return frozenset({"tag", "include", "prompt"} | ({"vqa_list", "skills"} if self.questions else set()))
 
     def train_prompts(self, *, seed: int, start: int, count: int) -> list[TaskPrompt]:
         shares = np.array([self.mix.get(tag, 0.0) for tag in TAGS], dtype=float)
@@ -66,7 +72,7 @@ class GenEvalTask(Task):
             prompt = draw(tag, rng)
             while prompt.key in held_out:
                 prompt = draw(tag, rng)
-            prompts.append(_task_prompt(prompt))
+            prompts.append(self._task_prompt(prompt))
         return prompts
 
     def eval_prompts(self, count: int) -> list[TaskPrompt]:
@@ -74,7 +80,7 @@ class GenEvalTask(Task):
         prompts = official_prompts()
         repeats, rest = divmod(count, len(prompts))
         if not rest:
-            return [_task_prompt(p) for p in prompts] * repeats
+            return [self._task_prompt(p) for p in prompts] * repeats
         by_tag = [[p for p in prompts if p.tag == tag] for tag in TAGS]
         per_tag, uneven = divmod(count, len(TAGS))
         most = min(map(len, by_tag))
@@ -83,8 +89,9 @@ class GenEvalTask(Task):
                 f"GenEvalTask.eval_prompts({count}): use a multiple of {len(prompts)} for the official set, "
                 f"or a multiple of {len(TAGS)} up to {len(TAGS) * most} for equally many of each category."
             )
-        return [_task_prompt(p) for members in zip(*(tag[:per_tag] for tag in by_tag), strict=True) for p in members]
+        in_turn = zip(*(tag[:per_tag] for tag in by_tag), strict=True)
+        return [self._task_prompt(p) for members in in_turn for p in members]
 
-
-def _task_prompt(prompt: GenEvalPrompt) -> TaskPrompt:
-    return TaskPrompt(text=prompt.text, metadata=prompt.metadata, core=prompt.core, category=prompt.tag)
+    def _task_prompt(self, prompt: GenEvalPrompt) -> TaskPrompt:
+        metadata = with_questions(prompt.metadata) if self.questions else prompt.metadata
+        return TaskPrompt(text=prompt.text, metadata=metadata, core=prompt.core, category=prompt.tag)

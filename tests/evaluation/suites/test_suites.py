@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
@@ -33,6 +34,7 @@ def test_shipped_suites_are_what_their_names_say(name: str):
     assert (name, found.prompts, found.images_per_prompt) in {
         ("drawbench", 200, 5),
         ("geneval", 553, 4),
+        ("geneval2", 800, 1),
         ("ocr", 1018, 1),
         ("ocr-offline", 400, 2),
         ("partiprompts", 1632, 1),
@@ -115,6 +117,25 @@ def test_published_sets_are_fetched_and_never_trained_on(tmp_path: Path, monkeyp
     assert set(published.EVALUATION_SETS) <= set(PROMPT_SETS)
 
 
+def test_geneval2_brings_its_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [
+        {"prompt": "two cows", "atom_count": 3, "vqa_list": [["How many cows?", "two"]], "skills": ["count"]},
+        {"prompt": "a pig", "atom_count": 4, "vqa_list": [["Are there any pigs?", "Yes"]], "skills": ["object"]},
+    ]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(content)
+    monkeypatch.setenv("RLT2I_PROMPTS", str(tmp_path / "home"))
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    entry = PromptSet(url=(tmp_path / "a.jsonl").as_uri(), sha256=digest, count=2, licence="ours")
+    monkeypatch.setattr(published, "PROMPT_SETS", {"geneval2": entry})
+    published._read.cache_clear()
+    suite = attrs.evolve(load_suite("geneval2"), prompts=2)
+    assert [(p.text, p.category) for p in suite.chosen_prompts()] == [("two cows", "3 atoms"), ("a pig", "4 atoms")]
+    assert suite.chosen_prompts()[0].metadata == rows[0]
+    check_metadata(suite.task, *suite.rewards.values())
+    published._read.cache_clear()
+
+
 def test_features_of_a_transformer_in_a_folder(tmp_path: Path):
     timm = pytest.importorskip("timm")
     from timm.models import save_for_hf
@@ -133,7 +154,6 @@ def test_features_of_a_transformer_in_a_folder(tmp_path: Path):
 def test_the_embedded_suite_runs_offline_and_twice_alike(tmp_path: Path):
     recipe = load_recipe("star-shapes", ["train.rollout_batch_size=6"])
     options = {"prompts": 6, "say": lambda _: None}
-    import attrs
 
     small = attrs.evolve(load_suite("shapes"), images_per_prompt=2, steps=4)
     first = evaluate_suite(recipe, small, out=tmp_path / "a", **options)
