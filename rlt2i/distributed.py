@@ -42,6 +42,7 @@ class Stopped(Exception):
     """Some process was asked to stop, so all of them leave what they were doing."""
 
 
+_TOLD = "rlt2i_told_all"
 _GOES_ON, _STOPS, _FAILED = range(3)
 
 
@@ -59,6 +60,33 @@ def processes_launched() -> int:
             "--multi_gpu --num_processes N -m rlt2i train ...`, which joins processes on the CPU too."
         )
     return max(sizes, default=1)
+
+
+def telling(error: Exception | None) -> Exception | None:
+    """The error, marked as one that all processes were told of, so that all of them stop at the same place."""
+    if error is not None:
+        setattr(error, _TOLD, True)
+    return error
+
+
+def told_all(error: BaseException) -> bool:
+    """Whether all processes were told of an error of this one."""
+    return bool(getattr(error, _TOLD, False))
+
+
+@contextlib.contextmanager
+def because_of(error: Exception | None) -> Iterator[None]:
+    """Where processes cannot even agree on an error any more, say what it was.
+
+    Raises:
+        ProcessLost: with the error in its message.
+    """
+    try:
+        yield
+    except ProcessLost as lost:
+        if error is None or isinstance(error, ProcessLost):
+            raise
+        raise ProcessLost(f"{type(error).__name__}: {error}\n{lost}") from error
 
 
 def sum_in_buckets(
@@ -96,6 +124,9 @@ def _buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tens
         yield bucket
 
 
+def _nothing() -> None: ...
+
+
 class Distributed:
     """Rank, device and the few collectives that training needs.
 
@@ -104,6 +135,10 @@ class Distributed:
 
     Args:
         timeout: seconds to wait for the others in a collective; one that died ends the wait at once.
+
+    Attributes:
+        before_collective: called before each collective below, on every process: a sharded network keeps its own passes
+            in step with the others there.
 
     Raises:
         LaunchError: when a launcher started several processes and they did not become one group.
@@ -126,13 +161,15 @@ class Distributed:
                 "train side by side and write over one another. Start them with `torchrun --nproc-per-node N -m rlt2i "
                 "train ...`, or unset WORLD_SIZE for a single process."
             )
-        self._timeout = timeout
+        self.timeout = timeout
+        self.before_collective: Callable[[], None] = _nothing
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> Distributed:
         """A process without others; nothing is joined and nothing is imported."""
         this = cls.__new__(cls)
-        this._accelerator, this._device, this._timeout = None, torch.device(device), TIMEOUT
+        this._accelerator, this._device, this.timeout = None, torch.device(device), TIMEOUT
+        this.before_collective = _nothing
         return this
 
     @property
@@ -151,6 +188,11 @@ class Distributed:
     def device(self) -> torch.device:
         return self._device
 
+    @property
+    def wait_at_most(self) -> timedelta:
+        """How long a process waits for the others."""
+        return timedelta(seconds=self.timeout)
+
     def wait(self) -> None:
         """A barrier.
 
@@ -158,14 +200,16 @@ class Distributed:
             ProcessLost: like every collective below, when another process has ended or does not answer.
         """
         if self.world_size > 1:
-            with self._together():
+            self.before_collective()
+            with self.together():
                 self._accelerator.wait_for_everyone()
 
     def gather(self, tensor: Tensor) -> Tensor:
         """[B, ...] of every process, concatenated in the order of ranks; B must be the same everywhere."""
         if self.world_size == 1:
             return tensor
-        with self._together():
+        self.before_collective()
+        with self.together():
             if tensor.dtype is torch.bool:
                 return self._accelerator.gather(tensor.to(torch.uint8)).bool()
             return self._accelerator.gather(tensor)
@@ -174,7 +218,8 @@ class Distributed:
         """The sum over processes, element by element."""
         if self.world_size == 1:
             return tensor
-        with self._together():
+        self.before_collective()
+        with self.together():
             return self._accelerator.reduce(tensor, reduction="sum")
 
     def mean(self, values: Tensor) -> float:
@@ -207,8 +252,10 @@ class Distributed:
             raise
         except Exception as caught:
             error = caught
-        if self.any(error is not None):
-            raise error or OtherProcessFailed(f"{doing}: another process failed; see its message.")
+        with because_of(error):
+            failed = self.any(error is not None)
+        if failed:
+            raise telling(error) or OtherProcessFailed(f"{doing}: another process failed; see its message.")
         return result  # type: ignore[return-value]  # there was no error
 
     def in_step(self, work: Callable[[Callable[[], None]], Result], *, stop: Callable[[], bool], doing: str) -> Result:
@@ -240,14 +287,20 @@ class Distributed:
             result = work(step)
         except (Stopped, OtherProcessFailed, ProcessLost):
             raise
-        except Exception:
+        except Exception as error:
             agree(_FAILED)
+            telling(error)
             raise
         step()
         return result
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
+        """A collective.
+
+        Raises:
+            ProcessLost: in place of what it raises when another process has ended or does not answer.
+        """
         try:
             yield
         except torch.OutOfMemoryError:
@@ -256,6 +309,6 @@ class Distributed:
             why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ProcessLost(
                 f"process {self.rank} of {self.world_size} cannot go on: another process has ended, or did not answer "
-                f"for {self._timeout:g} seconds ({why}). Look for the first error among the outputs of all processes; "
+                f"for {self.timeout:g} seconds ({why}). Look for the first error among the outputs of all processes; "
                 "then start again with --resume, which goes on from the last checkpoint."
             ) from error

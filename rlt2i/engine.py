@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlt2i.algorithm import Algorithm
 from rlt2i.distributed import OtherProcessFailed as OtherProcessFailed
+from rlt2i.distributed import because_of
 from rlt2i.functional.transfer import on_both
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import (
@@ -305,7 +306,9 @@ class Engine:
             result = work()
         except Exception as caught:
             error = caught
-        if bool(self.gather(torch.tensor([error is not None], device=self.device)).any()):
+        with because_of(error):
+            failed = bool(self.gather(torch.tensor([error is not None], device=self.device)).any())
+        if failed:
             raise error or OtherProcessFailed("another process failed to collect this batch; see its message.")
         return result  # type: ignore[return-value]  # there was no error
 

@@ -12,13 +12,14 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.distributed import OtherProcessFailed, sum_in_buckets
+from rlt2i.distributed import OtherProcessFailed, because_of, sum_in_buckets, telling
 from rlt2i.engine import reward_gradient
 from rlt2i.functional.ema import power_decay
+from rlt2i.functional.shards import is_sharded, local, norm_of_parts
 from rlt2i.functional.transfer import on_host, to_device
 from rlt2i.interfaces import Objective, Policy, Reward, UpdateContext
 from rlt2i.objectives.reduction import trainable_steps
-from rlt2i.parameter_sets import ParameterSets
+from rlt2i.parameter_sets import ONLINE, ParameterSets
 from rlt2i.seeds import derive_seed
 from rlt2i.types import Experience
 
@@ -90,7 +91,7 @@ class _State:
     def of(cls, learner: Learner) -> _State:
         changing = {"old", "ema"} & set(learner.sets.names)
         return cls(
-            parameters={name: _copied(tensor) for name, tensor in learner.policy.trainable_parameters().items()},
+            parameters={name: _copied(tensor) for name, tensor in learner.sets.values(ONLINE).items()},
             sets={f"{s}/{name}": _copied(x) for s in changing for name, x in learner.sets.values(s).items()},
             optimizer=(
                 [(p, {key: _copied(x) for key, x in state.items()}) for p, state in learner.optimizer.state.items()],
@@ -101,11 +102,11 @@ class _State:
 
     @torch.no_grad()
     def restore(self, learner: Learner) -> None:
-        for name, parameter in learner.policy.trainable_parameters().items():
-            parameter.copy_(self.parameters[name])
+        for name, parameter in learner.sets.values(ONLINE).items():
+            local(parameter).copy_(self.parameters[name])
         for key, copied in self.sets.items():
             name, _, parameter_name = key.partition("/")
-            learner.sets.values(name)[parameter_name].copy_(copied)
+            local(learner.sets.values(name)[parameter_name]).copy_(copied)
         states, rates = self.optimizer
         known = {id(parameter): state for parameter, state in states}
         for owner in [p for p in learner.optimizer.state if id(p) not in known]:
@@ -114,7 +115,7 @@ class _State:
             for key, value in state.items():
                 now = learner.optimizer.state[parameter].get(key)
                 if isinstance(now, Tensor):
-                    now.copy_(value)
+                    local(now).copy_(value)
                 else:
                     learner.optimizer.state[parameter][key] = value
         for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
@@ -125,7 +126,7 @@ class _State:
 
 def _copied(value: Any) -> Any:
     # Into pinned memory, without waiting: what is put back follows on the same queue.
-    return value.detach().to("cpu", copy=True, non_blocking=True) if isinstance(value, Tensor) else value
+    return local(value).detach().to("cpu", copy=True, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 @attrs.define
@@ -325,7 +326,14 @@ class Learner:
             self.sets.blend("ema", power_decay(step, decay=self.ema_decay, warmup=10))
 
     def _reduced_gradient_norm(self) -> Tensor:
-        """Sum the gradients over processes (the losses are shares of one mean) and take their global norm."""
+        """Sum the gradients over processes (the losses are shares of one mean) and take their global norm.
+
+        Those of sharded parameters have been summed in the backward passes; each process holds its part of the sum.
+        """
+        if is_sharded(self.parameters[0]):
+            assert self.reduce_sum is not None, "shards are spread over processes"
+            squares, copies = norm_of_parts([p.grad for p in self.parameters if p.grad is not None])
+            return (self.reduce_sum(squares) / copies).sqrt()
         if self.reduce_sum is not None:
             own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
             for parameter, gradient in zip(self.parameters, sum_in_buckets(own, self.reduce_sum), strict=True):
@@ -345,9 +353,12 @@ class Learner:
             yield
         except Exception as caught:
             error = caught
-        alone = self.reduce_sum is None
-        if error is not None if alone else self._total(float(error is not None))[0] > 0:
-            raise error or OtherProcessFailed(
+        failed = error is not None
+        if self.reduce_sum is not None:
+            with because_of(error):
+                failed = self._total(float(failed))[0] > 0
+        if failed:
+            raise telling(error) or OtherProcessFailed(
                 f"optimizer step {self.optimizer_step + 1}: another process failed; see its message."
             )
 

@@ -3,6 +3,9 @@
 The copies live on the device of the parameters. Putting one in force exchanges pointers, never bytes, and
 never visits host memory; the `nn.Parameter` objects, their `.grad` and the optimizer that holds them stay the
 same. `torch.func.functional_call` and `AveragedModel` would need a second module or a copy for every use.
+
+Of sharded parameters (DTensors) every process keeps the copies of its own part. FSDP reads that part from a buffer of
+its own, which an exchange of pointers would not reach, so there the bytes of the part are exchanged.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from rlt2i.functional.shards import as_shard, is_sharded, local, shard_like
 
 ONLINE = "online"
 
@@ -32,7 +37,7 @@ class ParameterSets:
         parameters: the trainable parameters by stable name (`Policy.trainable_parameters()`).
 
     Raises:
-        ValueError: if there is nothing to copy, two names share one parameter, or a parameter is sharded.
+        ValueError: if there is nothing to copy, or two names share one parameter.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -43,11 +48,6 @@ class ParameterSets:
             first = owners.setdefault(id(parameter), name)
             if first != name:
                 raise ValueError(f"ParameterSets: {name!r} and {first!r} are the same tied parameter. Pass it once.")
-            if hasattr(parameter, "device_mesh"):
-                raise ValueError(
-                    f"ParameterSets: {name!r} is sharded (a DTensor); its engine reads a flat buffer that a "
-                    "pointer exchange does not reach. Train an adapter under DDP, or do without named sets."
-                )
         self._parameters = dict(parameters)
         self._sets: dict[str, list[Tensor]] = {}
         self._in_force: list[str] = [ONLINE]
@@ -58,6 +58,15 @@ class ParameterSets:
     def names(self) -> tuple[str, ...]:
         """The named sets, in the order they were added; "online" is not one of them."""
         return tuple(self._sets)
+
+    @property
+    def in_force(self) -> str:
+        """The set that the parameters hold now."""
+        return self._in_force[-1]
+
+    def _here(self) -> list[Tensor]:
+        """What this process holds of every parameter."""
+        return [local(p.detach()) for p in self._parameters.values()]
 
     def add(self, name: str) -> None:
         """Keep a copy of the online parameters as they are now.
@@ -73,9 +82,7 @@ class ParameterSets:
                 f"ParameterSets.add({name!r}): {ONLINE!r} names the parameters themselves and '/' separates "
                 "set from parameter in a state. Choose another name, such as 'reference'."
             )
-        self._sets[name] = [
-            p.detach().clone() if p.dtype in _WIDE else p.detach().float() for p in self._parameters.values()
-        ]
+        self._sets[name] = [p.clone() if p.dtype in _WIDE else p.float() for p in self._here()]
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
@@ -101,7 +108,9 @@ class ParameterSets:
                 "Leave the outer block first, or drop the inner one."
             )
         if len(self._in_force) == 1:
-            self._online = [p.data for p in self._parameters.values()]
+            self._online = [
+                p.detach().to_local().clone() if is_sharded(p) else p.data for p in self._parameters.values()
+            ]
             self._online_versions = tuple(p._version for p in self._parameters.values())
         self._in_force.append(name)
         versions = self._point_to(name)
@@ -136,7 +145,7 @@ class ParameterSets:
         if not 0 <= keep <= 1:
             raise ValueError(f"ParameterSets.blend({name!r}, keep={keep}): keep is a share; use one in [0, 1].")
         kept = self._sets[name]
-        online = [p.detach().to(s.dtype) for p, s in zip(self._parameters.values(), kept, strict=True)]
+        online = [p.to(s.dtype) for p, s in zip(self._here(), kept, strict=True)]
         if keep == 0:
             torch._foreach_copy_(kept, online)
         elif keep < 1:
@@ -156,12 +165,17 @@ class ParameterSets:
         if name not in self._sets:
             raise ValueError(self._unknown("distance", name))
         kept = [s.float() for s in self._sets[name]]
-        moved = [p.detach().float() - s for p, s in zip(self._parameters.values(), kept, strict=True)]
-        difference, size = (torch.stack(torch._foreach_norm(x)).norm() for x in (moved, kept))
+        moved = [p.float() - s for p, s in zip(self._here(), kept, strict=True)]
+        difference, size = (self._norm(x) for x in (moved, kept))
         return torch.where(difference == 0, torch.zeros_like(difference), difference / size)
 
+    def _norm(self, tensors: list[Tensor]) -> Tensor:
+        parts = [as_shard(tensor, p) for tensor, p in zip(tensors, self._parameters.values(), strict=True)]
+        norm = torch.nn.utils.get_total_norm(parts)
+        return norm.full_tensor() if is_sharded(norm) else norm
+
     def values(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one set ("online" included) by parameter name, not copied.
+        """The tensors of one set ("online" included) by parameter name, not copied; DTensors where parameters are.
 
         Write or clone them at once.
 
@@ -170,15 +184,15 @@ class ParameterSets:
         """
         if name != ONLINE and name not in self._sets:
             raise ValueError(self._unknown("values", name))
-        if name != ONLINE:
-            tensors = self._sets[name]
-        else:
-            tensors = self._online or [p.detach() for p in self._parameters.values()]
-        return dict(zip(self._parameters, tensors, strict=True))
+        tensors = self._sets[name] if name != ONLINE else self._online or self._here()
+        return {
+            key: as_shard(tensor, parameter)
+            for (key, parameter), tensor in zip(self._parameters.items(), tensors, strict=True)
+        }
 
     @torch.no_grad()
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values into one set ("online" included), bit for bit.
+        """Copy values into one set ("online" included), bit for bit; of whole tensors, the part that is here.
 
         Raises:
             ValueError: if names, shapes or types differ from the set's; nothing is changed then.
@@ -198,7 +212,7 @@ class ParameterSets:
                     f"{own[key].dtype} {list(own[key].shape)}. Use the recipe it was saved under."
                 )
         for key, tensor in tensors.items():
-            own[key].copy_(tensor)
+            local(own[key]).copy_(local(tensor) if is_sharded(tensor) else shard_like(tensor, own[key]))
 
     def state(self) -> dict[str, Tensor]:
         """All named sets in one flat mapping, "set/parameter" -> tensor; no copies."""
@@ -225,7 +239,11 @@ class ParameterSets:
         tensors = self._online if name == ONLINE else self._sets[name]
         parameters = tuple(self._parameters.values())
         for parameter, tensor in zip(parameters, tensors, strict=True):
-            parameter.data = tensor.to(parameter.dtype)
+            if is_sharded(parameter):
+                with torch.no_grad():
+                    local(parameter).copy_(tensor)
+            else:
+                parameter.data = tensor.to(parameter.dtype)
         # `.data =` keeps the version, which would let a backward pass read another set's values unnoticed.
         shift = 0 if name == ONLINE else _VERSION_STRIDE * (1 + self.names.index(name))
         versions = tuple(v + shift for v in self._online_versions)

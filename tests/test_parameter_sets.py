@@ -244,13 +244,31 @@ def test_refusals_name_the_value_and_the_way_out():
         sets.load_state({"ema/layer.0": torch.zeros(2)})
 
 
-def test_sharded_parameters_are_refused():
-    # A pointer exchange would go unnoticed by FSDP's own flat buffer, so rollouts would use the wrong weights.
+def test_sets_of_sharded_parameters_are_those_of_the_part_that_is_here():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        sharded = torch.distributed.tensor.distribute_tensor(torch.ones(2), mesh)
-        with pytest.raises(ValueError, match=r"'w' is sharded \(a DTensor\)"):
-            ParameterSets({"w": nn.Parameter(sharded)})
+        from torch.distributed.fsdp import fully_shard
+
+        layer = nn.Linear(2, 2, bias=False)
+        nn.init.constant_(layer.weight, 1.0)
+        fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (1,)), reshard_after_forward=True)
+        sets = ParameterSets(dict(layer.named_parameters()))
+        sets.add("old")
+        with torch.no_grad():
+            layer.weight.mul_(3.0)
+        x = torch.tensor([[1.0, 1.0]])
+        assert sets.distance("old") == 2.0  # |3 - 1| / |1|, four times each
+        with torch.no_grad():
+            assert layer(x).tolist() == [[6.0, 6.0]]
+            with sets.use("old"):  # what FSDP gathers is the set, not the parameters
+                assert layer(x).tolist() == [[2.0, 2.0]]
+                assert sets.values("online")["weight"].to_local()[0, 0] == 3.0
+                with sets.use("online"):
+                    assert layer(x).tolist() == [[6.0, 6.0]]
+            assert layer(x).tolist() == [[6.0, 6.0]]
+        sets.blend("old", keep=0.5)
+        assert sets.values("old")["weight"].to_local().flatten().tolist() == [2.0] * 4
+        sets.load("online", {"weight": torch.full((2, 2), 5.0)})  # a whole tensor, of which the part is taken
+        assert layer(x).tolist() == [[10.0, 10.0]]
     finally:
         torch.distributed.destroy_process_group()

@@ -125,6 +125,7 @@ def make_plan(
     optimizer_steps: int | None = None,
     noisy_steps: int = 0,
     clean_predictions: int = 0,
+    parts: int = 1,
 ) -> Plan:
     """Count a run of `spec`; reads configuration files, never weights.
 
@@ -142,6 +143,7 @@ def make_plan(
             log-probabilities, clean predictions, and the copies of rows that an optimizer step learns from.
         noisy_steps: steps with a log-probability, if any: then all steps have room for one.
         clean_predictions: steps whose clean prediction is kept for the credit.
+        parts: processes that the weights, their gradients, their optimiser state and their copies are spread over.
 
     Raises:
         ValueError: when the backbone refuses the size.
@@ -156,8 +158,8 @@ def make_plan(
         encoders = _bytes(meta_text_encoders(spec))
         stay = spec.text_encoders == "device"
         resident = {
-            "network": _bytes(network),
-            "optimiser": trainable * _FLOAT32 * (_ADAM_STATES + weight_copies),
+            "network": -(-_bytes(network) // parts),
+            "optimiser": -(-trainable * _FLOAT32 * (_ADAM_STATES + weight_copies) // parts),
             **({"text encoders": encoders} if stay else {}),
             "image decoder": _bytes(vae),
             "trajectories": rollouts_per_iteration
@@ -184,6 +186,9 @@ def make_plan(
         wider_gradients = trainable * (_FLOAT32 - spec.compute_dtype.itemsize) * mixed
         if mixed:
             cast(network, spec.compute_dtype)
+        if parts > 1:
+            copies, wider_gradients = _gathered(policy), -(-trainable * _FLOAT32 // parts)
+            _let_gradients_go(network)
 
         guided = spec.guided
         # Other negative passes keep no activations.
@@ -225,6 +230,34 @@ def make_plan(
             },
             resident=resident,
         )
+
+
+def _gathered(policy: PretrainedPolicy) -> int:
+    """Bytes of a sharded network that are whole at a time, in the precision of its parameters.
+
+    Two units, because the next is fetched while one computes; what belongs to none; and the gradient of a unit, as it
+    is and in the float32 in which it is summed.
+    """
+    own: dict[int, int] = {}  # the inner units come first and own what is in both
+    largest = 0
+    for unit in policy.units():
+        mine = [p for p in unit.parameters() if id(p) not in own]
+        own |= {id(p): p.nbytes for p in mine}
+        largest = max(largest, sum(p.nbytes for p in mine))
+    rest = sum(p.nbytes for p in policy.network.parameters() if id(p) not in own)
+    float32 = largest * _FLOAT32 // policy.spec.compute_dtype.itemsize
+    return rest + 2 * largest + largest + float32
+
+
+def _let_gradients_go(network: nn.Module) -> None:
+    """Sharded gradients are handed out as soon as they are there, and counted elsewhere."""
+
+    def let_go(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(let_go)
 
 
 def capture_share(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import attrs
-from attrs.validators import ge, gt, le, lt, optional
+from attrs.validators import ge, gt, in_, le, lt, optional
 
 from rlt2i.config import neutral
 from rlt2i.distributed import TIMEOUT
@@ -15,6 +15,7 @@ from rlt2i.tasks.curriculum import PromptCurriculum
 from rlt2i.types import ImageSize, at_least_a_pixel, image_size, image_sizes
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+Sharding = Literal["none", "full", "hybrid"]
 
 
 @attrs.frozen(kw_only=True)
@@ -55,6 +56,9 @@ class TrainConfig:
         merge_adapter: evaluate with the adapter merged into the weights, and roll out so where the objective takes no
             ratio between rollout and update: fewer products, and other last digits.
         curriculum: which prompts of the stream are passed over; null takes it as it comes.
+        sharding: of a network that learns as a whole. "full": each process holds a part of weights, gradients,
+            optimiser state and parameter sets (FSDP2); "hybrid": parts within a machine, equal copies across machines;
+            "none": every process holds all. Same mathematics, sums in another order.
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {
@@ -95,6 +99,7 @@ class TrainConfig:
     process_timeout: float = neutral(TIMEOUT, validator=gt(0))
     merge_adapter: bool = neutral(False)
     curriculum: PromptCurriculum | None = neutral(None)
+    sharding: Sharding = neutral("none", validator=in_(get_args(Sharding)))
 
     @betas.validator
     def _check_betas(self, _: Any, value: tuple[float, float]) -> None:

@@ -24,7 +24,7 @@ _RECORDED = (
     "max_invalid_share",
 )
 # How much is computed at once: the same mathematics, rounded otherwise.
-_ROUNDING = ("rollout_batch_size", "micro_batch_size")
+_ROUNDING = ("rollout_batch_size", "micro_batch_size", "sharding")
 _ROUNDING_OF_POLICY = ("gradient_checkpointing", "compile")
 _NOT_WEIGHTS = (*_ROUNDING_OF_POLICY, "dtype")
 

@@ -2,6 +2,7 @@
 
     <run>/checkpoint-00000120/
         online.safetensors, ema.safetensors, optimizer.safetensors, ...    what `tensors` names
+        online.shard-00000-of-00002.safetensors, ...                       the same of a sharded network: `shards`
         state.json                                                         counters, hyper-parameters, cursors
         export/...                                                         what the ecosystem loads
         manifest.json                                                      size and SHA-256 of each file; last
@@ -42,6 +43,7 @@ from rlt2i.runs.optimizer_state import generator_state as generator_state
 from rlt2i.runs.optimizer_state import optimizer_tensors as optimizer_tensors
 from rlt2i.runs.optimizer_state import restore_generator as restore_generator
 from rlt2i.runs.optimizer_state import restore_optimizer as restore_optimizer
+from rlt2i.runs.shard_files import ShardedTensors, ShardError, shard_groups
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -49,7 +51,7 @@ STATE = "state.json"
 EXPORT = "export"
 
 _FINAL = re.compile(r"checkpoint-(\d{8,})")
-_HIDDEN = re.compile(r"\.(staging|replaced|removed)-(\d+)-(\d+)")
+_HIDDEN = re.compile(r"\.(staging|replaced|removed|shards)-(\d+)-(\d+)")
 _WAY_OUT = "Resume from an earlier checkpoint-<step> folder ('latest' skips this one)."
 _reported: set[Path] = set()
 
@@ -65,7 +67,7 @@ class Checkpoint:
     Attributes:
         path: its folder.
         step: iterations finished when it was written.
-        tensors: file name without suffix -> name -> CPU tensor.
+        tensors: file name without suffix -> name -> CPU tensor; put together when asked for, where it is in shards.
         state: the JSON state.
     """
 
@@ -83,6 +85,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     export: Callable[[Path], None] | None,
     keep: int,
+    shards: Path | None = None,
     on_write: Callable[[str], None] = lambda event: None,
 ) -> Path:
     """Write `checkpoint-<step>` atomically, then remove the oldest complete ones beyond `keep`.
@@ -96,6 +99,7 @@ def save_checkpoint(
         state: JSON with finite numbers.
         export: writes files that the ecosystem loads into the folder it is given.
         keep: checkpoints to keep, the new one included, >= 1.
+        shards: a folder that processes have filled (`shard_folder`, `shard_files.write_shards`); its files move here.
         on_write: called with what has just been done, after every change of the disk (for tests).
 
     Returns:
@@ -120,6 +124,11 @@ def save_checkpoint(
         for name, group in tensors.items():
             save_tensors(staging / f"{name}.safetensors", group)
             on_write(f"{name}.safetensors")
+        if shards is not None:
+            for path in sorted(shards.iterdir()):
+                os.rename(path, staging / path.name)
+            shards.rmdir()
+            on_write("shards")
         write_text(staging / STATE, text)
         on_write(STATE)
         if export is not None:
@@ -137,6 +146,15 @@ def save_checkpoint(
         raise
     prune(run_dir, step, keep, on_write)
     return final
+
+
+def shard_folder(run_dir: Path, step: int, pid: int) -> Path:
+    """Where the processes of a run put their shards before the first of them makes a checkpoint of it.
+
+    Args:
+        pid: of the first process; `clean_staging` removes what it leaves when it dies.
+    """
+    return run_dir / f".shards-{step}-{pid}"
 
 
 def _seal(folder: Path, step: int) -> None:
@@ -243,10 +261,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: if a file is missing, truncated, altered, or a pickle.
     """
     manifest = verify_checkpoint(path)
-    tensors = {}
-    for name in sorted(manifest["files"]):
-        if "/" in name or not name.endswith(".safetensors"):
-            continue
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    names = [name for name in sorted(manifest["files"]) if "/" not in name and name.endswith(".safetensors")]
+    try:
+        groups = shard_groups(names)
+        tensors |= {group: ShardedTensors([path / name for name in files]) for group, files in groups.items()}
+    except ShardError as error:
+        raise CheckpointError(f"{path}: {error}. {_WAY_OUT}") from error
+    for name in set(names).difference(*groups.values()):
         try:
             tensors[name.removesuffix(".safetensors")] = load_file(path / name)
         except SafetensorError as error:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlt2i.functional.shards import as_shard, is_sharded, shard_like
+
 _SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 # How a kernel executes is a property of this machine and build, not of the run that is resumed.
 _EXECUTION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
@@ -100,7 +102,10 @@ def restore_optimizer(
             # torch keeps step counts on the host unless the kernel reads them on the device.
             group = options_of[id(parameter)]
             on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
-            value = value.clone() if on_host else value.to(parameter.device, copy=True)
+            if key in _SHAPED and is_sharded(parameter):  # the whole is at hand, a part of it belongs here
+                value = as_shard(shard_like(value, parameter).to(parameter.device, copy=True), parameter)
+            else:
+                value = value.clone() if on_host else value.to(parameter.device, copy=True)
         restored.setdefault(parameter, {})[key] = value
     optimizer.state.clear()
     optimizer.state.update(restored)

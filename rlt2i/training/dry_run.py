@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import attrs
@@ -11,9 +12,10 @@ from rlt2i.engine import chunk_size
 from rlt2i.policies.cost import NotCounted, Plan, make_plan
 from rlt2i.policies.pretrained import PretrainedSpec
 from rlt2i.recipes.recipe import Recipe
-from rlt2i.recipes.train_config import BatchPlan, derive_batch
+from rlt2i.recipes.train_config import BatchPlan, Sharding, derive_batch
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.tasks.base import check_metadata
+from rlt2i.training.sharding import check_sharding
 from rlt2i.types import height_and_width
 
 
@@ -53,6 +55,7 @@ def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
     recipe.algorithm().check_group_size(train.group_size)
     check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
     check_sizes(recipe)
+    check_sharding(recipe, world_size=None)
     batch = batch_plan(recipe, world_size=world_size)
     parts = [f"{recipe.name}  {recipe.hash[:8]}  evidence: {recipe.evidence}", recipe.about, "", batch.table()]
     size = _size(recipe, batch)
@@ -90,4 +93,13 @@ def plan_of(recipe: Recipe, batch: BatchPlan) -> Plan:
         optimizer_steps=batch.optimizer_steps,
         noisy_steps=len(recipe.sampler.stochastic_steps(0)),
         clean_predictions=batch.num_steps if CLEAN_PREDICTIONS in recipe.algorithm().captures else 0,
+        parts=parts_of(train.sharding, world_size=batch.world_size),
     )
+
+
+def parts_of(sharding: Sharding, *, world_size: int) -> int:
+    """How many processes share what learns; with copies across machines, those of a machine."""
+    if sharding == "none":
+        return 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 8))
+    return world_size if sharding == "full" else min(here, world_size)

@@ -14,6 +14,7 @@ from rlt2i.recipes.train_config import BatchPlan
 from rlt2i.runs.trackers import check_trackers
 from rlt2i.tasks.base import TaskPrompt, check_metadata
 from rlt2i.training.dry_run import batch_plan, check_sizes
+from rlt2i.training.sharding import check_sharding
 
 
 def check_before_weights(recipe: Recipe, *, world_size: int) -> BatchPlan:
@@ -27,6 +28,7 @@ def check_before_weights(recipe: Recipe, *, world_size: int) -> BatchPlan:
     recipe.algorithm().check_group_size(train.group_size)
     check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
     check_sizes(recipe)
+    check_sharding(recipe, world_size=world_size)
     check_trackers(train.trackers)
     batch = batch_plan(recipe, world_size=world_size)
     first = recipe.task.train_prompts(seed=train.seed, start=0, count=train.prompts_per_iteration)

@@ -20,6 +20,7 @@ from rlt2i.evaluation.auto import asks_for_auto, resolve_auto
 from rlt2i.interfaces import Policy
 from rlt2i.learner import Learner
 from rlt2i.parameter_sets import ParameterSets, tensors_sha256
+from rlt2i.policies.pretrained.loading import network_on_host
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.checkpoint import CheckpointError, has_checkpoint, latest_checkpoint, load_checkpoint
 from rlt2i.runs.directory import INPUTS
@@ -30,6 +31,7 @@ from rlt2i.runs.logbook import Logbook
 from rlt2i.tasks.base import TaskPrompt
 from rlt2i.tasks.reading import MOST_DRAWN, report_on
 from rlt2i.training.preflight import check_before_weights, check_disk
+from rlt2i.training.sharding import Sharding
 from rlt2i.training.signals import GracefulStop
 from rlt2i.training.trainer import Trainer
 
@@ -69,7 +71,8 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Path | str | None = None, ac
         if log is not None:
             stack.callback(log.close)
         stop = stack.enter_context(GracefulStop())
-        algorithm = distributed.raise_on_all(lambda: recipe.algorithm().load(distributed.device), "loading")
+        with network_on_host() if train.sharding != "none" and distributed.world_size > 1 else contextlib.nullcontext():
+            algorithm = distributed.raise_on_all(lambda: recipe.algorithm().load(distributed.device), "loading")
         for reward in (algorithm.reward, *recipe.heldout.values()):
             stack.callback(reward.close)
         trainer = assemble(recipe, algorithm, run_dir, log, distributed, say, stop)
@@ -181,6 +184,8 @@ def assemble(
     """Engine, learner and the rest, around a loaded policy."""
     train, policy = recipe.train, algorithm.policy
     assert isinstance(policy, Policy)
+    start = tensors_sha256(policy.trainable_parameters())
+    sharding = Sharding.of(policy, train.sharding, distributed)
     parameters = policy.trainable_parameters()
     optimizer = torch.optim.AdamW(
         parameters.values(),
@@ -194,6 +199,8 @@ def assemble(
     sets = ParameterSets(parameters)
     if train.reference:
         sets.add("reference")
+    if sharding is not None:
+        sharding.watch(sets)
     learner = Learner(
         policy=policy,
         objective=algorithm.objective,
@@ -226,6 +233,7 @@ def assemble(
         engine=engine,
         learner=learner,
         say=say,
-        start=tensors_sha256(parameters),
+        start=start,
         stop=stop,
+        sharding=sharding,
     )

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.distributed import Distributed, Stopped
+from rlt2i.distributed import Distributed, OtherProcessFailed, Stopped, told_all
 from rlt2i.engine import Collected, Engine, Stopwatch
 from rlt2i.evaluation.health import diversity_metrics, health_metrics
 from rlt2i.evaluation.heldout import Evaluation, evaluate
@@ -21,7 +21,8 @@ from rlt2i.evaluation.map_samples import map_samples
 from rlt2i.export.card import write_card_of_checkpoint
 from rlt2i.functional.transfer import on_host
 from rlt2i.interfaces import Policy
-from rlt2i.learner import Learner
+from rlt2i.learner import Learner, UpdateRefused
+from rlt2i.parameter_sets import ONLINE
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.rewards.agreement import FailureCounts, all_gather_text
 from rlt2i.runs.artifacts import UnreadableFileError, evaluation_file, maps_file, read_evaluation, write_maps
@@ -45,6 +46,7 @@ from rlt2i.tasks.curriculum import Chosen, CurriculumState, texts_without_spread
 from rlt2i.training.alarm import hacking_alarms
 from rlt2i.training.group_sizes import groups_by_size
 from rlt2i.training.observations import observations
+from rlt2i.training.sharding import Sharding
 from rlt2i.training.signals import GracefulStop
 from rlt2i.types import Experience
 
@@ -72,6 +74,7 @@ class Trainer:
         iteration: finished so far, of which `saved` are in a checkpoint.
         base: how the starting weights were judged.
         curriculum: where the run stands in its stream of prompts.
+        sharding: of a network that is spread over processes, or None.
     """
 
     recipe: Recipe
@@ -87,6 +90,7 @@ class Trainer:
     saved: int = 0
     base: Evaluation | None = None
     mentioned: bool = False
+    sharding: Sharding | None = None
     curriculum: CurriculumState = attrs.field(
         default=attrs.Factory(lambda self: CurriculumState(self.recipe.train.curriculum), takes_self=True)
     )
@@ -293,7 +297,7 @@ class Trainer:
         """Evaluate the weights that would be shipped: the average where there is one, else the online weights."""
         watch = Stopwatch(device=self.engine.device)
         with watch("eval"):
-            result = self._evaluated("ema" if self.recipe.train.ema_decay is not None else "online")
+            result = self._evaluated(self._shipped)
         tally = FailureCounts(images=len(result.valid), reasons=Counter(result.reasons))
         share = 1 - float(result.valid.float().mean())
         self._stop_if_broken(tally, share, "eval", "Nothing can be said about these weights")
@@ -380,11 +384,24 @@ class Trainer:
             for name, state in global_generators().items()
             for rank, row in enumerate(self.distributed.gather(state[None].to(self.distributed.device)).cpu())
         }
-        self._on_main(lambda: self._write_checkpoint(states), "writing the checkpoint")
+        if self.sharding is None:
+            self._on_main(lambda: self._write_checkpoint(states), "writing the checkpoint")
+        else:
+            tensors, hyper = self._tensors()
+            self.sharding.save(
+                self.run_dir,
+                self.iteration,
+                tensors,
+                shipped=self.learner.sets.use(self._shipped),
+                write=lambda folder: self._write_checkpoint(states, hyper=hyper, shards=folder),
+            )
         self.saved = self.iteration
 
     def _rescue(self, error: BaseException) -> None:
         """Save what was finished before an error. The other processes may be anywhere, so nothing waits for them."""
+        if self.sharding is not None:
+            self._rescue_shards(error)
+            return
         if self.iteration <= self.saved or not self.distributed.is_main:
             return
         try:
@@ -395,13 +412,45 @@ class Trainer:
             self.saved = self.iteration
             self.say(f"saved iteration {self.iteration}, the last that was finished")
 
-    def _write_checkpoint(self, generators: Mapping[str, Tensor]) -> None:
+    def _rescue_shards(self, error: BaseException) -> None:
+        """The same where every process has a part: possible while all of them have stopped for the same reason."""
+        if self.iteration <= self.saved:
+            return
+        if not (told_all(error) or isinstance(error, RunStopped | UpdateRefused | OtherProcessFailed)):
+            error.add_note(
+                f"iteration {self.iteration} was finished and is not saved: a part of it lies with each process. Go on "
+                f"with --resume from iteration {self.saved}; train.checkpoint_every says how much can be lost."
+            )
+            return
+        try:
+            self._save()
+        except Exception as second:
+            error.add_note(f"iteration {self.iteration}, the last that was finished, could not be saved: {second}")
+        else:
+            self.say(f"saved iteration {self.iteration}, the last that was finished")
+
+    def _tensors(self) -> tuple[dict[str, Mapping[str, Tensor]], Mapping[str, Any]]:
+        """Everything that learns, by file, and the settings of the optimiser."""
+        moments, hyper = optimizer_tensors(self.learner.optimizer, self.policy.trainable_parameters())
+        sets = {name: self.learner.sets.values(name) for name in (ONLINE, *self.learner.saved_sets)}
+        return {**sets, "optimizer": moments}, hyper
+
+    def _write_checkpoint(
+        self,
+        generators: Mapping[str, Tensor],
+        *,
+        hyper: Mapping[str, Any] | None = None,
+        shards: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            hyper, shards: settings of the optimiser, and the files where processes have written what learns.
+        """
         if self.log is not None:
             self.log.check()
-        tensors: dict[str, Mapping[str, Tensor]] = {"online": dict(self.policy.trainable_parameters())}
-        for name in self.learner.saved_sets:
-            tensors[name] = self.learner.sets.values(name)
-        moments, hyper = optimizer_tensors(self.learner.optimizer, self.policy.trainable_parameters())
+        tensors: Mapping[str, Mapping[str, Tensor]] = {}
+        if hyper is None:
+            tensors, hyper = self._tensors()
         state = {
             "iteration": self.iteration,
             "optimizer_step": self.learner.optimizer_step,
@@ -415,15 +464,20 @@ class Trainer:
         save_checkpoint(
             self.run_dir,
             self.iteration,
-            tensors=tensors | {"optimizer": moments, "rng": generators},
+            tensors={**tensors, "rng": generators},
             state=state,
             export=self._export,
             keep=self.recipe.train.keep_checkpoints,
+            shards=shards,
         )
 
+    @property
+    def _shipped(self) -> str:
+        """The set of weights that is judged and exported."""
+        return "ema" if self.recipe.train.ema_decay is not None else ONLINE
+
     def _export(self, folder: Path) -> None:
-        shipped = "ema" if self.recipe.train.ema_decay is not None else "online"
-        with self.learner.sets.use(shipped):
+        with nullcontext() if self.sharding is not None else self.learner.sets.use(self._shipped):
             self.policy.export(folder)
             write_card_of_checkpoint(folder, self.recipe, self.policy, iteration=self.iteration, run_dir=self.run_dir)
 

@@ -254,3 +254,18 @@ def test_rows_of_an_experience_are_copies_of_the_counted_size():
     _, times, channels, height, width = batch.latents.shape
     assert taken.latents.nbytes == 6 * times * channels * height * width * 4
     assert taken.log_probs.nbytes == 6 * (times - 1) * height * width * 4
+
+
+def test_what_learns_is_divided_by_the_processes_that_share_it():
+    spec = SD3(path="embedded:shapes")
+    common = {"image_size": 32, "num_steps": 2, "trained_steps": 1, "rollouts_per_iteration": 4, "micro_batch_size": 2}
+    alone, shared = (make_plan(spec, weight_copies=1, parts=parts, **common) for parts in (1, 4))
+    for part in ("network", "optimiser"):  # float32: weights, two moments and a copy
+        assert shared.resident[part] == pytest.approx(alone.resident[part] / 4, abs=1)
+    assert shared.resident["image decoder"] == alone.resident["image decoder"]
+    weights = 4 * alone.trainable
+    # Weights, moments, the copy and gradients: a quarter each; on top, what is gathered, less than the whole of it.
+    saved = alone.memory["update"] - shared.memory["update"]
+    assert 0 < saved < 3 / 4 * 5 * weights
+    assert saved > 3 / 4 * 5 * weights - 2 * weights
+    assert shared.update_flops == alone.update_flops

@@ -75,6 +75,17 @@ def recording(names: frozenset[str], *, num_blocks: int, where: Where) -> Iterat
         _active.recorder = None
 
 
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Within this context blocks report to nobody: for a pass in the middle of another one's recording."""
+    recorder = getattr(_active, "recorder", None)
+    _active.recorder = None
+    try:
+        yield
+    finally:
+        _active.recorder = recorder
+
+
 def report(query: Tensor, key: Tensor, lse: Tensor, bias: Tensor | None, scale: float | None) -> None:
     """What a watched block tells whoever is recording, if anybody is."""
     recorder: Recorder | None = getattr(_active, "recorder", None)

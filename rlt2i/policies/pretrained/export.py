@@ -44,7 +44,7 @@ def export_network(spec: PretrainedSpec, pipe: Any, folder: Path) -> None:
 def network_of(spec: PretrainedSpec, pipe: Any) -> Any:
     """The network, or a copy of it with its adapter merged."""
     network = getattr(pipe, spec.network)
-    return network if spec.lora_rank is None else _without_adapter(network, merged_weights(network))
+    return network if spec.lora_rank is None else rebuilt(network, merged_weights(network))
 
 
 def _cast(folder: Path, dtype: torch.dtype) -> None:
@@ -58,7 +58,8 @@ def _cast(folder: Path, dtype: torch.dtype) -> None:
         config.write_text(text + "\n", encoding="utf-8")
 
 
-def _without_adapter(network: Any, weights: dict[str, Tensor]) -> Any:
+def rebuilt(network: Any, weights: dict[str, Tensor]) -> Any:
+    """A network of the same configuration, without adapters and in one piece, that holds the weights given."""
     with torch.device("meta"):
         plain = type(network).from_config(network.config)
     plain.load_state_dict(weights, strict=True, assign=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -46,6 +47,25 @@ def without_warnings() -> Iterator[None]:
     finally:
         for library, level in levels:
             library.set_verbosity(level)
+
+
+_on_host: ContextVar[bool] = ContextVar("network on host", default=False)
+
+
+@contextlib.contextmanager
+def network_on_host() -> Iterator[None]:
+    """Networks that are loaded within it stay on the CPU, for who cuts them before a device holds a part."""
+    token = _on_host.set(True)
+    try:
+        yield
+    finally:
+        _on_host.reset(token)
+
+
+def place(network: torch.nn.Module, device: torch.device) -> None:
+    """Put a network where it computes."""
+    if not _on_host.get():
+        network.to(device)
 
 
 def read_pipeline(spec: PretrainedSpec) -> Any:

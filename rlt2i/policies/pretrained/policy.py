@@ -20,7 +20,7 @@ from rlt2i.policies.attention.watch import watch
 from rlt2i.policies.lora import merged
 from rlt2i.policies.pretrained import autoencoder
 from rlt2i.policies.pretrained.export import export_adapter, export_network
-from rlt2i.policies.pretrained.loading import compile_blocks, meta_pipeline, prepare, quietly, read_pipeline
+from rlt2i.policies.pretrained.loading import compile_blocks, meta_pipeline, place, prepare, quietly, read_pipeline
 from rlt2i.policies.pretrained.spec import PretrainedSpec
 from rlt2i.policies.pretrained.text import TextEncoding
 from rlt2i.policies.token_spans import Characters, character_ranges, find_spans, span_tensors
@@ -67,7 +67,7 @@ class PretrainedPolicy(Policy):
             pipe = read_pipeline(spec)
         network, vae = getattr(pipe, spec.network), pipe.vae
         prepare(spec, network, vae)
-        network.to(device)
+        place(network, device)
         flat = all(weight.ndim < 5 for weight in vae.parameters())  # Qwen-Image's convolutions have a time axis
         fast = flat and spec.image_dtype == torch.bfloat16
         vae.to(device, memory_format=torch.channels_last if fast else torch.preserve_format)
@@ -111,6 +111,13 @@ class PretrainedPolicy(Policy):
             latents: [N, C, H, W] in the precision of the computation.
             sigma: [N] float32.
         """
+
+    def units(self) -> list[torch.nn.Module]:
+        """What is gathered at once where the network is sharded, the inner before the outer: what diffusers says is
+        never split, else the blocks."""
+        names = set(getattr(self.network, "_no_split_modules", None) or ())
+        found = [module for module in self.network.modules() if type(module).__name__ in names]
+        return found[::-1] or list(self.blocks())
 
     def attentions(self) -> list[torch.nn.Module]:
         """The watched attention of each block."""
