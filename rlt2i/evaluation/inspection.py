@@ -16,7 +16,13 @@ from rlt2i.evaluation.heldout import Evaluation, evaluate
 from rlt2i.interfaces import CreditContext, Policy, RewardOutput
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.belonging import check_policy
-from rlt2i.runs.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, verify_checkpoint
+from rlt2i.runs.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    tensor_names,
+    verify_checkpoint,
+)
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.seeds import derive_seed, generator
 from rlt2i.tasks.base import TaskPrompt
@@ -51,10 +57,9 @@ def find_weights(
     path = checkpoint or latest_checkpoint(run_dir)  # type: ignore[arg-type]  # one of them is given
     if path is None:
         raise CheckpointError(f"{run_dir}: holds no complete checkpoint. Look at the base with --weights base.")
-    files = verify_checkpoint(path)["files"]
-    name: Weights = ("ema" if "ema.safetensors" in files else "online") if weights == "best" else weights
-    if f"{name}.safetensors" not in files:
-        saved = sorted(file.removesuffix(".safetensors") for file in files if "/" not in file)
+    saved = tensor_names(verify_checkpoint(path)["files"])
+    name: Weights = ("ema" if "ema" in saved else "online") if weights == "best" else weights
+    if name not in saved:
         raise CheckpointError(f"{path}: holds no {name!r} weights, only {saved}. Use --weights online.")
     return path, name
 

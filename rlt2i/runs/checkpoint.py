@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -252,6 +252,11 @@ def set_aside_after(run_dir: Path, step: int) -> list[Path]:
             os.rename(path, target)
             moved.append(target)
     return moved
+
+
+def tensor_names(files: Iterable[str]) -> list[str]:
+    """What a checkpoint with these files holds tensors of: "online", "ema", "optimizer", ..., in shards or not."""
+    return sorted({name.partition(".")[0] for name in files if "/" not in name and name.endswith(".safetensors")})
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
