@@ -15,7 +15,7 @@ from torch import Tensor
 from rlt2i.distributed import OtherProcessFailed, because_of, sum_in_buckets, telling
 from rlt2i.engine import reward_gradient
 from rlt2i.functional.ema import power_decay
-from rlt2i.functional.shards import is_sharded, local, norm_of_parts
+from rlt2i.functional.shards import gradient_norm_here, is_sharded, local
 from rlt2i.functional.transfer import on_host, to_device
 from rlt2i.interfaces import Objective, Policy, Reward, UpdateContext
 from rlt2i.objectives.reduction import trainable_steps
@@ -332,7 +332,7 @@ class Learner:
         """
         if is_sharded(self.parameters[0]):
             assert self.reduce_sum is not None, "shards are spread over processes"
-            squares, copies = norm_of_parts([p.grad for p in self.parameters if p.grad is not None])
+            squares, copies = gradient_norm_here(self.parameters)
             return (self.reduce_sum(squares) / copies).sqrt()
         if self.reduce_sum is not None:
             own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]

@@ -5,6 +5,7 @@ A part is a block of rows (dimension 0), as FSDP2 cuts: ceil(n / parts) rows eac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import attrs
@@ -81,10 +82,14 @@ def as_shard(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def norm_of_parts(tensors: list[Tensor]) -> tuple[Tensor, int]:
-    """The square of the norm of what is here of some DTensors, float64, and of how many equal copies it is one."""
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64), 1
-    here = [local(tensor) for tensor in tensors]
-    squares = torch.stack(torch._foreach_norm(here, dtype=torch.float32)).double().square().sum()
-    return squares, rows_of(tensors[0]).replicas  # all parameters lie on one mesh
+def gradient_norm_here(parameters: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """The square of the norm of what is here of the gradients of sharded parameters, and how many hold a copy of it.
+
+    Returns:
+        Scalar float64 on their device; processes that hold an equal copy, this one included.
+    """
+    here = [local(p.grad) for p in parameters if p.grad is not None]
+    squares = torch.zeros((), dtype=torch.float64, device=local(parameters[0]).device)
+    if here:
+        squares = torch.stack(torch._foreach_norm(here, dtype=torch.float32)).double().square().sum()
+    return squares, rows_of(parameters[0]).replicas  # all parameters lie on one mesh

@@ -20,6 +20,7 @@ from rlt2i.evaluation.inspection import load_policy
 from rlt2i.recipes import load_recipe
 from rlt2i.runs.checkpoint import load_checkpoint
 from rlt2i.training.preflight import check_before_weights
+from rlt2i.training.sharding import check_sharding
 from tests.helpers import sharded_recipes, toy_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,17 +203,16 @@ def shapes(**changes: object):
 def test_what_should_not_be_sharded_is_refused_with_the_better_choice():
     adapters = shapes(**{"train.sharding": "full", "policy.lora_rank": 4})
     with pytest.raises(ValueError, match=r"adapters \(policy.lora_rank=4\).*plain data parallel.*sharding=none"):
-        check_before_weights(adapters, world_size=2)
-    with pytest.raises(ValueError, match="ToySpec is no pipeline"):
+        check_sharding(adapters, world_size=2)
+    with pytest.raises(ValueError, match="ToySpec is no pipeline"):  # before anything is loaded
         check_before_weights(toy_recipe.clipped(sharding="full"), world_size=2)
-    with pytest.raises(ValueError, match="cannot be shared out to 5 processes"):
-        check_before_weights(shapes(**{"train.sharding": "full"}), world_size=5)
     hybrid = shapes(**{"train.sharding": "hybrid"})
     for world_size, here in ((4, 4), (2, 1), (6, 4)):
         with machine_of(here), pytest.raises(ValueError, match=f"{world_size} processes, {here} on this machine"):
-            check_before_weights(hybrid, world_size=world_size)
+            check_sharding(hybrid, world_size=world_size)
     with machine_of(2):
-        check_before_weights(hybrid, world_size=4)
+        check_sharding(hybrid, world_size=4)
+    check_sharding(shapes(**{"train.sharding": "full"}), world_size=3)
 
 
 def test_sharding_leaves_hashes_and_runs_as_they_were():
