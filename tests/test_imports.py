@@ -36,6 +36,7 @@ LAYERS = (
     "report",
     "evaluation",
     "serve",
+    "voting",
     "objectives",
     "learner",
     "policies",

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from rlt2i.cli import inspecting, rewards, training
+from rlt2i.cli import inspecting, rewards, training, voting
 from rlt2i.inputs.arguments import examples, home_name, home_path
 
 _WEIGHTS = ("best", "online", "ema", "base")
@@ -148,6 +148,18 @@ def parser() -> argparse.ArgumentParser:
     pairs.add_argument("--images", type=int, default=4, help="drawn per prompt (default 4)")
     pairs.add_argument("--seed", type=int, default=0)
     pairs.add_argument("--steps", type=int, help="denoising steps (default: those of the recipe's evaluation)")
+
+    vote = add(
+        "vote", voting.vote, "vote on pairs of images on a local page; the votes are a pair file for offline DPO"
+    )
+    _add_run(vote)
+    vote.add_argument("folder", type=home_path, help="gets pairs.jsonl, images and votes; goes on where it was cut off")
+    vote.add_argument("--prompts", type=int, default=50, help="how many of the training stream (default 50)")
+    vote.add_argument("--prompt", action="append", default=[], help="instead: a prompt of your own; may be repeated")
+    vote.add_argument("--images", type=int, default=2, help="compared per prompt, 2 to 6 (default 2)")
+    vote.add_argument("--seed", type=int, default=0)
+    vote.add_argument("--steps", type=int, help="denoising steps (default: those of the recipe's evaluation)")
+    vote.add_argument("--port", type=int, help="of the page (default 8918, or a free one where that is taken)")
 
     export = add("export", inspecting.export, "write what a run has learned for other tools, with a model card")
     _add_run(export)

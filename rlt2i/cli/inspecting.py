@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rlt2i.recipes import Recipe
 
 
-def _loaded(options: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
+def loaded(options: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
     """The recipe that a command is about, and where the weights are: `run_dir`, `checkpoint` and `weights`."""
     from rlt2i.recipes import load_recipe
 
@@ -39,7 +39,7 @@ def sample(options: argparse.Namespace) -> None:
         check_folder(apart, "--separate")
     from rlt2i.evaluation.inspection import sample as draw_samples
 
-    recipe, trained = _loaded(options)
+    recipe, trained = loaded(options)
     picture = draw_samples(
         recipe,
         options.prompt,
@@ -58,7 +58,7 @@ def maps(options: argparse.Namespace) -> None:
     check_picture(options.out)
     from rlt2i.evaluation.inspection import maps as draw_maps
 
-    recipe, trained = _loaded(options)
+    recipe, trained = loaded(options)
     picture = draw_maps(
         recipe,
         options.prompt,
@@ -96,7 +96,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from rlt2i.evaluation.inspection import evaluate_run
 
-    recipe, trained = _loaded(options)
+    recipe, trained = loaded(options)
     metrics = evaluate_run(
         recipe,
         **trained,
@@ -125,7 +125,7 @@ def _eval_suite(options: argparse.Namespace) -> None:
         trained = {"checkpoint": options.checkpoint, "weights": options.weights}
         target, suite, score_only = there, load_suite(there.path / "suite.yaml", trusted=False), True
     else:
-        target, trained = _loaded(options)
+        target, trained = loaded(options)
         suite, score_only = load_suite(options.suite), options.score_only
         if options.steps is not None:
             suite = attrs.evolve(suite, steps=options.steps)
@@ -152,7 +152,7 @@ def pairs(options: argparse.Namespace) -> None:
     from rlt2i.evaluation.inspection import load_policy
     from rlt2i.evaluation.pairs import PAIRS, make_pairs
 
-    recipe, trained = _loaded(options)
+    recipe, trained = loaded(options)
     policy = load_policy(recipe, **trained)
     source = options.checkpoint or trained["run_dir"]
     count = make_pairs(
@@ -175,7 +175,7 @@ def export(options: argparse.Namespace) -> None:
 
     if options.push:
         check_repository(options.push)
-    recipe, trained = _loaded(options)
+    recipe, trained = loaded(options)
     home: Path = trained["run_dir"] or Path()
     done = write_export(recipe, options.to, options.out or home / "exports" / options.to, **trained)
     print("\n".join(done.lines))

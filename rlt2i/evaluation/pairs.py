@@ -62,7 +62,7 @@ def make_pairs(
     check_metadata(recipe.task, recipe.reward)
     recipe.task.check_image_size(recipe.train.image_size)
     steps = recipe.train.eval_steps if num_steps is None else num_steps
-    settings = _settings(recipe, images=images, seed=seed, num_steps=steps, weights=weights)
+    settings = pair_settings(recipe, images=images, seed=seed, num_steps=steps, weights=weights)
     rows = _begun(folder, settings)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     remove_partials(folder)
@@ -129,13 +129,14 @@ def _batch(
         }
         for role, rollouts in (("winner", chosen.winner), ("loser", chosen.loser)):
             name = f"images/{start + i:06d}-{role}.png"
-            _write_png(folder / name, pictures[rollouts[i]])
+            write_png(folder / name, pictures[rollouts[i]])
             row |= {role: name, f"{role}_score": float(output.scores[rollouts[i]])}
         rows.append(row)
     return rows
 
 
-def _settings(recipe: Recipe, *, images: int, seed: int, num_steps: int, weights: str) -> dict[str, Any]:
+def pair_settings(recipe: Recipe, *, images: int, seed: int, num_steps: int, weights: str) -> dict[str, Any]:
+    """How the images of a pair file were made, for `settings.json`."""
     from rlt2i.recipes import PARTS
 
     parts = {name: to_mapping(getattr(recipe, name), parts=PARTS) for name in ("policy", "reward", "task")}
@@ -154,6 +155,16 @@ def _begun(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that are there already."""
     if not (folder / PAIRS).is_file():
         return []
+    check_pair_settings(folder, settings)
+    return [row for _, row in read_objects(folder / PAIRS)]
+
+
+def check_pair_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to mix pairs that were made in different ways.
+
+    Raises:
+        ValueError: naming the settings that differ from those written down in the folder.
+    """
     made = json.loads((folder / SETTINGS).read_text(encoding="utf-8")) if (folder / SETTINGS).is_file() else {}
     differing = sorted(key for key in settings if made.get(key) != json.loads(json.dumps(settings[key])))
     if differing:
@@ -161,11 +172,10 @@ def _begun(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
             f"{folder}: holds pairs that were made with other settings ({', '.join(differing)}). Use an empty folder, "
             "or the same command to go on."
         )
-    return [row for _, row in read_objects(folder / PAIRS)]
 
 
-def _write_png(file: Path, picture: Tensor) -> None:
-    """A [3, H, W] uint8 image, in one step."""
+def write_png(file: Path, picture: Tensor) -> None:
+    """Write a [3, H, W] uint8 image, in one step."""
     from PIL import Image
 
     with replacing(file) as partial:

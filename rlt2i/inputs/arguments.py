@@ -50,6 +50,10 @@ EXAMPLES: Final[Mapping[str, Sequence[str]]] = {
     ),
     "maps": ("rlt2i maps runs/mine --prompt 'a red circle left of a blue square' --out maps.png",),
     "pairs": ("rlt2i pairs star-shapes pairs/shapes --prompts 600 --images 4",),
+    "vote": (
+        "rlt2i vote runs/mine votes/mine",
+        "rlt2i vote runs/mine votes/mine --prompt 'a red circle' --prompt 'two blue squares' --images 4",
+    ),
     "export": (
         "rlt2i export runs/mine --to comfyui",
         "rlt2i export runs/mine --to merged --out mine --push me/mine",

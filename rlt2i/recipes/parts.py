@@ -67,6 +67,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "Guarded": "rlt2i.rewards.validity:Guarded",
             "HPSv2": "rlt2i.rewards.hpsv2:HPSv2",
             "HPSv3": "rlt2i.rewards.hpsv3:HPSv3",
+            "HumanVotes": "rlt2i.voting.reward:HumanVotes",
             "ImageReward": "rlt2i.rewards.imagereward:ImageReward",
             "JPEGCompressibility": "rlt2i.rewards.jpeg:JPEGCompressibility",
             "JPEGIncompressibility": "rlt2i.rewards.jpeg:JPEGIncompressibility",

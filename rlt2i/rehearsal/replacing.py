@@ -24,6 +24,7 @@ from rlt2i.tasks.ocr.task import OCRFileTask, OCRTask
 from rlt2i.tasks.pairs import PairFileTask
 from rlt2i.tasks.pickscore import PickScoreTask
 from rlt2i.types import ImageSize, height_and_width
+from rlt2i.voting.reward import HumanVotes
 
 IMAGE_SIZE = 32
 SIZES = {"Lumina2Pipeline": 64}
@@ -125,7 +126,7 @@ def small_policy(
 
 def _reward(reward: Any, said: list[str]) -> Any:
     """The reward, with a stand-in for every judge inside it whose weights are not part of the package."""
-    inside = dict(_inner_rewards(reward))
+    inside = {} if isinstance(reward, HumanVotes) else dict(_inner_rewards(reward))  # nobody votes in a rehearsal
     if inside:
         return attrs.evolve(reward, **{name: _replaced(value, said) for name, value in inside.items()})
     if type(reward).__name__ in NEEDS_NOTHING or type(reward).__module__.startswith("rlt2i.tasks."):

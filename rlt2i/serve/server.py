@@ -238,22 +238,25 @@ def application(reward: Reward, *, limits: Limits | None = None, token: str = ""
     return Starlette(routes=routes, lifespan=lifespan)
 
 
-def bind(host: str, port: int, *, token: str) -> socket.socket:
+def bind(host: str, port: int, *, token: str, command: str = "serve-reward") -> socket.socket:
     """A listening socket.
+
+    Args:
+        command: for messages.
 
     Raises:
         ValueError: when others could reach it without a token, or the port is taken.
     """
     if not is_loopback(host) and not token:
         raise ValueError(
-            f"serve-reward --host {host}: others could reach the server, so it needs a token. Set {TOKEN_VARIABLE} "
+            f"{command} --host {host}: others could reach the server, so it needs a token. Set {TOKEN_VARIABLE} "
             "to the same secret here and where you train, or stay on 127.0.0.1 and use an SSH tunnel."
         )
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host.strip("[]"), port), family=family)
     except OSError as error:
-        message = f"serve-reward: cannot listen on {host} port {port}: {error}. Choose another --port."
+        message = f"{command}: cannot listen on {host} port {port}: {error}. Choose another --port."
         raise ValueError(message) from error
 
 
