@@ -139,6 +139,15 @@ def parser() -> argparse.ArgumentParser:
     maps.add_argument("--prompt", required=True)
     _add_drawing(maps, "maps.png")
 
+    look = add("look", inspecting.look, "show base and trained side by side, for any prompt and seed, with credit maps")
+    _add_run(look)
+    look.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    look.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several (default 0)")
+    look.add_argument("--steps", type=int, help="denoising steps (default: as in the recipe)")
+    look.add_argument(
+        "--out", type=home_path, default=Path("look.html"), help="page, or picture without maps (default look.html)"
+    )
+
     pairs = add(
         "pairs", inspecting.pairs, "draw, score and keep the best and the worst image of every prompt, for offline DPO"
     )

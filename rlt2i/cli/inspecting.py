@@ -68,6 +68,22 @@ def maps(options: argparse.Namespace) -> None:
     _save_picture(picture, options.out)
 
 
+def look(options: argparse.Namespace) -> None:
+    """`rlt2i look`: base and trained side by side."""
+    if options.out.suffix.lower() in (".html", ".htm"):
+        check_file(options.out)
+    else:
+        check_picture(options.out)
+    from rlt2i.evaluation.look import look as draw_both
+
+    recipe, trained = loaded(options)
+    print(
+        draw_both(
+            recipe, options.prompt, options.out, **trained, seeds=options.seed, num_steps=options.steps, say=_tell
+        )
+    )
+
+
 def _tell(line: str) -> None:
     """Beside the results, which may be piped on."""
     print(f"rlt2i: {line}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from rlt2i.evaluation.draw import Draw
 from rlt2i.evaluation.heldout import Evaluation, evaluate
 from rlt2i.interfaces import CreditContext, Policy, RewardOutput
 from rlt2i.recipes.recipe import Recipe
+from rlt2i.runs.artifacts import MapSample
 from rlt2i.runs.belonging import check_policy
 from rlt2i.runs.checkpoint import (
     CheckpointError,
@@ -122,7 +124,7 @@ def sample(
     for line in report_on(policy, [TaskPrompt(text=text) for text in texts]).lines():
         say(line)
     prompts = Prompts.of(texts, group_size=count)
-    images = _draw(recipe, _steps(num_steps, recipe.train.eval_steps), seed).images(policy, prompts).cpu()
+    images = drawing(recipe, _steps(num_steps, recipe.train.eval_steps), seed).images(policy, prompts).cpu()
     if apart is not None:
         _save_each(images, apart, count=count)
     return image_grid(images, captions=prompts.per_rollout(prompts.texts), columns=count)
@@ -160,25 +162,60 @@ def maps(
 
     if run_dir is None:
         recipe, _ = resolve_auto(recipe)
-    wanted = recipe.algorithm()
-    judged = wanted.reward_wants | (wanted.reward.metadata_keys if "gradient" in wanted.credit.needs.reward else set())
-    if judged:
-        raise ValueError(
-            f"maps: the credit of {recipe.name!r} needs {sorted(judged)} from the reward, which a free prompt has not. "
-            "Use a recipe whose map comes from the policy, such as star-shapes."
-        )
+    if why := why_no_map(recipe):
+        raise ValueError(f"maps: {why}")
     policy = load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=weights)
     for line in report_on(policy, [TaskPrompt(text=text)]).lines():
         say(line)
-    prompts = Prompts.of([text])
-    draw = _draw(recipe, _steps(num_steps, recipe.sampler.num_steps), seed)
+    sample = map_of(recipe, policy, text, num_steps=num_steps, seed=seed)
+    if sample is None:
+        raise ValueError(f"maps: {uniform_in_space(recipe)}")
+    assert sample.clean is not None
+    return draw_maps(sample.clean, sample.weights, sample.sigmas, text)
+
+
+def why_no_map(recipe: Recipe) -> str:
+    """Why the maps of a recipe cannot be drawn for any prompt that a user may think of; "" where they can."""
+    wanted = recipe.algorithm()
+    judged = wanted.reward_wants | (wanted.reward.metadata_keys if "gradient" in wanted.credit.needs.reward else set())
+    if not judged:
+        return ""
+    return (
+        f"the credit of {recipe.name!r} needs {sorted(judged)} from the reward, which a free prompt has not. "
+        "Use a recipe whose map comes from the policy, such as star-shapes."
+    )
+
+
+def uniform_in_space(recipe: Recipe) -> str:
+    """What to say of a recipe whose credit has no map."""
+    return (
+        f"the credit of {recipe.name!r} is uniform in space, so there is no map to draw. Use a recipe with a "
+        "spatial allocation, such as star-shapes."
+    )
+
+
+def map_of(
+    recipe: Recipe, policy: Policy, text: str, *, num_steps: int | None = None, seed: int = 0
+) -> MapSample | None:
+    """The weight of each place at each denoising step of one rollout of the ODE; None where it is uniform in space.
+
+    Args:
+        recipe: one of which `why_no_map` says nothing, without "auto".
+        num_steps: default those of the recipe's sampler.
+
+    Raises:
+        ValueError: when the credit rewards intermediate images.
+    """
+    wanted, prompts = recipe.algorithm(), Prompts.of([text])
+    draw = drawing(recipe, _steps(num_steps, recipe.sampler.num_steps), seed)
     trajectory = draw.trajectory(policy, prompts, captures=wanted.captures | {CLEAN_PREDICTIONS})
+    images = draw.decoded(policy, trajectory.clean_latents)
     context = CreditContext(
         prompts=prompts,
         trajectory=trajectory,
         rewards=Rewards(values=torch.zeros(1, trajectory.num_steps + 1), valid=torch.ones(1, dtype=torch.bool)),
         token_grid=policy.token_grid(draw.image_size),
-        images=draw.decoded(policy, trajectory.clean_latents),
+        images=images,
         iteration=0,
         keys=torch.tensor([derive_seed("maps", seed)]),
         generator=generator(seed, "maps"),
@@ -188,16 +225,18 @@ def maps(
         ),
         complete=lambda latents, step, rollouts: latents,
     )
-    credit = recipe.credit.assign(context)
-    if credit.weight.shape[2:] == (1, 1):
-        raise ValueError(
-            f"maps: the credit of {recipe.name!r} is uniform in space, so there is no map to draw. Use a recipe with a "
-            "spatial allocation, such as star-shapes."
-        )
-    steps = trajectory.num_steps
-    predictions = trajectory.captures[CLEAN_PREDICTIONS][0]
-    clean = draw.decoded(policy, predictions).cpu()
-    return draw_maps(clean, credit.weight[0].expand(steps, -1, -1).cpu(), trajectory.sigmas.tolist(), text)
+    weight = recipe.credit.assign(context).weight
+    if weight.shape[2:] == (1, 1):
+        return None
+    return MapSample(
+        prompt=text,
+        score=math.nan,
+        core=(),
+        weights=weight[0].expand(trajectory.num_steps, -1, -1).float().cpu(),
+        final=images[0].cpu(),
+        clean=draw.decoded(policy, trajectory.captures[CLEAN_PREDICTIONS][0]).cpu(),
+        sigmas=trajectory.sigmas.tolist(),
+    )
 
 
 def evaluate_run(
@@ -238,7 +277,8 @@ def evaluate_run(
     return found | {name.replace("eval/", "base/", 1): value for name, value in base.metrics().items()}
 
 
-def _draw(recipe: Recipe, num_steps: int, seed: int, device: torch.device | str = "cpu") -> Draw:
+def drawing(recipe: Recipe, num_steps: int, seed: int, device: torch.device | str = "cpu") -> Draw:
+    """How a recipe's images are drawn by the ODE."""
     train = recipe.train
     return Draw(
         seed=seed,

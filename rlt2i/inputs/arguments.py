@@ -49,6 +49,7 @@ EXAMPLES: Final[Mapping[str, Sequence[str]]] = {
         "rlt2i eval runs/mine/eval/shapes-ema-000100 --reward JPEGCompressibility",
     ),
     "maps": ("rlt2i maps runs/mine --prompt 'a red circle left of a blue square' --out maps.png",),
+    "look": ("rlt2i look runs/mine --prompt 'a red circle left of a blue square' --seed 0 1 2",),
     "pairs": ("rlt2i pairs star-shapes pairs/shapes --prompts 600 --images 4",),
     "vote": (
         "rlt2i vote runs/mine votes/mine",

@@ -35,6 +35,9 @@ def atlas(samples: Mapping[int, Sequence[MapSample]], problem: str) -> Mapping[s
     top = scale_top(torch.cat([s.weights.flatten() for s in shown.values()]))
     judged = has_pass_mark([s.score for s in (*first, *last)])
 
+    def verdict(member: MapSample) -> bool | None:
+        return member.score >= PASS if judged and not math.isnan(member.score) else None
+
     def sample(i: int) -> Mapping[str, Any]:
         shown_at = [(steps[-1], last[i])]
         if len(steps) > 1 and i < len(first) and first[i].prompt == last[i].prompt:
@@ -42,7 +45,10 @@ def atlas(samples: Mapping[int, Sequence[MapSample]], problem: str) -> Mapping[s
         return {
             "prompt": marked(last[i].prompt, last[i].core),
             "note": _core_note(last[i]),
-            "strips": [_strip(step, member, top, judged=judged) for step, member in shown_at],
+            "strips": [
+                strip((f"iteration {step}", f"score {short(member.score)}"), member, top, verdict=verdict(member))
+                for step, member in shown_at
+            ],
         }
 
     return {
@@ -107,8 +113,14 @@ def _core_note(sample: MapSample) -> str:
     return "core phrases are marked" + (f"; also: {', '.join(hidden)}" if hidden else "")
 
 
-def _strip(iteration: int, sample: MapSample, top: float, *, judged: bool) -> Mapping[str, Any]:
-    """One sample at one iteration: a column per denoising step; a phone shows few of them."""
+def strip(labels: Sequence[str], sample: MapSample, top: float, *, verdict: bool | None = None) -> Mapping[str, Any]:
+    """One sample: a column per denoising step; a phone shows few of them.
+
+    Args:
+        labels: lines that say what it is.
+        top: the weight at the top of the colour scale.
+        verdict: whether the finished image passes, for its frame.
+    """
     recorded = max(1 if sample.clean is None else len(sample.clean), len(sample.sigmas) - 1)
     steps = len(sample.weights) if len(sample.weights) > 1 else recorded
     shown = spread(steps, _COLUMNS)
@@ -131,10 +143,8 @@ def _strip(iteration: int, sample: MapSample, top: float, *, judged: bool) -> Ma
             "weight": embedded(over, f"weights at step {step}, largest {largest}", style=style),
         }
 
-    verdict = sample.score >= PASS if judged and not math.isnan(sample.score) else None
     return {
-        "iteration": iteration,
-        "score": short(sample.score),
+        "labels": labels,
         "columns": [column(step) for step in shown],
         "few": len(few) + 1,
         "width": f"{90 + 116 * (len(shown) + 1)}px",
