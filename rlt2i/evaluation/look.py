@@ -76,8 +76,9 @@ def look(
     page = has_suffix(out, ".html", ".htm")
     note = why_no_map(recipe) if page else "a picture"
     texts, seeds = list(dict.fromkeys(texts)), list(dict.fromkeys(seeds))
-    drawn = []
-    for name in ("base", which):
+    drawn: list[_Drawn] = []
+    both: tuple[Weights, ...] = ("base", which)
+    for name in both:
         policy = load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=name)
         if not drawn:
             for line in report_on(policy, [TaskPrompt(text=text) for text in texts]).lines():
@@ -96,8 +97,8 @@ def look(
     if not note and not any(maps):
         note = uniform_in_space(recipe)
     seen = [
-        Seen(prompt=text, seed=seed, images=images, maps=both)
-        for (text, seed), images, both in zip(places, pairs, maps, strict=True)
+        Seen(prompt=text, seed=seed, images=images, maps=mapped)
+        for (text, seed), images, mapped in zip(places, pairs, maps, strict=True)
     ]
     home = run_dir.resolve().name if run_dir is not None else recipe.name
     steps = recipe.train.eval_steps if num_steps is None else num_steps
