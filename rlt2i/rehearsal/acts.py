@@ -20,7 +20,7 @@ import torch
 from rlt2i.learner import Learner
 from rlt2i.policies.pretrained import PretrainedSpec
 from rlt2i.recipes.recipe import Recipe, load_recipe
-from rlt2i.rehearsal.replacing import make_small
+from rlt2i.rehearsal.replacing import make_small, with_whole_paths
 from rlt2i.report import write_report
 from rlt2i.runs.checkpoint import EXPORT, latest_checkpoint
 from rlt2i.runs.metrics import read_metrics
@@ -87,6 +87,8 @@ def rehearse(recipe: Recipe, folder: Path, *, compile_blocks: bool = True) -> Re
     acts: list[Act] = []
     replaced: tuple[str, ...] = ()
     run = folder / "run"
+    # Prompt files are named from where the command was given, and the acts are played in a folder of their own.
+    recipe = attrs.evolve(recipe, task=with_whole_paths(recipe.task))
     with _one_thread(), _in_folder(folder):
         small: Recipe | None = None
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torchvision.io import write_png
 
 from rlt2i.credit.feature_saliency import FeatureSaliency
+from rlt2i.inputs.textfiles import user_path
 from rlt2i.interfaces import Objective, PolicySpec, Reward
 from rlt2i.objectives.distillation import OnPolicyDistillation
 from rlt2i.policies.pretrained import PretrainedSpec
@@ -173,6 +174,24 @@ def _task(task: Task, folder: Path, image_size: ImageSize, said: list[str]) -> T
         inner = _task(inner, folder, image_size, said)
         return attrs.evolve(task, pairs=str(_write_pairs(inner, folder / "pairs", image_size)), evaluation=inner)
     return task
+
+
+def with_whole_paths(part: Any) -> Any:
+    """A part whose texts that name files of the working directory name them from anywhere; so do parts inside it."""
+    if not attrs.has(type(part)):
+        return part
+    changed: dict[str, Any] = {}
+    for field in attrs.fields(type(part)):
+        value = getattr(part, field.name)
+        if not field.init or not value:
+            continue
+        if isinstance(value, str | Path):
+            path = user_path(value)
+            if not path.is_absolute() and path.is_file():
+                changed[field.alias or field.name] = type(value)(str(path.absolute()))
+        elif (whole := with_whole_paths(value)) is not value:
+            changed[field.alias or field.name] = whole
+    return attrs.evolve(part, **changed) if changed else part
 
 
 def _write_pairs(task: Task, folder: Path, image_size: ImageSize, count: int = 8) -> Path:

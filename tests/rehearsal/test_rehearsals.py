@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import pytest
 
 from rlt2i.recipes import list_recipes, load_recipe
 from rlt2i.rehearsal.acts import rehearse
+from rlt2i.rehearsal.replacing import with_whole_paths
+from rlt2i.tasks.promptfile import PromptFileTask
 
 NAMES = [entry.name for entry in list_recipes()]
 ALWAYS = ("star-sd35-ocr", "star-nft-sd35-geneval", "nft-sd35-geneval", "dpo-sd35-geneval", "star-cells", "ddpo-shapes")
@@ -37,3 +40,26 @@ def test_a_shipped_recipe_passes_its_rehearsal(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_recipe_passes_its_rehearsal(name: str, tmp_path: Path):
     passes(name, tmp_path, compile_blocks=True)
+
+
+@attrs.frozen
+class Outer:
+    """A part with a task inside."""
+
+    task: PromptFileTask
+
+
+def test_prompt_files_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("a cow\na dog\n")
+    (tmp_path / "held.txt").write_text("a pig\n")
+    task = PromptFileTask(train="mine.txt", evaluation=str(tmp_path / "held.txt"))
+    outer = Outer(task=task)
+    whole = [with_whole_paths(task), with_whole_paths(outer).task]
+    monkeypatch.chdir("/")
+    for found in whole:
+        assert found == PromptFileTask(train=str(tmp_path / "mine.txt"), evaluation=str(tmp_path / "held.txt"))
+        assert [prompt.text for prompt in found.eval_prompts(1)] == ["a pig"]
+    # What names no file stays, and so does a part without paths.
+    gone = PromptFileTask(train="gone.txt")
+    assert with_whole_paths(gone) is gone
