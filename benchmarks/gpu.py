@@ -159,7 +159,7 @@ class _Brightness(Reward):
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         scores = batch.images.float().mean(dim=(1, 2, 3)) + torch.arange(len(batch.images), device=batch.images.device)
-        return RewardOutput(scores=scores, valid=torch.ones(len(scores), dtype=torch.bool, device=scores.device))
+        return RewardOutput.all_valid(scores)
 
 
 # --------------------------------------------------------------------------------------------------------------- table

@@ -33,7 +33,7 @@ class Waits(Reward):
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         count = len(batch.prompts)
         time.sleep(self.seconds * count)
-        return RewardOutput(scores=torch.linspace(0.4, 0.6, count), valid=torch.ones(count, dtype=torch.bool))
+        return RewardOutput.all_valid(torch.linspace(0.4, 0.6, count))
 
 
 def seconds_of(engine: Engine, reward: Reward, groups: int, group_size: int) -> tuple[float, Stopwatch]:

@@ -87,7 +87,7 @@ class _Brightness(Reward):
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         scores = batch.images.float().mean(dim=(1, 2, 3)) + torch.arange(len(batch.images))
-        return RewardOutput(scores=scores, valid=torch.ones(len(scores), dtype=torch.bool))
+        return RewardOutput.all_valid(scores)
 
 
 # ---------------------------------------------------------------------------------------------------------------- arms

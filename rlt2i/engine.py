@@ -191,7 +191,7 @@ def reward_gradient(
     Raises:
         ValueError: when the scores do not depend on the images by way of a gradient.
     """
-    found = []
+    gradients = []
     for rows in torch.arange(len(latents)).split(rollout_batch_size):
         requested = prompts.take(rows.tolist())
         with torch.enable_grad():
@@ -204,9 +204,10 @@ def reward_gradient(
             )
         # Not of scores.sum(): credit is assigned without gradients, where a sum would have none.
         (gradient,) = torch.autograd.grad(scores, leaf, torch.ones_like(scores))
-        found.append(RewardGradient(scores=scores.detach().float().to(latents.device), gradient=gradient))
+        gradients.append(RewardGradient(scores=scores.detach().float().to(latents.device), gradient=gradient))
     return RewardGradient(
-        scores=torch.cat([chunk.scores for chunk in found]), gradient=torch.cat([chunk.gradient for chunk in found])
+        scores=torch.cat([chunk.scores for chunk in gradients]),
+        gradient=torch.cat([chunk.gradient for chunk in gradients]),
     )
 
 

@@ -376,6 +376,16 @@ class RewardOutput:
         if self.maps is not None:
             axes.check("maps", self.maps, "B h w")
 
+    @classmethod
+    def all_valid(cls, scores: Tensor, **rest: Any) -> RewardOutput:
+        """Of a reward that can judge every image.
+
+        Args:
+            scores: [B].
+            rest: components, regions, maps and info.
+        """
+        return cls(scores=scores, valid=torch.ones(len(scores), dtype=torch.bool, device=scores.device), **rest)
+
 
 CODE = f"rlt2i {__version__}"
 """The version of the code that scores, for fingerprints."""

@@ -224,10 +224,10 @@ class ParameterSets:
         Raises:
             ValueError: if the state holds other sets, or `load` refuses one.
         """
-        found = {key.partition("/")[0] for key in state}
-        if found != set(self._sets):
+        names = {key.partition("/")[0] for key in state}
+        if names != set(self._sets):
             raise ValueError(
-                f"ParameterSets.load_state: got the sets {sorted(found)}, expected {sorted(self._sets)}. "
+                f"ParameterSets.load_state: got the sets {sorted(names)}, expected {sorted(self._sets)}. "
                 "Use the recipe the state was saved under."
             )
         for name in self._sets:

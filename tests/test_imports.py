@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -149,15 +149,22 @@ def test_types_are_imported_openly():
     assert not wrong, "\n".join(wrong)
 
 
-def test_functional_imports_nothing_of_ours():
-    wrong = [
+def imports_of(units: Collection[str], forbidden: Callable[[str, str], bool]) -> list[str]:
+    """Lines that import what (unit, module) is forbidden."""
+    return [
         f"{path.relative_to(ROOT)}:{line} imports {module}"
         for path in modules()
-        if unit(path) == "functional"
+        if unit(path) in units
         for line, module in imports(path)
-        if module.startswith("rlt2i") and not module.startswith("rlt2i.functional")
+        if forbidden(unit(path), module)
     ]
-    assert not wrong, "\n".join(wrong)
+
+
+def test_functional_imports_nothing_of_ours():
+    def of_ours(_: str, module: str) -> bool:
+        return module.startswith("rlt2i") and not module.startswith("rlt2i.functional")
+
+    assert not imports_of({"functional"}, of_ours)
 
 
 def test_folders_of_the_zoo_do_not_import_each_other():
@@ -172,14 +179,7 @@ def test_folders_of_the_zoo_do_not_import_each_other():
 
 
 def test_algorithms_know_no_model_library():
-    wrong = [
-        f"{path.relative_to(ROOT)}:{line} imports {module}"
-        for path in modules()
-        if unit(path) in FREE_OF_MODELS
-        for line, module in imports(path)
-        if module.split(".")[0] in MODEL_LIBRARIES
-    ]
-    assert not wrong, "\n".join(wrong)
+    assert not imports_of(FREE_OF_MODELS, lambda _, module: module.split(".")[0] in MODEL_LIBRARIES)
 
 
 def test_the_library_imports_neither_examples_nor_benchmarks_nor_tests():

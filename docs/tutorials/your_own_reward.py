@@ -48,9 +48,8 @@ class GreenMiddle(Reward):
         middle = torch.zeros(height, width, dtype=torch.bool)
         middle[height // 4 : -height // 4, width // 4 : -width // 4] = True
         scores = (green[:, middle].mean(dim=1) - green[:, ~middle].mean(dim=1)) / 2
-        return RewardOutput(
-            scores=scores,
-            valid=torch.ones(len(scores), dtype=torch.bool),
+        return RewardOutput.all_valid(
+            scores,
             maps=middle.float().expand(len(scores), -1, -1).clone() if "maps" in want else None,
         )
 

@@ -135,11 +135,11 @@ def read_results(path: Path, plan: Plan) -> Results:
 
 def _training(path: Path) -> dict[str, dict[Trial, dict[int, float]]]:
     """metric -> trial -> iteration -> value of the training log, where there is one."""
-    found: dict[str, dict[Trial, dict[int, float]]] = {}
+    curves: dict[str, dict[Trial, dict[int, float]]] = {}
     for row in read_table(path) if path.is_file() else ():
         trial = (row["arm"], int(row["seed"]))
-        found.setdefault(row["metric"], {}).setdefault(trial, {})[int(row["iteration"])] = float(row["value"])
-    return found
+        curves.setdefault(row["metric"], {}).setdefault(trial, {})[int(row["iteration"])] = float(row["value"])
+    return curves
 
 
 def network_evaluations(recipe: Recipe) -> int:
@@ -175,7 +175,7 @@ def differences(results: Results, measure: str, arm: str, other: str) -> dict[in
 
 def compare(results: Results) -> list[Comparison]:
     """All comparisons of the plan in every measure; Holm's correction is over the comparisons of one measure."""
-    plan, found = results.plan, []
+    plan, comparisons = results.plan, []
     secondary = [name for name in results.curves if name != plan.metric and name.startswith(SECONDARY)]
     for measure in (*MEASURES, *secondary):
         values = {pair: differences(results, measure, *pair) for pair in plan.comparisons}
@@ -184,10 +184,10 @@ def compare(results: Results) -> list[Comparison]:
         judged = judge({"/".join(p): list(v.values()) for p, v in values.items()}, margin=margin, alpha=plan.alpha)
         for arm, other in values:
             prompts = over_prompts(results, arm, other) if measure == "final" else None
-            found.append(
+            comparisons.append(
                 Comparison(measure=measure, arm=arm, other=other, judged=judged[f"{arm}/{other}"], prompts=prompts)
             )
-    return found
+    return comparisons
 
 
 def over_prompts(results: Results, arm: str, other: str) -> Interval | None:

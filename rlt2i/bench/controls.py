@@ -29,15 +29,15 @@ def controls_of(recipe: Recipe) -> dict[str, CreditAssigner]:
     def with_map(*allocation: Allocation) -> Product:
         return attrs.evolve(credit, allocations=(*allocation, *rest))
 
-    found: dict[str, CreditAssigner] = {
+    controls: dict[str, CreditAssigner] = {
         "uniform": with_map(),
         "own map": credit,
         "shuffled": with_map(Shuffled(allocation=own)),
         "inverted": with_map(Inverted(allocation=own)),
     }
     if "maps" in recipe.reward.offers:
-        found["oracle"] = with_map(Oracle(mix=getattr(own, "mix", 0.5)))
-    return found
+        controls["oracle"] = with_map(Oracle(mix=getattr(own, "mix", 0.5)))
+    return controls
 
 
 def _resolves_places(allocation: Allocation) -> bool:

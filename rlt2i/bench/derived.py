@@ -38,15 +38,15 @@ def measures(held_out: Curves, training: Curves, *, metric: str, last: int) -> d
         compared on one and the same judge.
         "gain per nat", "gain per drift": of the plan's metric, where the policy moved at all.
     """
-    found: dict[str, dict[Trial, dict[int, float]]] = {}
+    values: dict[str, dict[Trial, dict[int, float]]] = {}
 
     def put(name: str, trial: Trial, value: float) -> None:
-        found.setdefault(name, {})[trial] = {last: value}
+        values.setdefault(name, {})[trial] = {last: value}
 
     for trial, curve in held_out.get("reward", {}).items():
         rose = curve[last] - curve[0]
-        if seen := training.get("reward/mean", {}).get(trial):
-            put("gap/unseen prompts", trial, seen[last] - seen[1] - (at(curve, last - 1) - curve[0]))
+        if means := training.get("reward/mean", {}).get(trial):
+            put("gap/unseen prompts", trial, means[last] - means[1] - (at(curve, last - 1) - curve[0]))
         for judge in (*([metric] if metric != "reward" else []), *(n for n in held_out if n.startswith("heldout/"))):
             if judged := held_out[judge].get(trial):
                 put(f"gap/{judge.removeprefix('heldout/')}", trial, rose - (judged[last] - judged[0]))
@@ -58,4 +58,4 @@ def measures(held_out: Curves, training: Curves, *, metric: str, last: int) -> d
         ):
             if moved:
                 put(name, trial, gain / moved)
-    return found
+    return values

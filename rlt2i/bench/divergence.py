@@ -83,9 +83,9 @@ def inside_and_outside(nats: Tensor, inside: Tensor | None) -> dict[str, float]:
     Returns:
         "kl/path", and with regions "kl/inside" and "kl/outside", which add up to it.
     """
-    found = {"kl/path": float(nats.sum(dim=(1, 2)).mean())}
+    metrics = {"kl/path": float(nats.sum(dim=(1, 2)).mean())}
     if inside is not None:
         area = interpolate(inside[:, None].float(), size=tuple(nats.shape[-2:]), mode="area")[:, 0]
-        found["kl/inside"] = float((nats * area).sum(dim=(1, 2)).mean())
-        found["kl/outside"] = float((nats * (1 - area)).sum(dim=(1, 2)).mean())
-    return found
+        metrics["kl/inside"] = float((nats * area).sum(dim=(1, 2)).mean())
+        metrics["kl/outside"] = float((nats * (1 - area)).sum(dim=(1, 2)).mean())
+    return metrics

@@ -141,14 +141,14 @@ def quality_of_grams(grams: Mapping[str, Tensor]) -> dict[str, GradientQuality]:
     if n < 3 or {len(gram) for gram in grams.values()} != {n}:
         raise ValueError(f"quality of gradients: {[len(g) for g in grams.values()]} batches; use 3 or more, all alike.")
     first_all, first_without = None, None
-    found = {}
+    quality = {}
     for name, gram in grams.items():
         whole, without = _snr_and_cosine(gram), _leave_one_out(gram)
         if first_all is None or first_without is None:
             first_all, first_without = whole, without
         gain, gain_without = whole[0] / first_all[0], without[:, 0] / first_without[:, 0]
         errors = jackknife_error(without)
-        found[name] = GradientQuality(
+        quality[name] = GradientQuality(
             snr=float(whole[0]),
             snr_error=float(errors[0]),
             cosine=float(whole[1]),
@@ -157,7 +157,7 @@ def quality_of_grams(grams: Mapping[str, Tensor]) -> dict[str, GradientQuality]:
             gain_error=float(jackknife_error(gain_without)),
             batches=n,
         )
-    return found
+    return quality
 
 
 def jackknife_error(without: Tensor) -> Tensor:

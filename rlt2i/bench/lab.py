@@ -143,14 +143,16 @@ def measure(objective: str, tokens: int, *, mix: float = 1.0, batches: int = 300
     sets = ParameterSets(policy.trainable_parameters())
     for name in sorted(loss.needs.parameter_sets):
         sets.add(name)
-    found: dict[str, list[Tensor]] = {name: [] for name in credits.credits}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in credits.credits}
     for batch in range(batches):
         prompts = LabTask().train_prompts(seed=seed, start=batch * PROMPTS, count=PROMPTS)
         drawn = as_prompts(prompts, group_size=GROUP, start=batch * PROMPTS)
         experience = engine(parts, seed).collect(drawn, iteration=batch).experience
         for name, credit in credits.made.items():
             own = attrs.evolve(experience, credit=credit)
-            found[name].append(update_gradient(policy, loss, parts.reward, own, sets, seed=batch, micro_batch_size=512))
+            gradients[name].append(
+                update_gradient(policy, loss, parts.reward, own, sets, seed=batch, micro_batch_size=512)
+            )
     return [
         Gain(
             objective=objective,
@@ -160,7 +162,7 @@ def measure(objective: str, tokens: int, *, mix: float = 1.0, batches: int = 300
             expected=expected_gain(name, tokens, mix),
             quality=quality,
         )
-        for name, quality in gradient_quality(found).items()
+        for name, quality in gradient_quality(gradients).items()
     ]
 
 

@@ -122,7 +122,7 @@ class RegionBrightness(Reward):
         scores = self.score_tensor(batch.images.float() / 255, batch.prompts, batch.metadata)
         count = len(scores)
         maps = self.region().expand(count, -1, -1).contiguous() if "maps" in want else None
-        return RewardOutput(scores=scores, valid=torch.ones(count, dtype=torch.bool), maps=maps)
+        return RewardOutput.all_valid(scores, maps=maps)
 
 
 @attrs.frozen(kw_only=True)

@@ -30,18 +30,18 @@ def evaluation_measures(now: Evaluation, base: Evaluation, reward: Reward) -> di
         "edges/outside".
     """
     kept = now.valid & base.valid
-    found = {"valid": float(now.valid.float().mean())}
+    values = {"valid": float(now.valid.float().mean())}
     for name in ("reward", *now.components):
-        found[name] = float(now.values(name)[now.valid].nanmean())
+        values[name] = float(now.values(name)[now.valid].nanmean())
     for name, judged in now.heldout.items():
-        found[f"heldout/{name}"] = float(judged.scores[judged.valid].mean())
-    found["edges"] = float(edge_density(now.images).mean())
-    found |= diversity([p.text for p in now.prompts], now.images)
+        values[f"heldout/{name}"] = float(judged.scores[judged.valid].mean())
+    values["edges"] = float(edge_density(now.images).mean())
+    values |= diversity([p.text for p in now.prompts], now.images)
     if "maps" in reward.offers and kept.any():
         inside = judged_places(now, reward)
-        found |= drift(base.images[kept], now.images[kept], inside[kept])
-        found["edges/outside"] = edges_outside(now.images[kept], inside[kept])
-    return found
+        values |= drift(base.images[kept], now.images[kept], inside[kept])
+        values["edges/outside"] = edges_outside(now.images[kept], inside[kept])
+    return values
 
 
 def judged_places(now: Evaluation, reward: Reward) -> Tensor:
@@ -67,13 +67,13 @@ def drift(before: Tensor, after: Tensor, inside: Tensor) -> dict[str, float]:
         for a change that is everywhere the same. What has no pixel, or did not change, is left out.
     """
     change = (after.float() - before.float()).abs().mean(dim=1) / 255
-    found = {}
+    values = {}
     for name, weight in (("drift/inside", inside), ("drift/outside", 1 - inside)):
         if weight.sum() > 0:
-            found[name] = float((change * weight).sum() / weight.sum())
-    if found.get("drift/outside", 0) > 0 and "drift/inside" in found:
-        found["selectivity"] = found["drift/inside"] / found["drift/outside"]
-    return found
+            values[name] = float((change * weight).sum() / weight.sum())
+    if values.get("drift/outside", 0) > 0 and "drift/inside" in values:
+        values["selectivity"] = values["drift/inside"] / values["drift/outside"]
+    return values
 
 
 def edges_outside(images: Tensor, inside: Tensor) -> float:

@@ -60,7 +60,7 @@ def _gallery(
     first = list({prompt.text: row for row, prompt in reversed(list(enumerate(base.prompts)))}.values())
     rows = sorted(first)[:SHOWN]
     inside = judged_places(base, recipe.reward)[rows] if "maps" in recipe.reward.offers else None
-    found: list[Mapping[str, Any]] = []
+    pictures: list[Mapping[str, Any]] = []
     for i, row in enumerate(rows):
         images: list[Mapping[str, Any]] = []
         for name, evaluation in judged.items():
@@ -70,8 +70,8 @@ def _gallery(
             sign = {True: ", right", False: ", wrong", None: ""}[verdict]
             alt = f"{labels[name]}: {base.prompts[row].text}{sign}"
             images.append({"label": labels[name], "picture": embedded(picture, alt, style=FRAMES[verdict])})
-        found.append({"prompt": base.prompts[row].text, "images": images})
-    return found
+        pictures.append({"prompt": base.prompts[row].text, "images": images})
+    return pictures
 
 
 def _passes(evaluation: Evaluation, metric: str) -> Tensor | None:

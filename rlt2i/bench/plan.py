@@ -140,9 +140,9 @@ class Plan:
         Raises:
             ConfigError: naming the arm and the field.
         """
-        found = {arm: self.recipe(arm) for arm in self.arms}
-        check_common(found, self.reference)
-        return found
+        recipes = {arm: self.recipe(arm) for arm in self.arms}
+        check_common(recipes, self.reference)
+        return recipes
 
 
 def _check_word(where: str, value: str) -> None:

@@ -142,17 +142,17 @@ class Probe:
             tally.merge(saved[0])
             for name, gradient in saved[1].items():
                 gradients[name].append(gradient)
-        found = list(tally.rows(weights))
+        rows = list(tally.rows(weights))
         for name, q in gradient_quality(gradients).items() if batches >= 3 else ():
             for measure, value, error in (
                 ("gradient SNR", q.snr, q.snr_error),
                 ("gradient SNR over uniform", q.gain, q.gain_error),
                 ("cosine of two batches", q.cosine, q.cosine_error),
             ):
-                found.append(
+                rows.append(
                     Measured(weights=weights, credit=name, measure=measure, value=value, error=error, batches=q.batches)
                 )
-        return found
+        return rows
 
     def _claim(self, folder: Path, weights: str, interventions: int) -> None:
         """Write down what is measured in a folder, or see that it is the same."""
@@ -269,11 +269,11 @@ class Probe:
         measured = Influence(blocks=BLOCKS, mix=1.0, floor=1e-6).weight(context)
         for name, credit in made.items():
             weight = _whole(credit, context)
-            found = [
+            rows = [
                 rank_correlation(blocks_of(weight[:, step], BLOCKS), blocks_of(measured[:, step], BLOCKS))
                 for step in trained_steps(context)
             ]
-            tally.add(name, "influence, rank correlation", torch.stack(found))
+            tally.add(name, "influence, rank correlation", torch.stack(rows))
 
     def _drift(self, tally: Tally, context: CreditContext, made: Mapping[str, Credit]) -> None:
         """How far the maps are from those that the base weights would give in the same states."""
@@ -324,13 +324,13 @@ class Probe:
     @torch.no_grad()
     def _log_probs(self, experience: Experience, rollouts: Tensor, steps: Tensor) -> Tensor:
         """[B, S, H, W] of the steps taken, under the weights at hand."""
-        trajectory, found = experience.trajectory, []
+        trajectory, log_probs = experience.trajectory, []
         for step in steps.tolist():
             states = experience.step_batch(rollouts, torch.full_like(rollouts, step))
             velocity = self.policy.velocity(states.latents, states.sigma, states.conditioning)
             transition = trajectory.transition(states.latents, velocity, states.sigma, states.sigma_next)
-            found.append(trajectory.log_prob_map(states.next_latents, transition))
-        return torch.stack(found, dim=1)
+            log_probs.append(trajectory.log_prob_map(states.next_latents, transition))
+        return torch.stack(log_probs, dim=1)
 
 
 def region_of(context: CreditContext) -> Tensor:

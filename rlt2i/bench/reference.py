@@ -153,16 +153,16 @@ def _differences(recipe: Recipe, band: Band) -> list[str]:
 
 
 def _unlike(a: Mapping[str, Any], b: Mapping[str, Any], above: str) -> list[str]:
-    found = []
+    differences = []
     for key in dict.fromkeys([*a, *b]):
         if a.get(key) == b.get(key) or f"{above}{key}" in _FREE:
             continue
         below, other = a.get(key), b.get(key)
         if isinstance(below, Mapping) and isinstance(other, Mapping):
-            found += _unlike(below, other, f"{above}{key}.")
+            differences += _unlike(below, other, f"{above}{key}.")
         else:
-            found.append(f"{above}{key}")
-    return found
+            differences.append(f"{above}{key}")
+    return differences
 
 
 _FREE = frozenset(

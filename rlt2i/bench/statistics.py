@@ -138,11 +138,11 @@ def judge(
         alpha: chance of any false alarm among them: a difference where there is none; likewise for equivalence.
         higher_is_better: of the measure.
     """
-    found = {name: paired(values, margin=margin, confidence=1 - alpha) for name, values in differences.items()}
-    different = holm([d.p for d in found.values()])
-    equivalent = holm([d.p_equivalent for d in found.values()])
+    verdicts = {name: paired(values, margin=margin, confidence=1 - alpha) for name, values in differences.items()}
+    different = holm([d.p for d in verdicts.values()])
+    equivalent = holm([d.p_equivalent for d in verdicts.values()])
     judged = {}
-    for (name, difference), p, p_equivalent in zip(found.items(), different, equivalent, strict=True):
+    for (name, difference), p, p_equivalent in zip(verdicts.items(), different, equivalent, strict=True):
         verdict: Verdict = "not distinguishable"
         if difference.seeds < FEWEST_SEEDS:
             pass

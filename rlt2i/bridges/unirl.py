@@ -252,21 +252,21 @@ class _StageObjective(StageAlgorithm):  # type: ignore[misc, valid-type]
         Steps whose state was not stored repeat the latest one, like the states themselves.
         """
         attention = frozenset(need for need in self.credit.needs.captures if need.startswith("attention/"))
-        found: dict[str, list[Tensor]] = {}
+        captures: dict[str, list[Tensor]] = {}
         for t in range(trajectory.num_steps) if attention or "clean_predictions" in self.credit.needs.captures else ():
             if t and torch.equal(trajectory.latents[:, t], trajectory.latents[:, t - 1]):
-                for values in found.values():
+                for values in captures.values():
                     values.append(values[-1])
                 continue
             states, sigma = trajectory.latents[:, t], trajectory.sigmas[t].expand(trajectory.num_rollouts)
             if "clean_predictions" in self.credit.needs.captures:
                 with torch.no_grad():
                     velocity = self._policy(conditions).velocity(states, sigma, trajectory.conditioning)
-                found.setdefault("clean_predictions", []).append(clean_prediction(states, velocity, sigma))
+                captures.setdefault("clean_predictions", []).append(clean_prediction(states, velocity, sigma))
             if attention:
                 for name, maps in self._attention(attention, states, sigma, conditions, metadata).items():
-                    found.setdefault(name, []).append(maps)
-        return {name: torch.stack(values, dim=1) for name, values in found.items()}
+                    captures.setdefault(name, []).append(maps)
+        return {name: torch.stack(values, dim=1) for name, values in captures.items()}
 
     def _attention(
         self,

@@ -167,11 +167,11 @@ def _weight(
     weight = states.new_ones(len(states), 1, 1)
     for part in allocations:
         if part.needs.captures & names:
-            found = part.weight(_context(states, scheduler, model_config, [steps[step]], captures))[:, 0]
+            given = part.weight(_context(states, scheduler, model_config, [steps[step]], captures))[:, 0]
         else:
-            found = part.weight(_context(states, scheduler, model_config, steps, {}))
-            found = found[:, steps[step] if found.shape[1] > 1 else 0]
-        weight = weight * found
+            given = part.weight(_context(states, scheduler, model_config, steps, {}))
+            given = given[:, steps[step] if given.shape[1] > 1 else 0]
+        weight = weight * given
     size = (states.shape[-2], states.shape[-1])
     return on_grid(weight, size)
 

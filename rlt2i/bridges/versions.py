@@ -20,15 +20,15 @@ def extension_points(engine: str, module: str, names: Iterable[str], *, since: s
         ImportError: naming what is missing, the version that was found and the one that has it.
     """
     try:
-        found: Any = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
         missing = ""
     except ImportError as error:
         if error.name and not (module == error.name or module.startswith(error.name + ".")):
             raise  # the engine is there; something that it imports is not
-        found, missing = None, module
+        target, missing = None, module
     points: list[Any] = []
-    for name in names if found is not None else ():
-        point = found
+    for name in names if target is not None else ():
+        point = target
         for part in name.split("."):
             point = getattr(point, part, None)
         if point is None:

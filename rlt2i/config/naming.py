@@ -34,8 +34,8 @@ def named_part(
             raise ConfigError(f"{name}: no such file.")
         mapping = read_yaml(user_path(name))
         folder = user_path(name).parent
-        found = mapping.get(key, mapping) if "policy" in mapping else mapping
-        mapping = {"type": found} if isinstance(found, str) else dict(found)
+        node = mapping.get(key, mapping) if "policy" in mapping else mapping
+        mapping = {"type": node} if isinstance(node, str) else dict(node)
     for field in fields:
         path, equals, text = field.partition("=")
         if not equals or not path:

@@ -94,11 +94,11 @@ def _locate(root: dict[str, Any], words: list[str], override: str, renamed: Mapp
     exact = _follow(root, words)
     if exact is not None:
         return exact
-    found = list(_matches(root[section], rest, (section,)))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ConfigError(f"--set {override}: several fields match, name one: {', '.join(map(_dotted, found))}.")
+    matches = list(_matches(root[section], rest, (section,)))
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ConfigError(f"--set {override}: several fields match, name one: {', '.join(map(_dotted, matches))}.")
     _refuse_former(words, override, renamed)
     fields = [_dotted(path) for path in _every_field(root[section], (section,))]
     near = did_you_mean(words[-1], {path.rpartition(".")[2] for path in fields})
@@ -153,12 +153,12 @@ def _children(node: Any) -> Iterator[tuple[str | int, Any]]:
 def _matches(node: Any, words: list[str], prefix: Keys) -> Iterator[Keys]:
     """Every place under `node`, itself excluded, from which the words lead to an existing field."""
     for key, child in _children(node):
-        found: Any = child
+        value: Any = child
         for word in words:
-            if isinstance(found, dict) and word in found:
-                found = found[word]
-            elif isinstance(found, list) and word.isdigit() and int(word) < len(found):
-                found = found[int(word)]
+            if isinstance(value, dict) and word in value:
+                value = value[word]
+            elif isinstance(value, list) and word.isdigit() and int(word) < len(value):
+                value = value[int(word)]
             else:
                 break
         else:

@@ -70,10 +70,10 @@ def redacted_text(text: str) -> str:
     return _KNOWN.sub(REDACTED, _LOGIN.sub(REDACTED, text))
 
 
-def _redacted_assignment(found: re.Match[str]) -> str:
+def _redacted_assignment(match: re.Match[str]) -> str:
     """`max_tokens=2048` and a bare `key=value` stay."""
-    secret = _is_secret_in_query(found[1]) and not found[3].isdigit() and found[1].lower() != "key"
-    return f"{found[1]}{found[2]}{REDACTED}" if secret else found[0]
+    secret = _is_secret_in_query(match[1]) and not match[3].isdigit() and match[1].lower() != "key"
+    return f"{match[1]}{match[2]}{REDACTED}" if secret else match[0]
 
 
 def redacted_urls(text: str) -> str:
@@ -141,7 +141,7 @@ def refuse_secrets(mapping: Mapping[str, Any]) -> None:
 def _texts(value: Any, field: str) -> list[tuple[str, str]]:
     """(dotted field, text) of every text in plain data."""
     if isinstance(value, Mapping):
-        return [found for k, v in value.items() for found in _texts(v, f"{field}.{k}" if field else str(k))]
+        return [text for k, v in value.items() for text in _texts(v, f"{field}.{k}" if field else str(k))]
     if isinstance(value, list | tuple):
-        return [found for i, item in enumerate(value) for found in _texts(item, f"{field}[{i}]")]
+        return [text for i, item in enumerate(value) for text in _texts(item, f"{field}[{i}]")]
     return [(field, value)] if isinstance(value, str) else []

@@ -45,11 +45,11 @@ def parse_size(text: str) -> ImageSize:
     Raises:
         ValueError: for anything else.
     """
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if found is None:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
         raise ValueError(f"--size {text}: write a number of pixels, or height x width such as 512x768.")
-    height = int(found[1])
-    size: ImageSize = image_size((height, int(found[2] or height)))
+    height = int(match[1])
+    size: ImageSize = image_size((height, int(match[2] or height)))
     return size
 
 

@@ -97,8 +97,8 @@ def loading_again(subject: Subject) -> str:
 
 def _gradients(out: Tensor, parameters: dict[str, torch.nn.Parameter]) -> list[Tensor]:
     values = list(parameters.values())
-    found = torch.autograd.grad(out.square().mean(), values, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, values, strict=True)]
+    gradients = torch.autograd.grad(out.square().mean(), values, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, values, strict=True)]
 
 
 def guidance(subject: Subject) -> None:

@@ -67,20 +67,20 @@ def form_of_maps(subject: Subject) -> str:
         latents = subject.noise(size)
         with torch.no_grad():
             _, captures = subject.policy.velocity_with_captures(latents, subject.sigma, subject.conditioning, names)
-        for name, found in captures.items():
+        for name, maps in captures.items():
             require(
-                found.ndim == 4 and len(found) == len(latents) and tuple(found.shape[-2:]) == grid,
-                f"{name} is {list(found.shape)} at size {size}, expected [{len(latents)}, concepts, {grid[0]}, "
+                maps.ndim == 4 and len(maps) == len(latents) and tuple(maps.shape[-2:]) == grid,
+                f"{name} is {list(maps.shape)} at size {size}, expected [{len(latents)}, concepts, {grid[0]}, "
                 f"{grid[1]}]: maps lie on token_grid, one per rollout and phrase.",
             )
             require(
-                found.dtype is torch.float32 and not found.requires_grad,
-                f"{name} is {found.dtype}, requires_grad={found.requires_grad}; maps are detached float32.",
+                maps.dtype is torch.float32 and not maps.requires_grad,
+                f"{name} is {maps.dtype}, requires_grad={maps.requires_grad}; maps are detached float32.",
             )
-            require(bool(torch.isfinite(found).all()), f"{name} holds NaN or infinity.")
-            require(bool((found >= 0).all()), f"{name} reaches {float(found.min()):.2g}; attention is not negative.")
+            require(bool(torch.isfinite(maps).all()), f"{name} holds NaN or infinity.")
+            require(bool((maps >= 0).all()), f"{name} reaches {float(maps.min()):.2g}; attention is not negative.")
             image_asks = parse_attention_name(name)[0] == "image_to_text"
-            share = found.sum(1) if image_asks else found.flatten(2).sum(2)
+            share = maps.sum(1) if image_asks else maps.flatten(2).sum(2)
             largest = max(largest, float(share.max()))
             require(
                 float(share.max()) <= 1 + ROUNDING,
@@ -98,10 +98,10 @@ def maps_repeat(subject: Subject) -> None:
         subject.policy.velocity_with_captures(
             subject.noise(subject.size, 5), subject.sigma, subject.conditioning, subject.some_names
         )
-    for name, found in _captured(subject, subject.some_names).items():
+    for name, maps in _captured(subject, subject.some_names).items():
         require(
-            torch.equal(found, first[name]),
-            f"{name} differs by {float((found - first[name]).abs().max()):.1e} when the same pass is recorded again: "
+            torch.equal(maps, first[name]),
+            f"{name} differs by {float((maps - first[name]).abs().max()):.1e} when the same pass is recorded again: "
             "state leaks between calls. Start every recording from nothing.",
         )
 
@@ -115,8 +115,8 @@ def maps_of_rows(subject: Subject) -> None:
         _, moved = subject.policy.velocity_with_captures(
             subject.latents[order], subject.sigma[order], subject.conditioning.take(order), names
         )
-    for name, found in moved.items():
-        apart = float((found - maps[name][order]).abs().max())
+    for name, moved_maps in moved.items():
+        apart = float((moved_maps - maps[name][order]).abs().max())
         require(
             apart < ROUNDING,
             f"{name} differs by {apart:.1e} when rows change places: are maps of one rollout given to another?",
@@ -125,10 +125,10 @@ def maps_of_rows(subject: Subject) -> None:
 
 def phrases_add_up(subject: Subject) -> str:
     """Phrases in another order give the maps in that order, and two words together what they give apart."""
-    found = [span.phrase for span in subject.conditioning.token_spans[0]]
-    if not subject.directions or len(found) < 2:
+    phrases = [span.phrase for span in subject.conditioning.token_spans[0]]
+    if not subject.directions or len(phrases) < 2:
         return "no attention maps" if not subject.directions else "too few words are found"
-    one, two = next(((a, b) for a, b in pairwise(found) if f"{a} {b}" in TEXTS[0]), (found[0], found[1]))
+    one, two = next(((a, b) for a, b in pairwise(phrases) if f"{a} {b}" in TEXTS[0]), (phrases[0], phrases[1]))
     names = frozenset(attention_name(direction, "all") for direction in subject.directions)
     apart, turned = _captured(subject, names, (one, two)), _captured(subject, names, (two, one))
     whole = _captured(subject, names, (TEXTS[0], one))

@@ -63,7 +63,7 @@ def _fields(node: Any) -> list[dict[str, Any]]:
     """Every mapping below `node` whose blocks are `auto`."""
     if isinstance(node, Mapping):
         own = [node] if node.get("blocks") == AUTO else []
-        return [*own, *(found for value in node.values() for found in _fields(value))]  # type: ignore[list-item]
+        return [*own, *(field for value in node.values() for field in _fields(value))]  # type: ignore[list-item]
     if isinstance(node, list | tuple):
-        return [found for value in node for found in _fields(value)]
+        return [field for value in node for field in _fields(value)]
     return []

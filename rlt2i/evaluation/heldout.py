@@ -125,8 +125,8 @@ class Evaluation:
         and `eval/seen/strict`.
         """
         kept = self.valid
-        found = {"eval/reward": float(self.scores[kept].mean()), "eval/images": float(kept.sum())}
-        found |= {f"eval/{name}": float(values[kept].nanmean()) for name, values in self.components.items()}
+        metrics = {"eval/reward": float(self.scores[kept].mean()), "eval/images": float(kept.sum())}
+        metrics |= {f"eval/{name}": float(values[kept].nanmean()) for name, values in self.components.items()}
         name = self.headline
         both = kept & base.valid if base is not None else None
         trained_on = torch.tensor([p.trained_on for p in self.prompts])
@@ -135,20 +135,20 @@ class Evaluation:
             parts |= {"unseen/": ~trained_on, "seen/": trained_on}
         for part, rows in parts.items():
             if part:
-                found[f"eval/{part}images"] = float((rows & kept).sum())
+                metrics[f"eval/{part}images"] = float((rows & kept).sum())
             if (rows & kept).any():
                 mean = self._mean(self.values(name), rows & kept)
-                found |= {f"eval/{part}{name}": mean.mean} | _interval(f"eval/{part}{name}", mean)
+                metrics |= {f"eval/{part}{name}": mean.mean} | _interval(f"eval/{part}{name}", mean)
             if base is not None and both is not None and (rows & both).any():
                 gain = self._mean(self.values(name).double() - base.values(name).double(), rows & both)
-                found |= {f"eval/{part}{name}_gain": gain.mean} | _interval(f"eval/{part}{name}_gain", gain)
+                metrics |= {f"eval/{part}{name}_gain": gain.mean} | _interval(f"eval/{part}{name}_gain", gain)
         for category in dict.fromkeys(p.category for p in self.prompts):
             rows = torch.tensor([p.category == category for p in self.prompts]) & kept
-            found[f"eval/{category}"] = float(self.values(name)[rows].mean())
+            metrics[f"eval/{category}"] = float(self.values(name)[rows].mean())
         for name, judged in self.heldout.items():
             before = base.heldout.get(name) if base is not None else None
-            found |= self._heldout_metrics(f"eval/heldout/{name}", judged, before)
-        return found
+            metrics |= self._heldout_metrics(f"eval/heldout/{name}", judged, before)
+        return metrics
 
     def _mean(self, values: Tensor, kept: Tensor) -> Interval:
         """Of some images."""
@@ -160,17 +160,17 @@ class Evaluation:
 
     def _heldout_metrics(self, name: str, now: Scores, before: Scores | None) -> dict[str, float]:
         """Mean, spread over images and share of failures; given the base, the paired gain with its interval."""
-        found = {f"{name}/invalid": 1 - float(now.valid.float().mean())}
+        metrics = {f"{name}/invalid": 1 - float(now.valid.float().mean())}
         if not now.valid.any():
-            return found
+            return metrics
         kept = now.scores[now.valid]
-        found |= {name: float(kept.mean()), f"{name}_std": float(kept.std(correction=0))}
-        found |= {f"{name}/{part}": float(v[now.valid].nanmean()) for part, v in now.components.items()}
+        metrics |= {name: float(kept.mean()), f"{name}_std": float(kept.std(correction=0))}
+        metrics |= {f"{name}/{part}": float(v[now.valid].nanmean()) for part, v in now.components.items()}
         both = now.valid & before.valid if before is not None else torch.zeros_like(now.valid)
         if before is not None and both.any():
             gain = self._mean(now.scores.double() - before.scores.double(), both)
-            found |= {f"{name}_gain": gain.mean} | _interval(f"{name}_gain", gain)
-        return found
+            metrics |= {f"{name}_gain": gain.mean} | _interval(f"{name}_gain", gain)
+        return metrics
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -84,12 +84,12 @@ def load_policy(
         CheckpointError: when the run holds no complete checkpoint or not the weights asked for, or when the checkpoint
             is of another policy.
     """
-    found = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
+    source = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
     policy = recipe.algorithm().load(device or ("cuda" if torch.cuda.is_available() else "cpu")).policy
     assert isinstance(policy, Policy)
-    if found is None:
+    if source is None:
         return policy
-    path, name = found
+    path, name = source
     loaded = load_checkpoint(path)
     check_policy(loaded, recipe, policy)
     saved = loaded.tensors[name]
@@ -138,8 +138,8 @@ def _save_each(images: Tensor, folder: Path, *, count: int) -> None:
         to_pil_image(image).save(folder / f"{i // count + 1:02d}-{i % count + 1:02d}.png")
 
 
-def _steps(asked: int | None, otherwise: int) -> int:
-    return otherwise if asked is None else asked
+def _steps(num_steps: int | None, otherwise: int) -> int:
+    return otherwise if num_steps is None else num_steps
 
 
 def maps(
@@ -273,8 +273,8 @@ def evaluate_run(
     base = judged("base")
     if (run_dir is None and checkpoint is None) or weights == "base":
         return base.metrics()
-    found: dict[str, Any] = judged(weights).metrics(base)
-    return found | {name.replace("eval/", "base/", 1): value for name, value in base.metrics().items()}
+    metrics: dict[str, Any] = judged(weights).metrics(base)
+    return metrics | {name.replace("eval/", "base/", 1): value for name, value in base.metrics().items()}
 
 
 def drawing(recipe: Recipe, num_steps: int, seed: int, device: torch.device | str = "cpu") -> Draw:

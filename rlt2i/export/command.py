@@ -73,8 +73,8 @@ def export(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"export --out {folder}: something is there already. Name a new folder.")
-    found = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
-    if found is None:
+    source = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
+    if source is None:
         raise CheckpointError("export: these are the base weights; name a run, or a --checkpoint.")
     policy = pretrained(
         load_policy(recipe, run_dir=run_dir, checkpoint=checkpoint, weights=weights, device="cpu"), "export"
@@ -90,7 +90,7 @@ def export(
     part.mkdir(parents=True)
     try:
         said = _WRITERS[to](policy, part)
-        iteration = json.loads((found[0] / STATE).read_text(encoding="utf-8"))["iteration"]
+        iteration = json.loads((source[0] / STATE).read_text(encoding="utf-8"))["iteration"]
         write_card(part, Card(recipe=recipe, policy=policy, form=_FORMS[to], iteration=iteration, run_dir=run_dir))
         (part / "recipe.yaml").write_text(dump_yaml(redacted(recipe.mapping())), encoding="utf-8")
         if folder.is_dir():
@@ -98,7 +98,7 @@ def export(
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Exported(folder=folder, lines=(f"{folder}: {found[1]} weights of {found[0]}", said))
+    return Exported(folder=folder, lines=(f"{folder}: {source[1]} weights of {source[0]}", said))
 
 
 def pretrained(policy: Policy, command: str) -> PretrainedPolicy:

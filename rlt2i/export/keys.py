@@ -140,6 +140,6 @@ def _instances(table: Table, modules: Mapping[str, Any]) -> Iterator[tuple[str, 
     for published, parts in table.items():
         pattern = re.compile(re.escape(parts[0]).replace(r"\{i\}", r"(\d+)"))
         for name in modules:
-            if found := pattern.fullmatch(name):
-                number = found[1] if found.groups() else ""
+            if match := pattern.fullmatch(name):
+                number = match[1] if match.groups() else ""
                 yield published.replace("{i}", number), tuple(part.replace("{i}", number) for part in parts)

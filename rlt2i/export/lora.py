@@ -60,18 +60,18 @@ def convert(weights: Mapping[str, Tensor], network: Any, tool: Tool) -> Converte
     """
     modules = published_modules(table_of(tool, network), network)
     left = pairs_of(weights)
-    found: dict[str, Pair] = {}
+    pairs: dict[str, Pair] = {}
     for published, parts in modules.items():
-        mine = {part: left.pop(part) for part in parts if part in left}
-        if mine:
-            found[published] = _stacked(mine, parts, network)
+        present = {part: left.pop(part) for part in parts if part in left}
+        if present:
+            pairs[published] = _stacked(present, parts, network)
     if left:
         raise ValueError(
             f"export --to {tool}: {len(left)} adapted layers have no name there, such as {sorted(left)[0]}. Use --to "
             "diffusers or merged, or train with other policy.lora_targets."
         )
     tensors: dict[str, Tensor] = {}
-    for name, (down, up) in found.items():
+    for name, (down, up) in pairs.items():
         if tool == "comfyui":
             tensors[f"diffusion_model.{name}.lora_A.weight"] = down
             tensors[f"diffusion_model.{name}.lora_B.weight"] = up
@@ -80,22 +80,22 @@ def convert(weights: Mapping[str, Tensor], network: Any, tool: Tool) -> Converte
             tensors[f"{key}.lora_down.weight"] = down
             tensors[f"{key}.lora_up.weight"] = up
             tensors[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
-    return Converted(tensors=tensors, modules=tuple(found), known=sum(name in modules for name in found))
+    return Converted(tensors=tensors, modules=tuple(pairs), known=sum(name in modules for name in pairs))
 
 
-def _stacked(mine: Mapping[str, Pair], parts: tuple[str, ...], network: Any) -> Pair:
+def _stacked(pairs: Mapping[str, Pair], parts: tuple[str, ...], network: Any) -> Pair:
     if len(parts) == 1:
-        down, up = mine[parts[0]]
+        down, up = pairs[parts[0]]
         return down.contiguous(), up.contiguous()
-    rank = sum(down.shape[0] for down, _ in mine.values())
+    rank = sum(down.shape[0] for down, _ in pairs.values())
     rows = [network.get_submodule(part).out_features for part in parts]
-    first = next(iter(mine.values()))[1]
+    first = next(iter(pairs.values()))[1]
     up = torch.zeros(sum(rows), rank, dtype=first.dtype)
     row = column = 0
     for part, height in zip(parts, rows, strict=True):
-        if part in mine:
-            width = mine[part][1].shape[1]
-            up[row : row + height, column : column + width] = mine[part][1]
+        if part in pairs:
+            width = pairs[part][1].shape[1]
+            up[row : row + height, column : column + width] = pairs[part][1]
             column += width
         row += height
-    return torch.cat([down for down, _ in mine.values()]).contiguous(), up
+    return torch.cat([down for down, _ in pairs.values()]).contiguous(), up

@@ -79,13 +79,13 @@ def find_phrase(phrase: str, text: str) -> list[Characters]:
             start, end = match.span(1)
             if start not in ends and _begins_word(form.text, start) and _ends_word(form.text, end):
                 ends[start] = end
-    found: list[Characters] = []
+    ranges: list[Characters] = []
     reached = 0
     for start, end in sorted(ends.items()):
         if start >= reached:
-            found.append(form.original_range(start, end))
+            ranges.append(form.original_range(start, end))
             reached = end
-    return found
+    return ranges
 
 
 def _gap(word: str, after: str) -> str:
@@ -96,14 +96,14 @@ def _gap(word: str, after: str) -> str:
 def content_phrases(text: str) -> tuple[str, ...]:
     """What a prompt is about when nobody says: its quoted strings, each whole, and its words but function words."""
     quoted = quoted_texts(text, single=True)
-    found = [(quote.start, quote.text) for quote in quoted]
+    phrases = [(quote.start, quote.text) for quote in quoted]
     form = normal_form(text)
     for start, end in _words(form.text):
         first, behind = form.original_range(start, end)
         inside_quotes = any(quote.start <= first < quote.end for quote in quoted)
         if not inside_quotes and not _says_nothing(form.text[start:end]):
-            found.append((first, text[first:behind]))
-    unique = {normalised(phrase): phrase for _, phrase in sorted(found, reverse=True)}
+            phrases.append((first, text[first:behind]))
+    unique = {normalised(phrase): phrase for _, phrase in sorted(phrases, reverse=True)}
     return tuple(reversed(unique.values()))
 
 

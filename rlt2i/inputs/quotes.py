@@ -44,13 +44,13 @@ def quoted_texts(prompt: str, *, single: bool = False) -> tuple[Quoted, ...]:
         prompt: any text.
         single: whether 'single' quotes count, too, where they are no apostrophes.
     """
-    found = list(_double(prompt))
+    quotes = list(_double(prompt))
     if single:
-        taken = [range(quote.start, quote.end) for quote in found]
+        taken = [range(quote.start, quote.end) for quote in quotes]
         for match in _SINGLE.finditer(prompt):
             if not any(match.start() in outer for outer in taken):
-                found.append(Quoted(match[1], match.start(), match.end()))
-    visible = (attrs.evolve(quote, text=quote.text.strip()) for quote in found if not is_blank(quote.text))
+                quotes.append(Quoted(match[1], match.start(), match.end()))
+    visible = (attrs.evolve(quote, text=quote.text.strip()) for quote in quotes if not is_blank(quote.text))
     return tuple(sorted(visible, key=lambda quote: quote.start))
 
 

@@ -16,7 +16,7 @@ from rlt2i.objectives.decay import Decay, PiecewiseLinearDecay
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import NoisyPairs, noisy_pairs
 from rlt2i.objectives.penalty import VelocityPenalty
-from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, share, trainable_steps
+from rlt2i.objectives.reduction import Granularity, masked_mean, on_grid, ratio_grid, share_of_mean, trainable_steps
 from rlt2i.objectives.reverse import Pooled, at_ratio_grid, surrogate_metrics
 from rlt2i.types import Experience, Loss
 
@@ -107,11 +107,7 @@ class AWM(Objective):
                 per_pair = per_pair + self.ema_kl_weight * drift
                 metrics["kl/old"] = drift.detach()
 
-            yield Loss(
-                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
-                metrics=metrics | held,
-                steps=states.steps,
-            )
+            yield share_of_mean(per_pair, metrics | held, states.steps, kept=kept, rollouts=rollouts, context=context)
 
     def _log_likelihood(self, noisy: NoisyPairs, velocity: Tensor, grid: tuple[int, int]) -> Pooled:
         """l of the error pooled to the grid."""

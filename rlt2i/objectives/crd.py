@@ -18,7 +18,7 @@ from rlt2i.objectives.decay import Decay
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs, whole_groups
 from rlt2i.objectives.penalty import VelocityPenalty
-from rlt2i.objectives.reduction import share, trainable_steps, weight_and_mask
+from rlt2i.objectives.reduction import share_of_mean, trainable_steps, weight_and_mask
 from rlt2i.types import Experience, Loss
 
 
@@ -108,8 +108,4 @@ class CRD(Objective):
                 per_pair, velocity, policy, states, context, latents=noisy.state, sigma=noisy.sigma,
                 scale=crd_kl_weight(label, kl_beta=strength) if strength > 0 else None,
             )  # fmt: skip
-            yield Loss(
-                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
-                metrics=metrics | held,
-                steps=states.steps,
-            )
+            yield share_of_mean(per_pair, metrics | held, states.steps, kept=kept, rollouts=rollouts, context=context)

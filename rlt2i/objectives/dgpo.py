@@ -17,7 +17,7 @@ from rlt2i.objectives.decay import Decay, PiecewiseLinearDecay
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import NoisyPairs, noisy_pairs, whole_groups
 from rlt2i.objectives.penalty import VelocityPenalty
-from rlt2i.objectives.reduction import on_grid, share, trainable_steps, weight_and_mask
+from rlt2i.objectives.reduction import on_grid, share_of_mean, trainable_steps, weight_and_mask
 from rlt2i.types import Experience, Loss
 
 
@@ -95,11 +95,7 @@ class DGPO(Objective):
                 per_pair, held = self.kl_penalty.plus(per_pair, distance)
                 metrics |= held
 
-            yield Loss(
-                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
-                metrics=metrics,
-                steps=states.steps,
-            )
+            yield share_of_mean(per_pair, metrics, states.steps, kept=kept, rollouts=rollouts, context=context)
 
     @property
     def _compared(self) -> tuple[str, ...]:

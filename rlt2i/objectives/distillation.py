@@ -127,11 +127,11 @@ def _weights_in(path: Path) -> Mapping[str, Tensor]:
     """
     if path.suffix == ".safetensors" and path.is_file():
         return load_file(path)
-    found = latest_checkpoint(path) if path.is_dir() else None
-    if found is None:
+    checkpoint = latest_checkpoint(path) if path.is_dir() else None
+    if checkpoint is None:
         raise ValueError(
             f"OnPolicyDistillation: no teacher at {path}. Train it first (`rlt2i train RECIPE --run-dir {path}`), or "
             "name a .safetensors file with the policy's parameters."
         )
-    tensors = load_checkpoint(found).tensors
+    tensors = load_checkpoint(checkpoint).tensors
     return tensors.get("ema", tensors["online"])

@@ -57,9 +57,9 @@ class NormGuard(Objective):
         calls, heard = _Calls(policy), _heard(context)
         for loss in self.objective.losses(calls, experience, context=heard):  # type: ignore[arg-type]
             excess = []
-            for velocity, asked in calls.taken():
+            for velocity, arguments in calls.taken():
                 with torch.no_grad(), context.weights("reference"):
-                    reference = policy.velocity(*asked)
+                    reference = policy.velocity(*arguments)
                 excess.append(norm_excess(velocity, reference))
             if not excess:
                 yield loss

@@ -65,8 +65,8 @@ class DiffusionOPSD(Objective):
             with torch.no_grad(), context.weights("old"):
                 old = policy.velocity(states.latents, states.sigma, states.conditioning)
             anchor = clean_prediction(states.latents, old, states.sigma)
-            found = context.reward_gradient(anchor, experience.prompts.take(on_host(rollouts).tolist()))
-            targets = gradient_targets(anchor, found.gradient, radius=self.radius)
+            judged = context.reward_gradient(anchor, experience.prompts.take(on_host(rollouts).tolist()))
+            targets = gradient_targets(anchor, judged.gradient, radius=self.radius)
 
             grid = (anchor.shape[2], anchor.shape[3])
             label = nft_label(on_grid(states.advantage, grid), clip=self.advantage_clip)
@@ -80,8 +80,8 @@ class DiffusionOPSD(Objective):
                 metrics={
                     "loss/opsd": per_pair.detach(),
                     "kl/old_v": (velocity.detach() - old).pow(2).mean(dim=(1, 2, 3)),
-                    "backprop/reward": found.scores,
-                    "backprop/gradient": torch.linalg.vector_norm(found.gradient, dim=(1, 2, 3)),
+                    "backprop/reward": judged.scores,
+                    "backprop/gradient": torch.linalg.vector_norm(judged.gradient, dim=(1, 2, 3)),
                 },
                 steps=steps,
             )

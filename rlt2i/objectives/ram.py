@@ -12,7 +12,7 @@ from rlt2i.functional.reward_targets import reinforce_adjoint_target
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs
-from rlt2i.objectives.reduction import masked_mean, on_grid, share, trainable_steps
+from rlt2i.objectives.reduction import masked_mean, on_grid, share_of_mean, trainable_steps
 from rlt2i.types import Experience, Loss
 
 
@@ -52,8 +52,5 @@ class ReinforceAdjointMatching(Objective):
             target = reinforce_adjoint_target(velocity, reference, states.clean_latents, noisy.noise, correction)
             per_pair = masked_mean(squared_error_map(velocity, target), on_grid(states.mask.float(), grid) > 0)
             drift = squared_error_map(velocity.detach(), reference).mean(dim=(1, 2))
-            yield Loss(
-                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
-                metrics={"loss/ram": per_pair.detach(), "kl/reference": drift},
-                steps=states.steps,
-            )
+            metrics = {"loss/ram": per_pair.detach(), "kl/reference": drift}
+            yield share_of_mean(per_pair, metrics, states.steps, kept=kept, rollouts=rollouts, context=context)

@@ -8,13 +8,15 @@ size by accident, and a step that rollouts share, which a mask keeps once, count
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from rlt2i.types import Experience, StepBatch
+from rlt2i.interfaces import UpdateContext
+from rlt2i.types import Experience, Loss, StepBatch
 
 Granularity = Literal["sample", "token", "location"]
 
@@ -55,6 +57,26 @@ def trainable_steps(experience: Experience, *, stochastic_only: bool) -> Tensor:
 def share(trainable: Tensor, rollouts: Tensor, num_rollouts: int) -> Tensor:
     """[N] the part that each (rollout, draw) pair has in the batch mean: 1 / (B x the rollout's own draw count)."""
     return 1.0 / (num_rollouts * trainable.sum(dim=1).clamp_min(1)[rollouts].float())
+
+
+def share_of_mean(
+    per_pair: Tensor,
+    metrics: Mapping[str, Tensor],
+    steps: Tensor,
+    *,
+    kept: Tensor,
+    rollouts: Tensor,
+    context: UpdateContext,
+) -> Loss:
+    """A micro-batch's share of the mean over rollouts, of whose pairs each rollout's count alike.
+
+    Args:
+        per_pair: [N] losses.
+        metrics: name -> [N].
+        steps: [N] the step of each pair.
+        kept, rollouts: as `share` takes them.
+    """
+    return Loss(value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(), metrics=metrics, steps=steps)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

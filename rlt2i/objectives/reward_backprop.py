@@ -35,9 +35,9 @@ def rewarded(
     Returns:
         [N] rewards with a gradient, and what is worth logging about them.
     """
-    found = context.reward_gradient(latents.detach(), experience.prompts.take(on_host(rollouts).tolist()))
+    judged = context.reward_gradient(latents.detach(), experience.prompts.take(on_host(rollouts).tolist()))
     metrics = {
-        "backprop/reward": found.scores,
-        "backprop/gradient": torch.linalg.vector_norm(found.gradient, dim=(1, 2, 3)),
+        "backprop/reward": judged.scores,
+        "backprop/gradient": torch.linalg.vector_norm(judged.gradient, dim=(1, 2, 3)),
     }
-    return first_order(found.scores, found.gradient, latents), metrics
+    return first_order(judged.scores, judged.gradient, latents), metrics

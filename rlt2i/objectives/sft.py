@@ -11,7 +11,7 @@ from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.draws import SigmaDraws
 from rlt2i.objectives.forward import noisy_pairs
 from rlt2i.objectives.penalty import VelocityPenalty
-from rlt2i.objectives.reduction import on_grid, share, trainable_steps, weight_and_mask
+from rlt2i.objectives.reduction import on_grid, share_of_mean, trainable_steps, weight_and_mask
 from rlt2i.types import Experience, Loss
 
 
@@ -62,8 +62,4 @@ class WeightedMatching(Objective):
             per_pair, held = self.kl_penalty.add(
                 per_pair, velocity, policy, states, context, latents=noisy.state, sigma=noisy.sigma
             )
-            yield Loss(
-                value=(per_pair * share(kept, rollouts, context.num_rollouts)).sum(),
-                metrics=metrics | held,
-                steps=states.steps,
-            )
+            yield share_of_mean(per_pair, metrics | held, states.steps, kept=kept, rollouts=rollouts, context=context)

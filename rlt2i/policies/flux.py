@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import attrs
-import torch
 from torch import Tensor
 
 from rlt2i.policies.lora import FLOW_GRPO_TARGETS
 from rlt2i.policies.pretrained import DATA, PretrainedPolicy, PretrainedSpec
-from rlt2i.types import Conditioning, ImageSize
+from rlt2i.types import Conditioning
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -21,16 +20,9 @@ class FluxPolicy(PretrainedPolicy):
     spec: Flux
     tokenizer: ClassVar = "tokenizer_2"
 
-    def blocks(self) -> Sequence[torch.nn.Module]:
-        return [*self.network.transformer_blocks, *self.network.single_transformer_blocks]
-
     @property
     def latent_channels(self) -> int:
         return int(self.network.config.in_channels) // 4
-
-    def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
-        h, w = self.token_grid(size)
-        return self.scheduler_sigmas(num_steps, mu=self.shift_of(h * w))
 
     def encode_text(self, text: str, *, negative: bool) -> Mapping[str, Tensor]:
         embeddings, pooled, _ = self.pipe.encode_prompt(

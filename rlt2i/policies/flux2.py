@@ -6,7 +6,7 @@ FLUX.2-klein-base-4B is open under Apache-2.0; -9B and FLUX.2-dev (32B) are gate
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import attrs
@@ -25,9 +25,6 @@ class Flux2Policy(PretrainedPolicy):
     spec: Flux2Spec
     patch: ClassVar = 1
     padded: ClassVar = True
-
-    def blocks(self) -> Sequence[torch.nn.Module]:
-        return [*self.network.transformer_blocks, *self.network.single_transformer_blocks]
 
     @property
     def pixels_per_latent(self) -> int:

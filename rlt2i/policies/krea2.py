@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import attrs
-import torch
 from torch import Tensor
 
 from rlt2i.policies.guidance import GuidanceForm, OffsetGuidance
@@ -25,9 +24,6 @@ class Krea2Policy(PretrainedPolicy):
     """A loaded Krea 2."""
 
     spec: Krea2
-
-    def blocks(self) -> Sequence[torch.nn.Module]:
-        return list(self.network.transformer_blocks)
 
     @property
     def latent_channels(self) -> int:

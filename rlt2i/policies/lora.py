@@ -53,12 +53,12 @@ def add_lora(transformer: Any, *, rank: int, alpha: int, targets: tuple[str, ...
 
 def _layers(transformer: Any, target: str) -> list[str]:
     """The target, or the full names of its layers where others of that name are lists of layers (FLUX.2's to_out)."""
-    found = {name: part for name, part in transformer.named_modules() if f".{name}".endswith(f".{target}")}
-    layers = [name for name, part in found.items() if not isinstance(part, torch.nn.ModuleList)]
+    matching = {name: part for name, part in transformer.named_modules() if f".{name}".endswith(f".{target}")}
+    layers = [name for name, part in matching.items() if not isinstance(part, torch.nn.ModuleList)]
     if not layers:
-        hint = f"; {target!r} is a list of layers, name {target + '.0'!r}" if found else ""
+        hint = f"; {target!r} is a list of layers, name {target + '.0'!r}" if matching else ""
         raise ValueError(f"lora_targets: no layer of the transformer is called {target!r}{hint}.")
-    return [target] if len(layers) == len(found) else layers
+    return [target] if len(layers) == len(matching) else layers
 
 
 def _master(linear: torch.nn.Linear) -> MasterLinear:

@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import attrs
-import torch
 from torch import Tensor
 
 from rlt2i.policies.guidance import GuidanceForm, RescaledGuidance
 from rlt2i.policies.lora import FLOW_GRPO_TARGETS
 from rlt2i.policies.pretrained import DATA, PretrainedPolicy, PretrainedSpec, in_template
 from rlt2i.policies.token_spans import Characters
-from rlt2i.types import Conditioning, ImageSize
+from rlt2i.types import Conditioning
 
 _LONGEST = 1024
 """Tokens of a prompt that the pipeline accepts."""
@@ -28,16 +27,9 @@ class QwenImagePolicy(PretrainedPolicy):
 
     spec: QwenImage
 
-    def blocks(self) -> Sequence[torch.nn.Module]:
-        return list(self.network.transformer_blocks)
-
     @property
     def latent_channels(self) -> int:
         return int(self.network.config.in_channels) // 4
-
-    def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
-        h, w = self.token_grid(size)
-        return self.scheduler_sigmas(num_steps, mu=self.shift_of(h * w))
 
     @property
     def text_length(self) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
-import torch
 from torch import Tensor
 
 from rlt2i.policies.pretrained import DATA, PretrainedPolicy, PretrainedSpec
@@ -23,9 +22,6 @@ class SanaPolicy(PretrainedPolicy):
     attention: ClassVar = "attn2"
     patch: ClassVar = 1
     order: ClassVar = "cross"
-
-    def blocks(self) -> Sequence[torch.nn.Module]:
-        return list(self.network.transformer_blocks)
 
     def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
         return self.scheduler_sigmas(num_steps)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import attrs
-import torch
 from torch import Tensor
 
 from rlt2i.functional.schedules import even_sigmas, sd3_sigmas
@@ -22,9 +21,6 @@ class SD3Policy(PretrainedPolicy):
 
     spec: SD3
     order: ClassVar = "image_text"
-
-    def blocks(self) -> Sequence[torch.nn.Module]:
-        return list(self.network.transformer_blocks)
 
     @property
     def largest(self) -> int:

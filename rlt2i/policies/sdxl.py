@@ -97,8 +97,8 @@ class SDXL(UNetSpec):
         if self.config("")["scheduler"][1] != "EulerDiscreteScheduler":
             return None
         original = None if self.original_size is None else height_and_width(self.original_size)
-        told = {"original_size": original, "crops_coords_top_left": self.crop}
-        return {"guidance_scale": 1.0, **told}
+        sizes = {"original_size": original, "crops_coords_top_left": self.crop}
+        return {"guidance_scale": 1.0, **sizes}
 
     def check(self) -> None:
         """Refuse the refiner and networks that are told other things."""

@@ -58,8 +58,8 @@ def find_spans(
     spans = []
     for phrase in core or content_phrases(text):
         ranges = find_phrase(phrase, text)
-        found = {name: covering_tokens(ranges, text, offsets) for name, offsets in streams.items()}
-        positions = {name: tuple(starts[name] + t for t in tokens) for name, tokens in found.items() if tokens}
+        covering = {name: covering_tokens(ranges, text, offsets) for name, offsets in streams.items()}
+        positions = {name: tuple(starts[name] + t for t in tokens) for name, tokens in covering.items() if tokens}
         if positions:
             spans.append(TokenSpan(phrase=phrase, positions=positions))
     return tuple(spans)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlt2i.policies.guidance import GuidanceForm, OffsetGuidance
 from rlt2i.policies.pretrained import DATA, PretrainedPolicy, PretrainedSpec, in_template
-from rlt2i.types import Conditioning, ImageSize
+from rlt2i.types import Conditioning
 
 _MULTIPLE = 32
 """Tokens of either kind are padded to a multiple of it."""
@@ -34,10 +34,6 @@ class ZImagePolicy(PretrainedPolicy):
     @property
     def largest(self) -> int:
         return self.granularity * int(min(self.network.config.axes_lens[1:]))
-
-    def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
-        h, w = self.token_grid(size)
-        return self.scheduler_sigmas(num_steps, mu=self.shift_of(h * w))
 
     def written(self, text: str) -> tuple[str, int]:
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}

@@ -64,22 +64,22 @@ def listing(
     for word in evidence:
         if word not in EVIDENCE:
             raise ConfigError(f"--evidence {word}{did_you_mean(word, EVIDENCE)} Levels: {', '.join(EVIDENCE)}.")
-    found = [
+    chosen = [
         entry
         for entry in entries
         if (not evidence or entry.evidence in evidence)
         and all(word.lower() in f"{entry.name} {entry.model} {entry.evidence} {entry.about}".lower() for word in words)
     ]
-    if not found:
+    if not chosen:
         raise ConfigError(
             f"no recipe matches {' '.join([*words, *evidence])!r}. `rlt2i list` shows all {len(entries)}."
         )
-    wide, level = (max(len(getattr(entry, field)) for entry in found) for field in ("name", "evidence"))
+    wide, level = (max(len(getattr(entry, field)) for entry in chosen) for field in ("name", "evidence"))
     if flat:
-        yield from (f"{entry.name:<{wide}}  {entry.evidence:<{level}}  {entry.about}" for entry in found)
+        yield from (f"{entry.name:<{wide}}  {entry.evidence:<{level}}  {entry.about}" for entry in chosen)
         return
-    for number, model in enumerate(sorted({entry.model for entry in found}, key=lambda m: (":" not in m, m))):
-        members = [entry for entry in found if entry.model == model]
+    for number, model in enumerate(sorted({entry.model for entry in chosen}, key=lambda m: (":" not in m, m))):
+        members = [entry for entry in chosen if entry.model == model]
         yield f"{chr(10) * bool(number)}{model or 'other models'} ({len(members)})"
         for word, meaning in EVIDENCE.items():
             group = [entry for entry in members if entry.evidence == word]

@@ -144,21 +144,21 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, trus
     Raises:
         ConfigError: naming the file and the field that is wrong.
     """
-    found = find_recipe(str(name_or_path))
-    if isinstance(found, Path):
-        mapping = read_recipe(found)
+    path = find_recipe(str(name_or_path))
+    if isinstance(path, Path):
+        mapping = read_recipe(path)
         if trusted is None:
             trusted = not user_path(str(name_or_path)).is_dir()
         try:
-            with contextlib.nullcontext() if trusted else foreign(found.parent):
-                recipe = recipe_from_mapping(mapping, folder=found.parent)
+            with contextlib.nullcontext() if trusted else foreign(path.parent):
+                recipe = recipe_from_mapping(mapping, folder=path.parent)
         except ConfigError as error:
-            raise ConfigError(f"{found}: {error}") from error
+            raise ConfigError(f"{path}: {error}") from error
     else:
-        function = load_object(found)
+        function = load_object(path)
         recipe = function() if callable(function) else function
         if not isinstance(recipe, Recipe):
-            raise ConfigError(f"{found}: returned {type(recipe).__name__}, expected a Recipe.")
+            raise ConfigError(f"{path}: returned {type(recipe).__name__}, expected a Recipe.")
     if not overrides:
         return recipe
     return recipe_from_mapping(apply_overrides(recipe.mapping(), overrides, renamed=renamed_paths(recipe)))

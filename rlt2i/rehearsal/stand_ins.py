@@ -47,9 +47,8 @@ class StandInReward(Reward):
         maps[:, :, : width // 2] = 1.0
         scores = self.score_tensor(images, batch.prompts, batch.metadata).cpu()
         regions = [[Region(box=LEFT_HALF, credit=math.copysign(1.0, float(s) - 0.5), label="left")] for s in scores]
-        return RewardOutput(
-            scores=scores,
-            valid=torch.ones(count, dtype=torch.bool),
+        return RewardOutput.all_valid(
+            scores,
             maps=maps if "maps" in want else None,
             regions=regions if "regions" in want else None,
         )

@@ -197,18 +197,18 @@ def _other_data(opened: Mapping[str, Mapping[int, Run]]) -> list[str]:
 def _by_seed(arm: str, runs: Sequence[Run]) -> dict[int, Run]:
     if not runs:
         raise ValueError(f"compare_runs: arm {arm!r} has no run.")
-    found: dict[int, Run] = {}
+    runs_by_seed: dict[int, Run] = {}
     for place, run in enumerate(runs):
         train = run.recipe.get("train")
         seed = (train if isinstance(train, dict) else run.recipe).get("seed")
         seed = seed if isinstance(seed, int) else place
-        if seed in found:
+        if seed in runs_by_seed:
             raise ValueError(
-                f"compare_runs: {found[seed].path.name} and {run.path.name} of arm {arm!r} both have seed "
+                f"compare_runs: {runs_by_seed[seed].path.name} and {run.path.name} of arm {arm!r} both have seed "
                 f"{seed}; a seed counts once."
             )
-        found[seed] = run
-    return found
+        runs_by_seed[seed] = run
+    return runs_by_seed
 
 
 def _curve(run: Run, metric: str) -> dict[int, float]:
@@ -237,15 +237,15 @@ def _outcome(arm: str, seed: int, run: Run, points: Mapping[int, float], common:
 
 def _differences(outcomes: Sequence[Outcome], baseline: str) -> list[Difference]:
     reference = {o.seed: o for o in outcomes if o.arm == baseline}
-    found = []
+    differences = []
     for arm in dict.fromkeys(o.arm for o in outcomes):
         shared = [o for o in outcomes if o.arm == arm and o.seed in reference]
         if arm == baseline or not shared:
             continue
         for measure in ("final", "mean"):
             values = [getattr(o, measure) - getattr(reference[o.seed], measure) for o in shared]
-            found.append(Difference(arm=arm, measure=measure, values=values))
-    return found
+            differences.append(Difference(arm=arm, measure=measure, values=values))
+    return differences
 
 
 def _sentence(

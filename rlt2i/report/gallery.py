@@ -52,13 +52,13 @@ def gallery(pair: tuple[EvalImages, EvalImages] | None, problem: str) -> Mapping
 
 def _balance(before: EvalImages, after: EvalImages) -> list[tuple[str, str, int]]:
     counts = outcomes(before, after)
-    found = [
+    pictures = [
         ("right", "right before and after", len(counts.right_indices)),
         ("fixed", "fixed: failed before, passes now", counts.fixed),
         ("broken", "broken: passed before, fails now", counts.broken),
         ("wrong", "wrong before and after", len(counts.wrong_indices)),
     ]
-    return found if counts.total else []
+    return pictures if counts.total else []
 
 
 def _category(

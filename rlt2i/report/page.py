@@ -102,18 +102,18 @@ def _image_pair(run: Run) -> tuple[tuple[EvalImages, EvalImages] | None, str]:
     if len(opened) >= 2:
         return (opened[0], opened[-1]), " ".join(problems)
     if opened:
-        found = f"Only the evaluation at iteration {opened[0].step} has saved its images; a comparison needs two."
-        return None, " ".join([found, *problems])
+        reason = f"Only the evaluation at iteration {opened[0].step} has saved its images; a comparison needs two."
+        return None, " ".join([reason, *problems])
     return None, " ".join(problems) or "This run has no images/eval-<step>.safetensors."
 
 
 def _map_samples(run: Run) -> tuple[Mapping[int, Sequence[MapSample]], str]:
     """First and last readable map files."""
-    found: dict[int, Sequence[MapSample]] = {}
+    by_step: dict[int, Sequence[MapSample]] = {}
     problems: list[str] = []
     for steps in (list(run.maps), list(run.maps)[::-1]):
         for step in steps:
-            if step in found:
+            if step in by_step:
                 break
             try:
                 samples = open_maps(run.maps[step])
@@ -121,7 +121,7 @@ def _map_samples(run: Run) -> tuple[Mapping[int, Sequence[MapSample]], str]:
                 problems.append(str(error))
                 continue
             if samples:
-                found[step] = samples
+                by_step[step] = samples
                 break
     text = " ".join(dict.fromkeys(problems))
-    return found, text if found or text else "This run has no maps/step-<step>.safetensors."
+    return by_step, text if by_step or text else "This run has no maps/step-<step>.safetensors."

@@ -77,7 +77,7 @@ def read_run(path: Path) -> Run:
     versions = _parsed(path / "versions.json", _text(path / "versions.json", problems), json.loads, problems)
     train, evals = _metrics(path / "metrics.jsonl", problems)
     folder = path / "checkpoints"
-    found = [p.name for p in (folder if folder.is_dir() else path).iterdir() if p.is_dir()]
+    folders = [p.name for p in (folder if folder.is_dir() else path).iterdir() if p.is_dir()]
     return Run(
         path=path,
         recipe_text=recipe_text,
@@ -87,7 +87,7 @@ def read_run(path: Path) -> Run:
         evals=evals,
         images=_numbered(path / "images", r"eval-(\d+)\.safetensors"),
         maps=_numbered(path / "maps", r"step-(\d+)\.safetensors"),
-        checkpoints=sorted(n for n in found if folder.is_dir() or n.startswith("checkpoint")),
+        checkpoints=sorted(n for n in folders if folder.is_dir() or n.startswith("checkpoint")),
         problems=problems,
     )
 

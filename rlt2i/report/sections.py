@@ -75,14 +75,14 @@ def top(run: Run, head: Headline) -> Mapping[str, Any]:
 
 def curve(run: Run, head: Headline) -> Mapping[str, Any]:
     """Held-out scores over the iterations, and the training reward."""
-    found: dict[str, Any] = {"held_out": None, "reward": None, "banded": False, "smoothed": False}
+    drawn: dict[str, Any] = {"held_out": None, "reward": None, "banded": False, "smoothed": False}
     if head.metric:
         series = [_series(run.evals, f"eval/{head.metric}")]
         beside = head.metric.replace("unseen/", "seen/") if "/" in head.metric else "partial"
         if head.metric.endswith("strict") and any(f"eval/{beside}" in row for row in run.evals):
             series.append(_series(run.evals, f"eval/{beside}"))
-        found["banded"] = bool(series[0].low)
-        found["held_out"] = two_sizes(
+        drawn["banded"] = bool(series[0].low)
+        drawn["held_out"] = two_sizes(
             series,
             y_label=f"held-out {metric_name(head.metric)}" if len(series) == 1 else "held-out score",
             reference=(head.before, f"at iteration {head.first}: {two(head.before)}"),
@@ -93,11 +93,11 @@ def curve(run: Run, head: Headline) -> Mapping[str, Any]:
     x, y = column(run.train, "reward/mean")
     if x:
         batches = Series(label="mean of a batch", x=x, y=y, faint=len(x) > 20)
-        found["smoothed"] = batches.faint
-        found["reward"] = two_sizes(
+        drawn["smoothed"] = batches.faint
+        drawn["reward"] = two_sizes(
             [batches, *_smoothed(x, y)], y_label="reward on training prompts", width=980, height=260
         )
-    return found
+    return drawn
 
 
 def by_category(run: Run, pair: tuple[EvalImages, EvalImages] | None) -> Mapping[str, Any]:

@@ -100,14 +100,14 @@ def primary_metric(evals: Sequence[Row]) -> str:
 
 def categories(evals: Sequence[Row]) -> list[str]:
     """Names behind eval/<category>, in the order of their first appearance."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for row in evals:
         for key in row:
             name = key.removeprefix("eval/")
             plain = key.startswith("eval/") and "/" not in name and not name.endswith(_SUFFIXES)
             if plain and name not in _NOT_CATEGORIES:
-                found.setdefault(name)
-    return list(found)
+                names.setdefault(name)
+    return list(names)
 
 
 def headline(run: Run, images: tuple[EvalImages, EvalImages] | None) -> Headline:
@@ -270,15 +270,15 @@ def _count(last: Row, images: tuple[EvalImages, EvalImages] | None, metric: str)
 
 
 def _warnings(run: Run, last: Row) -> list[str]:
-    found = list(run.problems)
+    warnings = list(run.problems)
     objects, requested = last.get("eval/objects"), last.get("eval/objects_asked")
     if objects is not None and requested and abs(objects - requested) > _OBJECT_DRIFT * requested:
         more = "more" if objects > requested else "fewer"
-        found.append(
+        warnings.append(
             f"The images hold {objects:.2f} objects on average where the prompts ask for {requested:.2f}: "
             f"{more} than 10 % off. Look at the images below for reward hacking before you trust the score."
         )
-    return found
+    return warnings
 
 
 def _late_base(first: int) -> list[str]:

@@ -64,21 +64,21 @@ class GenEvalReward(Reward):
         for metadata in batch.metadata:
             rules.check_prompt(metadata)
         with torch.no_grad(), full_precision(batch.images.device):
-            found = self.detections(batch.images)
-            objects = [self._objects(f, m) for f, m in zip(found, batch.metadata, strict=True)]
-            colours = self._colours(batch, found, objects, everything=bool(want))
-        return judge(self.rule, batch, found, objects, colours, want)
+            instances = self.detections(batch.images)
+            objects = [self._objects(f, m) for f, m in zip(instances, batch.metadata, strict=True)]
+            colours = self._colours(batch, instances, objects, everything=bool(want))
+        return judge(self.rule, batch, instances, objects, colours, want)
 
     def detections(self, images: Tensor) -> list[Instances | None]:
         """What the detector sees in each of [B, 3, H, W] images; None where it gave no numbers."""
         model = load_detector(self.detector, str(images.device))
         least = min(self.threshold, self.counting_threshold)
         chunks = images.split(self.rollout_batch_size)
-        return [found for chunk in chunks for found in detect(model, chunk, threshold=least)]
+        return [instances for chunk in chunks for instances in detect(model, chunk, threshold=least)]
 
-    def _objects(self, found: Instances | None, metadata: Mapping[str, Any]) -> Objects:
+    def _objects(self, instances: Instances | None, metadata: Mapping[str, Any]) -> Objects:
         return rules.keep_confident(
-            {} if found is None else named_detections(found),
+            {} if instances is None else named_detections(instances),
             metadata["tag"],
             threshold=self.threshold,
             counting_threshold=self.counting_threshold,
@@ -87,7 +87,7 @@ class GenEvalReward(Reward):
     def _colours(
         self,
         batch: RewardBatch,
-        found: Sequence[Instances | None],
+        instances: Sequence[Instances | None],
         objects: Sequence[Objects],
         *,
         everything: bool,
@@ -102,7 +102,7 @@ class GenEvalReward(Reward):
         if requested:
             clip = load_clip(self.colour_model, "main", "", str(batch.images.device))
             cutouts = [
-                Cutout(image=batch.images[row], mask=_instances(found[row]).masks[d.index], box=d.box, name=name)
+                Cutout(image=batch.images[row], mask=_instances(instances[row]).masks[d.index], box=d.box, name=name)
                 for row, d, name in requested
             ]
             for (row, d, name), colour in zip(requested, classify_colours(clip, cutouts), strict=True):
@@ -128,10 +128,10 @@ class GenEvalReward(Reward):
         load_clip.cache_clear()
 
 
-def named_detections(found: Instances) -> dict[str, list[Detection]]:
+def named_detections(instances: Instances) -> dict[str, list[Detection]]:
     """The detector's output by class name; classes beyond COCO's 80 are dropped."""
     named: dict[str, list[Detection]] = {}
-    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+    rows = zip(instances.labels.tolist(), instances.scores.tolist(), instances.boxes.tolist(), strict=True)
     for index, (label, confidence, box) in enumerate(rows):
         if label < len(CLASSES):
             x1, y1, x2, y2 = box
@@ -142,7 +142,7 @@ def named_detections(found: Instances) -> dict[str, list[Detection]]:
 def judge(
     rule: Rule,
     batch: RewardBatch,
-    found: Sequence[Instances | None],
+    instances: Sequence[Instances | None],
     objects: Sequence[Objects],
     colours: Sequence[Colours],
     want: frozenset[str],
@@ -161,12 +161,12 @@ def judge(
         counts.append(sum(len(observed.get(name, ())) for name in {c["class"] for c in metadata["include"]}))
         if want:
             judged = rules.judge_objects(observed, metadata, colour_of, rule)
-            masks = [_instances(found[row]).masks[d.index] for d, _, _ in judged]
+            masks = [_instances(instances[row]).masks[d.index] for d, _, _ in judged]
             regions.append(_regions(judged, masks, image_colours))
             empty = batch.images.new_zeros(batch.images.shape[-2:], dtype=torch.bool)
             maps.append(torch.stack([empty, *masks]).any(0).float())
     scores = {name: torch.tensor([v.score for v in verdicts[name]]) for name in RULES}
-    valid = torch.tensor([f is not None for f in found], dtype=torch.bool)
+    valid = torch.tensor([f is not None for f in instances], dtype=torch.bool)
     return RewardOutput(
         scores=scores[rule].where(valid, torch.nan),
         valid=valid,
@@ -178,7 +178,7 @@ def judge(
         maps=torch.stack(maps) if "maps" in want else None,
         info=[
             {"wrong": list(v.reasons)} if f is not None else {REASON: "the detector returned nan or infinity"}
-            for f, v in zip(found, verdicts[rule], strict=True)
+            for f, v in zip(instances, verdicts[rule], strict=True)
         ],
     )
 
@@ -202,6 +202,6 @@ def _regions(
     return regions
 
 
-def _instances(found: Instances | None) -> Instances:
-    assert found is not None, "only images with detections hold objects"
-    return found
+def _instances(instances: Instances | None) -> Instances:
+    assert instances is not None, "only images with detections hold objects"
+    return instances

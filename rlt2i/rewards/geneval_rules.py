@@ -97,10 +97,10 @@ def keep_confident(
     """
     least = counting_threshold if tag == "counting" else threshold
     kept = {
-        name: sorted((d for d in found if d.score > least), key=lambda d: -d.score)[:MAX_OBJECTS]
-        for name, found in candidates.items()
+        name: sorted((d for d in detections if d.score > least), key=lambda d: -d.score)[:MAX_OBJECTS]
+        for name, detections in candidates.items()
     }
-    return {name: found for name, found in kept.items() if found}
+    return {name: detections for name, detections in kept.items() if detections}
 
 
 def relations(a: Box, b: Box) -> frozenset[str]:
@@ -115,9 +115,9 @@ def relations(a: Box, b: Box) -> frozenset[str]:
     return frozenset(name for name, true in holds.items() if true)
 
 
-def all_related(relation: str, found: Sequence[Detection], targets: Sequence[Detection]) -> bool:
+def all_related(relation: str, detections: Sequence[Detection], targets: Sequence[Detection]) -> bool:
     """Whether every pair of a found object and a target satisfies the relation."""
-    return all(relation in relations(a.box, b.box) for a in found for b in targets)
+    return all(relation in relations(a.box, b.box) for a in detections for b in targets)
 
 
 def official(objects: Objects, prompt: Mapping[str, Any], colour_of: ColourOf) -> Verdict:
@@ -129,16 +129,16 @@ def official(objects: Objects, prompt: Mapping[str, Any], colour_of: ColourOf) -
     groups: list[Sequence[Detection] | None] = []
     for clause in prompt.get("include", ()):
         name, count = clause["class"], clause["count"]
-        found = objects.get(name, ())[:count]
+        detections = objects.get(name, ())[:count]
         wrong = None
-        if len(found) < count:
-            wrong = f"expected {count} or more {name}, found {len(found)}"
-        elif "color" in clause and (hits := _hits(found, clause, colour_of)) < count:
+        if len(detections) < count:
+            wrong = f"expected {count} or more {name}, found {len(detections)}"
+        elif "color" in clause and (hits := _hits(detections, clause, colour_of)) < count:
             wrong = f"expected {count} {clause['color']} {name}, found {hits}"
         elif "position" in clause:
-            wrong = _misplaced(found, clause, groups)
+            wrong = _misplaced(detections, clause, groups)
         reasons += [wrong] if wrong else []
-        groups.append(None if wrong else found)
+        groups.append(None if wrong else detections)
     for clause in prompt.get("exclude", ()):
         if (observed := len(objects.get(clause["class"], ()))) >= clause["count"]:
             reasons.append(f"expected fewer than {clause['count']} {clause['class']}, found {observed}")
@@ -163,24 +163,24 @@ def dense(objects: Objects, prompt: Mapping[str, Any], colour_of: ColourOf, *, r
     groups: list[Sequence[Detection] | None] = []
     for clause in prompt.get("include", ()):
         name, count = clause["class"], clause["count"]
-        found = objects.get(name, ())
+        detections = objects.get(name, ())
         wrong = None
-        parts.append(_closeness(count, len(found)))
-        if len(found) != count:
-            wrong = f"expected exactly {count} {name}, found {len(found)}"
+        parts.append(_closeness(count, len(detections)))
+        if len(detections) != count:
+            wrong = f"expected exactly {count} {name}, found {len(detections)}"
             parts += [0.0] if "color" in clause or "position" in clause else []
         else:
             if "color" in clause:
-                hits = _hits(found, clause, colour_of)
+                hits = _hits(detections, clause, colour_of)
                 parts.append(_closeness(count, hits))
                 wrong = None if hits == count else f"expected {count} {clause['color']} {name}, found {hits}"
             if "position" in clause and not wrong:
                 target_found = groups[clause["position"][1]] is not None
-                wrong = _misplaced(found, clause, groups)
+                wrong = _misplaced(detections, clause, groups)
                 parts.append(0.0 if wrong else 1.0)
                 parts += [1.0] if repeat_defect and wrong and target_found else []
         reasons += [wrong] if wrong else []
-        groups.append(None if wrong else found)
+        groups.append(None if wrong else detections)
     mean = sum(parts) / len(parts) if parts else 0.0
     return Verdict(correct=not reasons, score=mean, reasons=tuple(reasons))
 
@@ -199,8 +199,8 @@ def needing_colour(objects: Objects, prompt: Mapping[str, Any], *, everything: b
     for clause in prompt.get("include", ()):
         if "color" in clause:
             name, count = clause["class"], clause["count"]
-            found = objects.get(name, ())
-            requested = found if everything else found[:count] if len(found) >= count else ()
+            detections = objects.get(name, ())
+            requested = detections if everything else detections[:count] if len(detections) >= count else ()
             pairs |= {(name, d.index): (d, name) for d in requested}
     return list(pairs.values())
 
@@ -220,10 +220,10 @@ def judge_objects(
     groups: list[Sequence[Detection]] = []
     for clause in prompt.get("include", ()):
         name, count = clause["class"], clause["count"]
-        found = objects.get(name, ())
-        fitting = [d for d in found if "color" not in clause or colour_of(d, name) == clause["color"]]
+        detections = objects.get(name, ())
+        fitting = [d for d in detections if "color" not in clause or colour_of(d, name) == clause["color"]]
         chosen = fitting[:count]
-        for d in found:
+        for d in detections:
             judgement: Judgement = "right" if d in chosen else "surplus" if d in fitting else "wrong colour"
             if judgement == "right" and "position" in clause:
                 relation, target = clause["position"]
@@ -265,22 +265,22 @@ def check_prompt(prompt: Mapping[str, Any]) -> None:
                 )
 
 
-def _closeness(wanted: int, found: int) -> float:
-    return 1 - abs(wanted - found) / wanted
+def _closeness(wanted: int, count: int) -> float:
+    return 1 - abs(wanted - count) / wanted
 
 
-def _hits(found: Sequence[Detection], clause: Mapping[str, Any], colour_of: ColourOf) -> int:
-    return sum(colour_of(d, clause["class"]) == clause["color"] for d in found)
+def _hits(detections: Sequence[Detection], clause: Mapping[str, Any], colour_of: ColourOf) -> int:
+    return sum(colour_of(d, clause["class"]) == clause["color"] for d in detections)
 
 
 def _misplaced(
-    found: Sequence[Detection], clause: Mapping[str, Any], groups: Sequence[Sequence[Detection] | None]
+    detections: Sequence[Detection], clause: Mapping[str, Any], groups: Sequence[Sequence[Detection] | None]
 ) -> str | None:
     relation, target = clause["position"]
     targets = groups[target]
     if targets is None:
         return f"no target for {clause['class']} to be {relation}"
-    return None if all_related(relation, found, targets) else f"expected {clause['class']} {relation} target"
+    return None if all_related(relation, detections, targets) else f"expected {clause['class']} {relation} target"
 
 
 def _rank(judgement: str, kindness: tuple[str, ...]) -> int:

@@ -62,7 +62,7 @@ class JPEGIncompressibility(Reward):
 
 
 def _output(scores: Tensor) -> RewardOutput:
-    return RewardOutput(scores=scores, valid=torch.ones(len(scores), dtype=torch.bool))
+    return RewardOutput.all_valid(scores)
 
 
 def _fingerprint(reward: JPEGCompressibility | JPEGIncompressibility) -> dict[str, Any]:

@@ -190,11 +190,11 @@ class YesNoJudge(Judge):
 
     def read(self, choice: Mapping[str, Any]) -> Answer:
         words = first_words(choice)
-        found = {word: words.get(word, 0.0) for word in ("yes", "no")}
-        mass = found["yes"] + found["no"]
+        probabilities = {word: words.get(word, 0.0) for word in ("yes", "no")}
+        mass = probabilities["yes"] + probabilities["no"]
         if not mass > self.min_mass:
             raise ValueError(f"P(yes) + P(no) = {mass:.3g}, which is no answer (min_mass={self.min_mass:g})")
-        return Answer(score=found["yes"] / mass, components=found)
+        return Answer(score=probabilities["yes"] / mass, components=probabilities)
 
 
 @attrs.frozen(kw_only=True)

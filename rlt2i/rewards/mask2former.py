@@ -152,14 +152,14 @@ def detect(model: Any, images: Tensor, *, threshold: float) -> list[Instances | 
     class_logits, mask_logits = model(pixel_values=pixels)
     original = (images.shape[-2], images.shape[-1])
     padded = (pixels.shape[-2], pixels.shape[-1])
-    found: list[Instances | None] = []
+    results: list[Instances | None] = []
     for classes, masks in zip(class_logits, mask_logits, strict=True):
         if not (torch.isfinite(classes).all() and torch.isfinite(masks).all()):
-            found.append(None)
+            results.append(None)
             continue
         whole = instances(classes, masks, padded=padded, resized=fitted_size(*original), original=original)
-        found.append(whole.above(threshold))
-    return found
+        results.append(whole.above(threshold))
+    return results
 
 
 # -------------------------------------------------------------------------------------------- conversion

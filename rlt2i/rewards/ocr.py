@@ -142,39 +142,42 @@ def match_score(read: str, target: str, *, match: Literal["full", "partial"]) ->
 
 def _target(prompt: str, metadata: Any, rule: Rule) -> str | None:
     text = metadata.get("text")
-    found = text if isinstance(text, str) and not is_blank(text) else quoted_text(prompt)
-    return found if found is not None and comparable(found, rule).text else None
+    target = text if isinstance(text, str) and not is_blank(text) else quoted_text(prompt)
+    return target if target is not None and comparable(target, rule).text else None
 
 
 def _components(read: str, wanted: str, lines: Sequence[Line]) -> dict[str, float]:
     length = sum(len(line.text) for line in lines)
-    found = {
+    components = {
         "exact": float(read == wanted),
         "edit": float(edit_distance(read, wanted)),
         "extra": max(0, len(read) - len(wanted)) / len(read) if read else 0.0,
         "lines": float(len(lines)),
     }
     if length:
-        found["confidence"] = sum(line.confidence * len(line.text) for line in lines) / length
-    return found
+        components["confidence"] = sum(line.confidence * len(line.text) for line in lines) / length
+    return components
 
 
 def _verdicts(lines: Sequence[Line], wanted: str, *, anywhere: bool, rule: Rule) -> tuple[Any, ...]:
     """(character, corners, credit) of everything that was read."""
     characters = [(letter, quad) for line in lines for letter, quad in line.characters]
     form = comparable("".join(letter for letter, _ in characters), rule)
-    found = verdict_of_each(len(characters), form, verdicts(form.text, wanted, anywhere=anywhere))
-    return tuple((letter, quad, _CREDIT[verdict]) for (letter, quad), verdict in zip(characters, found, strict=True))
+    verdict_of_character = verdict_of_each(len(characters), form, verdicts(form.text, wanted, anywhere=anywhere))
+    return tuple(
+        (letter, quad, _CREDIT[verdict])
+        for (letter, quad), verdict in zip(characters, verdict_of_character, strict=True)
+    )
 
 
 def _regions(characters: Sequence[Any], size: tuple[int, ...]) -> list[Region]:
     height, width = size
-    found = []
+    regions = []
     for letter, quad, credit in characters:
         xs = [min(max(x / width, 0.0), 1.0) for x, _ in quad]
         ys = [min(max(y / height, 0.0), 1.0) for _, y in quad]
-        found.append(Region(box=(min(xs), min(ys), max(xs), max(ys)), credit=credit, label=letter))
-    return found
+        regions.append(Region(box=(min(xs), min(ys), max(xs), max(ys)), credit=credit, label=letter))
+    return regions
 
 
 def _map(characters: Sequence[Any], size: tuple[int, ...]) -> Tensor:

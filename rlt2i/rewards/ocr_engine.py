@@ -66,12 +66,12 @@ class Engines:
         with self.engine(min(image.shape[:2])) as engine:
             # RapidOCR takes arrays for BGR, and remembers what a call told it: say everything in every call.
             bgr = np.ascontiguousarray(image[:, :, ::-1])
-            found = engine(bgr, return_word_box=characters, return_single_char_box=characters)
-        if found.txts is None or found.boxes is None:
+            result = engine(bgr, return_word_box=characters, return_single_char_box=characters)
+        if result.txts is None or result.boxes is None:
             return ()
-        placed = list(found.word_results) if characters else []
+        placed = list(result.word_results) if characters else []
         lines = []
-        for text, confidence, corners in zip(found.txts, found.scores, found.boxes, strict=True):
+        for text, confidence, corners in zip(result.txts, result.scores, result.boxes, strict=True):
             quad = _quad(corners)
             letters = _characters(text, quad, placed) if characters else ()
             lines.append(Line(text=text, confidence=float(confidence), quad=quad, characters=letters))

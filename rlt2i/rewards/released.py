@@ -113,7 +113,7 @@ def observe(reward: Reward) -> tuple[Expectation, tuple[str, ...]]:
                 why = (output.info or [{}] * len(images))[row].get(REASON, "no reason given")
                 problems.append(f"{key} was not scored: {why}")
     kind = type(_inside(reward)).__name__
-    found = Expectation(
+    observed = Expectation(
         settings=to_mapping(reward),
         files=files,
         pictures=pictures,
@@ -122,23 +122,23 @@ def observe(reward: Reward) -> tuple[Expectation, tuple[str, ...]]:
         versions={package: version(package) for package in ("torch", "transformers", "pillow")},
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
-    return found, tuple(problems)
+    return observed, tuple(problems)
 
 
-def differences(found: Expectation, expected: Expectation) -> tuple[str, ...]:
+def differences(observed: Expectation, expected: Expectation) -> tuple[str, ...]:
     """What is not as it was recorded: weights first, because other weights explain other scores."""
     problems = []
-    for name in sorted(found.files.keys() | expected.files.keys()):
-        here, there = found.files.get(name), expected.files.get(name)
+    for name in sorted(observed.files.keys() | expected.files.keys()):
+        here, there = observed.files.get(name), expected.files.get(name)
         if here != there:
             problems.append(f"{name} has SHA-256 {here}, recorded was {there}")
-    for name in sorted(found.pictures.keys() | expected.pictures.keys()):
-        if found.pictures.get(name) != expected.pictures.get(name):
+    for name in sorted(observed.pictures.keys() | expected.pictures.keys()):
+        if observed.pictures.get(name) != expected.pictures.get(name):
             problems.append(f"the picture {name} is not the one that was recorded (another Pillow draws differently)")
     for name, score in expected.scores.items():
-        if name in found.scores and not abs(found.scores[name] - score) <= expected.tolerance:
+        if name in observed.scores and not abs(observed.scores[name] - score) <= expected.tolerance:
             problems.append(
-                f"{name} scores {found.scores[name]:.4f}, recorded was {score:.4f}; the tolerance is "
+                f"{name} scores {observed.scores[name]:.4f}, recorded was {score:.4f}; the tolerance is "
                 f"{expected.tolerance:g}"
             )
     return tuple(problems)
@@ -151,28 +151,28 @@ def check(reward: Reward, *, expect: Path | None, record: Path | None) -> int:
         expect: expectation file; None looks among those that ship.
         record: file to write what was found to.
     """
-    found, problems = observe(reward)
+    observed, problems = observe(reward)
     shipped = FOLDER / f"{type(_inside(reward)).__name__}.json"
     path = expect or (shipped if shipped.is_file() else None)
     expected = None if path is None else Expectation.read(path)
-    for name, digest in found.files.items():
+    for name, digest in observed.files.items():
         print(f"{digest}  {name}")
-    width = max(map(len, found.pictures))
-    for name in found.pictures:
-        here = f"{found.scores[name]:>10.4f}" if name in found.scores else f"{'invalid':>10}"
+    width = max(map(len, observed.pictures))
+    for name in observed.pictures:
+        here = f"{observed.scores[name]:>10.4f}" if name in observed.scores else f"{'invalid':>10}"
         there = "" if expected is None or name not in expected.scores else f"  recorded {expected.scores[name]:.4f}"
         print(f"{name:<{width}}  {here}{there}")
     if expected is not None:
-        if expected.settings != found.settings:
+        if expected.settings != observed.settings:
             raise ValueError(
-                f"{path}: recorded with the settings {dict(expected.settings)}, but this is {dict(found.settings)}. "
+                f"{path}: recorded with the settings {dict(expected.settings)}, but this is {dict(observed.settings)}. "
                 "Use the same, or record these with --record."
             )
-        problems += differences(found, expected)
+        problems += differences(observed, expected)
     for problem in problems:
         print(f"WRONG: {problem}")
     if record is not None and not problems:
-        found.write(record)
+        observed.write(record)
         print(f"recorded in {record}")
     if problems:
         print("not as it should be")

@@ -191,11 +191,11 @@ def read(checkpoint: Path) -> State:
 def check(checkpoint: Path, expected: str) -> str:
     """The file's SHA-256, if it is the expected one."""
     with checkpoint.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if not found.startswith(expected):
-        raise ValueError(f"{checkpoint}: SHA-256 is {found}, expected {expected}...; not used")
-    print(f"SHA-256 {found}" + ("" if expected else " (none is on record yet: compare with its publisher)"))
-    return found
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not digest.startswith(expected):
+        raise ValueError(f"{checkpoint}: SHA-256 is {digest}, expected {expected}...; not used")
+    print(f"SHA-256 {digest}" + ("" if expected else " (none is on record yet: compare with its publisher)"))
+    return digest
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -220,9 +220,9 @@ def main(arguments: Sequence[str]) -> None:
             checkpoint = Path(scratch) / "checkpoint"
             print(f"downloading {release.url}")
             urllib.request.urlretrieve(release.url, checkpoint)
-        found = check(checkpoint, release.sha256 if options.sha256 is None else options.sha256)
+        digest = check(checkpoint, release.sha256 if options.sha256 is None else options.sha256)
         folder.mkdir(parents=True, exist_ok=True)
         release.write(read(checkpoint), folder)
-    source = {"url": release.url, "sha256": found, "licence": release.licence}
+    source = {"url": release.url, "sha256": digest, "licence": release.licence}
     (folder / SOURCE_FILE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {folder} (licence of the weights: {release.licence})")

@@ -47,15 +47,15 @@ class Rubric:
         Raises:
             ValueError: when one is missing or out of range.
         """
-        found = {}
+        marks = {}
         for name, pattern in self.marks.items():
             matches = re.findall(pattern, answer, flags=re.IGNORECASE)
             if not matches:
                 raise ValueError(f"no mark for {name!r}")
-            found[name] = float(matches[-1])
-            if not self.low <= found[name] <= self.high:
-                raise ValueError(f"{name!r} is {found[name]:g}, outside {self.low:g} to {self.high:g}")
-        return found
+            marks[name] = float(matches[-1])
+            if not self.low <= marks[name] <= self.high:
+                raise ValueError(f"{name!r} is {marks[name]:g}, outside {self.low:g} to {self.high:g}")
+        return marks
 
 
 _NUMBER = r"[\s*]*:[\s*\[]*(-?\d+(?:\.\d+)?)"

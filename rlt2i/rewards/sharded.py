@@ -81,16 +81,16 @@ class Sharded(Reward):
         share = -(-len(batch.prompts) // len(self.replicas))
         rows = split_rows(batch, share, scope=self.scope)
 
-        def work(replica: Reward, mine: list[list[int]]) -> list[RewardOutput]:
-            return [score_safely(replica, take_batch(batch, chunk), want) for chunk in mine]
+        def work(replica: Reward, own_rows: list[list[int]]) -> list[RewardOutput]:
+            return [score_safely(replica, take_batch(batch, chunk), want) for chunk in own_rows]
 
         shares = [rows[i :: len(self.replicas)] for i in range(len(self.replicas))]
         with ThreadPoolExecutor(len(self.replicas), thread_name_prefix="shard") as threads:
             outputs = list(threads.map(work, self.replicas, shares))
         parts = [
             (chunk, out)
-            for mine, outs in zip(shares, outputs, strict=True)
-            for chunk, out in zip(mine, outs, strict=True)
+            for own_rows, outs in zip(shares, outputs, strict=True)
+            for chunk, out in zip(own_rows, outs, strict=True)
         ]
         return merge(parts, len(batch.prompts))
 
@@ -118,14 +118,14 @@ class Sharded(Reward):
         """
         if self._agreed:
             return
-        found = [_scored_by(replica.fingerprint()) for replica in self.replicas]
-        for number, other in enumerate(found):
-            if other != found[0]:
+        fingerprints = [_scored_by(replica.fingerprint()) for replica in self.replicas]
+        for number, other in enumerate(fingerprints):
+            if other != fingerprints[0]:
                 raise ValueError(
-                    f"Sharded: replica 0 is {found[0]} but replica {number} is {other}, so an image would score "
+                    f"Sharded: replica 0 is {fingerprints[0]} but replica {number} is {other}, so an image would score "
                     "differently in different places of a batch. Give all replicas the same settings and version."
                 )
-        self._agreed.append(found[0])
+        self._agreed.append(fingerprints[0])
 
 
 def _scored_by(fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def comparable(text: str, rule: Rule) -> NormalForm:
     return NormalForm("".join(form.text[i] for i in visible), tuple(form.origins[i] for i in visible))
 
 
-def verdict_of_each(length: int, form: NormalForm, found: Sequence[Verdict]) -> list[Verdict]:
+def verdict_of_each(length: int, form: NormalForm, verdicts_of_form: Sequence[Verdict]) -> list[Verdict]:
     """The verdicts on compared characters, for the characters that they came from: wrong where any is wrong.
 
     Args:
@@ -43,7 +43,7 @@ def verdict_of_each(length: int, form: NormalForm, found: Sequence[Verdict]) -> 
         found: a verdict for each of them.
     """
     verdicts: list[Verdict] = ["free"] * length
-    for (start, end), verdict in zip(form.origins, found, strict=True):
+    for (start, end), verdict in zip(form.origins, verdicts_of_form, strict=True):
         for i in range(start, end):
             if verdicts[i] != "wrong" and verdict != "free":
                 verdicts[i] = verdict
@@ -80,21 +80,21 @@ def verdicts(text: str, target: str, *, anywhere: bool) -> list[Verdict]:
     """
     table = _table(target, text, anywhere=anywhere)
     row, column = len(target), len(text)
-    found: list[Verdict] = ["free" if anywhere else "wrong" for _ in text]
+    verdict: list[Verdict] = ["free" if anywhere else "wrong" for _ in text]
     if anywhere:
         # The last of equals: "hell0" has a wrong character there, rather than a missing one and a free one.
         column = min(range(len(text) + 1), key=lambda j: (table[row][j], -j))
     while row and column:
         equal = target[row - 1] == text[column - 1]
         if table[row][column] == table[row - 1][column - 1] + (not equal):
-            found[column - 1] = "right" if equal else "wrong"
+            verdict[column - 1] = "right" if equal else "wrong"
             row, column = row - 1, column - 1
         elif table[row][column] == table[row][column - 1] + 1:
-            found[column - 1] = "wrong"
+            verdict[column - 1] = "wrong"
             column -= 1
         else:
             row -= 1
-    return found
+    return verdict
 
 
 def _table(target: str, text: str, *, anywhere: bool) -> list[list[int]]:

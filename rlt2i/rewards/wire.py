@@ -66,8 +66,8 @@ def batch_from_bytes(body: bytes, *, max_images: int = 1 << 16) -> tuple[RewardB
     header = _header(body)
     meta = header.pop("__metadata__", None)
     if not isinstance(meta, dict) or meta.get("version") != VERSION:
-        found = meta.get("version") if isinstance(meta, dict) else None
-        raise WireError(f"protocol version {found!r}, this side speaks {VERSION!r}")
+        version = meta.get("version") if isinstance(meta, dict) else None
+        raise WireError(f"protocol version {version!r}, this side speaks {VERSION!r}")
     _check_images(header, len(body), max_images)
     request = _json_object(meta.get("request"), "request")
     images = _tensors(body)["images"]
@@ -183,11 +183,11 @@ def output_from_bytes(body: bytes, *, tensors: bool, count: int) -> tuple[Reward
     Raises:
         WireError: when the bytes are not an output of `count` samples.
     """
-    found: dict[str, Tensor] = {}
+    received: dict[str, Tensor] = {}
     if tensors:
         meta = _header(body).get("__metadata__")
         reply = _json_object(meta.get("reply") if isinstance(meta, dict) else None, "reply")
-        found = _tensors(body)
+        received = _tensors(body)
     else:
         reply = _json_object(body, "reply")
     if reply.get("version") != VERSION:
@@ -200,14 +200,14 @@ def output_from_bytes(body: bytes, *, tensors: bool, count: int) -> tuple[Reward
         raise WireError("components must be an object")
     if info is not None:
         _check_rows("info", info, dict, count)
-    maps = found.get("maps")
+    maps = received.get("maps")
     if maps is not None and (maps.ndim != 3 or len(maps) != count or maps.dtype is not torch.float32):
         raise WireError(f"maps must be float32 [{count}, h, w]")
     output = RewardOutput(
         scores=scores,
         valid=torch.tensor(valid, dtype=torch.bool),
         components={name: _floats(name, values, count) for name, values in components.items()},
-        regions=_regions(reply.get("regions"), found, count),
+        regions=_regions(reply.get("regions"), received, count),
         maps=maps,
         info=info,
     )

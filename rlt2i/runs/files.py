@@ -128,10 +128,10 @@ def remove_partials(folder: Path, *, of_the_dead: bool = False) -> list[Path]:
     Returns:
         The files removed.
     """
-    found = [path for path in sorted(folder.rglob(".*.partial")) if not (of_the_dead and _under_way(path))]
-    for path in found:
+    partials = [path for path in sorted(folder.rglob(".*.partial")) if not (of_the_dead and _under_way(path))]
+    for path in partials:
         path.unlink(missing_ok=True)
-    return found
+    return partials
 
 
 def _under_way(partial: Path) -> bool:

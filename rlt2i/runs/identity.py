@@ -33,18 +33,18 @@ def inputs_of(recipe: Recipe) -> Inputs:
         By dotted field; code is called "field (module)". Files that a task's data name (the images of pairs) are one
         entry together: their folder, and the SHA-256 over the SHA-256 of each.
     """
-    found = {name: {"path": str(path), "sha256": sha256(path)} for name, path in _named_files(recipe)}
+    inputs = {name: {"path": str(path), "sha256": sha256(path)} for name, path in _named_files(recipe)}
     for name, task in _tasks(recipe.task, "task"):
         if files := task.further_files():
             digest = hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
-            found[f"{name} (files named in its data)"] = {"path": str(Path(files[0]).parent), "sha256": digest}
-    return found
+            inputs[f"{name} (files named in its data)"] = {"path": str(Path(files[0]).parent), "sha256": digest}
+    return inputs
 
 
 def remember_code(recipe: Recipe) -> None:
     """This user runs the recipe, so its run directory may name this code again; see `rlt2i.config.trust`."""
-    found = [_files(getattr(recipe, field.name), field.name) for field in attrs.fields(type(recipe))]
-    code = [path for files in found for name, path in files if name.endswith(")")]
+    files_by_part = [_files(getattr(recipe, field.name), field.name) for field in attrs.fields(type(recipe))]
+    code = [path for files in files_by_part for name, path in files if name.endswith(")")]
     around = [folder / "__init__.py" for path in code for folder in path.parents]
     remember([*code, *(path for path in around if path.is_file() and not is_ours_or_installed(path))])
 

@@ -21,9 +21,9 @@ def versions() -> dict[str, Any]:
     """Versions, platform, commit and command line of this process, JSON-able and without secrets."""
     import torch
 
-    found = {name: _version(name) for name in PACKAGES}
+    packages = {name: _version(name) for name in PACKAGES}
     return {
-        **found,
+        **packages,
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -149,10 +149,10 @@ def fetch(url: str, sha256: str, *, instead: str = WITHOUT_A_NETWORK) -> Path:
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
         return target
     content = download(url, largest=LARGEST, target=target, instead=instead)
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
         raise ValueError(
-            f"{url}: SHA-256 is {found}, expected {sha256}. The file has changed or was tampered with; it is not used."
+            f"{url}: SHA-256 is {digest}, expected {sha256}. The file has changed or was tampered with; it is not used."
         )
     return keep(content, target, variable="RLT2I_PROMPTS")
 
@@ -162,12 +162,12 @@ def parse_prompts(path: Path) -> list[TaskPrompt]:
     text = read_text(path)
     if has_suffix(path, ".tsv"):
         rows = csv.DictReader(split_lines(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-        found = [TaskPrompt(text=row["Prompt"].strip(), category=row["Category"].strip()) for row in rows]
+        prompts = [TaskPrompt(text=row["Prompt"].strip(), category=row["Category"].strip()) for row in rows]
     elif has_suffix(path, ".jsonl"):
-        found = [_from_row(parse_json(line.text, line.where)) for line in numbered_lines(text, path)]
+        prompts = [_from_row(parse_json(line.text, line.where)) for line in numbered_lines(text, path)]
     else:
-        found = [TaskPrompt(text=line.text) for line in numbered_lines(text, path)]
-    return list({prompt.text: prompt for prompt in found}.values())
+        prompts = [TaskPrompt(text=line.text) for line in numbered_lines(text, path)]
+    return list({prompt.text: prompt for prompt in prompts}.values())
 
 
 def _from_row(row: Any) -> TaskPrompt:

@@ -52,21 +52,21 @@ class PromptReport:
 
     def lines(self) -> list[str]:
         """What a user should know, one line a matter; empty when all is well."""
-        found = []
+        lines = []
         for stream, cuts in self.cut.items():
-            found.append(
+            lines.append(
                 f"prompts longer than the {self.limits[stream]} tokens that the text encoder {stream!r} reads, so that "
                 f"their ends are cut off: {len(cuts)} of {self.prompts}"
             )
             if losing := [cut for cut in cuts if cut.lost]:
                 lost = [f"{', '.join(map(repr, cut.lost))} of {_short(cut.text)}" for cut in losing]
-                found.append(f"core or quoted text behind that cut, so put what matters first: {_some(lost)}")
+                lines.append(f"core or quoted text behind that cut, so put what matters first: {_some(lost)}")
         if self.unsaid:
             unsaid = [f"{phrase!r} in {_short(text)}" for phrase, text in self.unsaid]
-            found.append(
+            lines.append(
                 f"core phrases that their prompts do not say, so that no map starts from them: {_some(unsaid)}"
             )
-        return found
+        return lines
 
 
 def report_on(policy: Policy, prompts: Iterable[TaskPrompt]) -> PromptReport:
@@ -115,6 +115,6 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:60]} ... {text[-15:]}")
 
 
-def _some(found: Sequence[str]) -> str:
-    named = "; ".join(found[:EXAMPLES])
-    return f"{len(found)}, such as {named}" if len(found) > EXAMPLES else named
+def _some(texts: Sequence[str]) -> str:
+    named = "; ".join(texts[:EXAMPLES])
+    return f"{len(texts)}, such as {named}" if len(texts) > EXAMPLES else named

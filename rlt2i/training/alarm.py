@@ -70,19 +70,19 @@ def _heldout(before: Metrics, now: Metrics) -> list[str]:
 
 
 def _health(before: Metrics, now: Metrics) -> list[str]:
-    found = []
+    alarms = []
     for name in _FALLING:
         was, value = (_of(m, f"health/{name}") for m in (before, now))
         if was > 0 and value < (1 - HEALTH_TOLERANCE) * was:
-            found.append(f"{name.replace('_', ' ')} fell by {1 - value / was:.0%}")
+            alarms.append(f"{name.replace('_', ' ')} fell by {1 - value / was:.0%}")
     for name in _RISING:
         was, value = (_of(m, f"health/{name}") for m in (before, now))
         if was > 0 and value > (1 + HEALTH_RISE) * was:
-            found.append(f"{name.replace('_', ' ')} rose by {value / was - 1:.0%}")
+            alarms.append(f"{name.replace('_', ' ')} rose by {value / was - 1:.0%}")
     was, value = (_of(m, "health/dark_fraction") for m in (before, now))
     if value > was + DARK_RISE:
-        found.append(f"dark pixels rose from {was:.0%} to {value:.0%}")
-    return found
+        alarms.append(f"dark pixels rose from {was:.0%} to {value:.0%}")
+    return alarms
 
 
 def _diversity(before: Metrics, now: Metrics) -> list[str]:

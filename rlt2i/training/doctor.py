@@ -102,8 +102,8 @@ def table(findings: Iterable[Finding]) -> str:
 
 
 def _python() -> Finding:
-    found = f"{platform.python_version()} at {sys.executable}, rlt2i {__version__}"
-    return Finding(name="Python", verdict="ok", text=found)
+    text = f"{platform.python_version()} at {sys.executable}, rlt2i {__version__}"
+    return Finding(name="Python", verdict="ok", text=text)
 
 
 def _versions() -> Iterator[Finding]:
@@ -233,12 +233,12 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
 
 def repositories(recipe: Recipe) -> list[str]:
     """The repositories of the hub that a recipe names, its parts' defaults included."""
-    found = [
+    paths = [
         value
         for key, value in _walk(recipe.mapping())
         if key in _PLACES and isinstance(value, str) and REPOSITORY.fullmatch(value) and not Path(value).exists()
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(paths))
 
 
 def extras(recipe: Recipe) -> list[str]:

@@ -162,13 +162,13 @@ def fit(recipe: Recipe, device: Device, *, world_size: int = 1, counted: Plan | 
 
 def overrides(before: Recipe, after: Recipe) -> list[str]:
     """What `fit` changed, as `section.field=value`."""
-    found = []
+    settings = []
     for section, fields in (("policy", ("text_encoders", "gradient_checkpointing")), ("train", tuple(_PHASES))):
         old, new = getattr(before, section), getattr(after, section)
         for field in fields:
             if (value := getattr(new, field, None)) != getattr(old, field, None):
-                found.append(f"{section}.{field}={str(value).lower()}")
-    return found
+                settings.append(f"{section}.{field}={str(value).lower()}")
+    return settings
 
 
 _PHASES: Mapping[str, str] = {"rollout_batch_size": "rollout", "micro_batch_size": "update"}

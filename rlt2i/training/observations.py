@@ -23,10 +23,10 @@ def observations(batches: Sequence[Collected], mean: Callable[[Tensor], float]) 
         mean: over the elements of a tensor, and over all processes.
     """
     each = [_observed(batch) for batch in batches]
-    names = dict.fromkeys(name for found in each for name in found)
-    seen = {name: torch.cat([found[name].flatten() for found in each if name in found]) for name in names}
-    metrics = {name: mean(values) for name, values in seen.items() if name not in _MAXIMA}
-    return metrics | {name: float(values.max()) for name, values in seen.items() if name in _MAXIMA}
+    names = dict.fromkeys(name for observed in each for name in observed)
+    joined = {name: torch.cat([observed[name].flatten() for observed in each if name in observed]) for name in names}
+    metrics = {name: mean(values) for name, values in joined.items() if name not in _MAXIMA}
+    return metrics | {name: float(values.max()) for name, values in joined.items() if name in _MAXIMA}
 
 
 def _observed(collected: Collected) -> dict[str, Tensor]:

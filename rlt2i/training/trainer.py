@@ -194,8 +194,8 @@ class Trainer:
             dull += texts_without_spread(
                 prompts.texts, on_host(rewards.final), on_host(rewards.valid), prompts.group_size
             )
-        told = all_gather_text(json.dumps(dull), self.distributed.gather, self.engine.device)
-        return [text for one in told for text in json.loads(one)]
+        texts = all_gather_text(json.dumps(dull), self.distributed.gather, self.engine.device)
+        return [text for one in texts for text in json.loads(one)]
 
     def _collect(self, chosen: Chosen, watch: Stopwatch) -> list[Collected]:
         """One batch for every image size."""
@@ -209,9 +209,9 @@ class Trainer:
                 rank=self.distributed.rank,
                 world_size=self.distributed.world_size,
             )
-            mine = [positions[i] for i in shard]
-            prompts = as_prompts([chosen.prompts[i] for i in mine], group_size=train.group_size)
-            prompts = attrs.evolve(prompts, draws=tuple(chosen.places[i] for i in mine))
+            own_positions = [positions[i] for i in shard]
+            prompts = as_prompts([chosen.prompts[i] for i in own_positions], group_size=train.group_size)
+            prompts = attrs.evolve(prompts, draws=tuple(chosen.places[i] for i in own_positions))
             with self.learner.sets.use(self.learner.objective.rollout_weights), self._merged(not ratios):
                 batches.append(self.engine.collect(prompts, iteration=self.iteration, watch=watch, image_size=size))
         return batches
@@ -529,4 +529,4 @@ def shard_prompts(count: int, *, parts: int, rank: int, world_size: int) -> list
 def prompts_without_core(collected: Collected) -> list[str]:
     """The prompts of a batch in whose tokens no core phrase was found."""
     spans = collected.experience.trajectory.conditioning.token_spans
-    return [text for text, found in zip(collected.prompts.texts, spans, strict=False) if not found]
+    return [text for text, phrases in zip(collected.prompts.texts, spans, strict=False) if not phrases]

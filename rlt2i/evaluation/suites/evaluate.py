@@ -131,8 +131,8 @@ def draw_suite(
     suite.task.check_image_size(size)
     recipe.policy.check_image_size(size)
     chosen = suite.chosen_prompts(prompts)
-    found = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
-    path, name = found or (None, "base")
+    source = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
+    path, name = source or (None, "base")
     folder = Folder(
         path=out or default_folder(recipe, suite, run_dir=run_dir, weights=name, checkpoint=path, prompts=prompts)
     )
@@ -180,10 +180,10 @@ def draw_suite(
 
 
 def _draw_missing(
-    draw: Draw, policy: Any, mine: Sequence[Drawing], done: Mapping[str, Record], folder: Folder, job: Job
+    draw: Draw, policy: Any, drawings: Sequence[Drawing], done: Mapping[str, Record], folder: Folder, job: Job
 ) -> None:
-    with PartWriter(folder, "images", job.shard) as writer, Progress().phase("draw", len(mine)) as advance:
-        generate(draw, policy, mine, done, folder=folder, writer=writer, advance=advance)
+    with PartWriter(folder, "images", job.shard) as writer, Progress().phase("draw", len(drawings)) as advance:
+        generate(draw, policy, drawings, done, folder=folder, writer=writer, advance=advance)
 
 
 def score_folder(folder: Folder, rewards: Mapping[str, Reward], job: Job, *, rescore: Sequence[str] = ()) -> bool:
@@ -350,19 +350,19 @@ def named_rewards(words: Sequence[str]) -> dict[str, Reward]:
     Raises:
         ValueError: when a name cannot be one, is there twice, or leads to no reward.
     """
-    found: dict[str, Reward] = {}
+    rewards: dict[str, Reward] = {}
     for word in words:
         name, equals, reference = word.partition("=")
         if not equals:
             reference = word
             name = Path(word).stem if has_suffix(word, ".yaml", ".yml") else word.rpartition(":")[2].lower()
         check_reward_name(name)
-        if name in found:
+        if name in rewards:
             raise ValueError(
                 f"--reward {word}: {name!r} is there twice; give one of them another name with NAME=REWARD."
             )
-        found[name] = named_reward(reference, parts=PARTS)
-    return found
+        rewards[name] = named_reward(reference, parts=PARTS)
+    return rewards
 
 
 def evaluate_suite(
@@ -413,8 +413,8 @@ def evaluate_suite(
     if isinstance(target, Folder):
         folder = target
     elif score_only:
-        found = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
-        path, name = found or (None, "base")
+        source = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
+        path, name = source or (None, "base")
         where = default_folder(target, suite, run_dir=run_dir, weights=name, checkpoint=path, prompts=prompts)
         folder = Folder(path=out or where)
     else:

@@ -92,8 +92,8 @@ class Folder:
             raise EvaluationError(
                 f"{self.path}: no {FINGERPRINT}, so no evaluation. Make one: rlt2i eval RUN --suite NAME."
             )
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+        fingerprint: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return fingerprint
 
     def claim(self, fingerprint: Record, *, suite: str, finished: bool) -> None:
         """Make the folder that of this evaluation, or check that it is.
@@ -135,20 +135,20 @@ class Folder:
         Raises:
             EvaluationError: when an id is there twice, or a file is damaged.
         """
-        found: dict[str, dict[str, Any]] = {}
+        records: dict[str, dict[str, Any]] = {}
         where: dict[str, Path] = {}
         for path in self.part_files(kind):
             for record in read_part(path):
                 name = record["id"]
-                if name in found:
+                if name in records:
                     both = f"{where[name].name} and in {path.name}" if where[name] != path else f"{path.name} twice"
                     raise EvaluationError(
                         f"{self.path / PARTS}: {name} is in {both}, so it would count twice. Did two processes work on "
                         "one shard, or on shards of different counts at once? Delete one of the files; what is missing "
                         "then is made again."
                     )
-                found[name], where[name] = record, path
-        return found
+                records[name], where[name] = record, path
+        return records
 
     def reward_names(self) -> list[str]:
         """The rewards that were asked for here, in the order of their names."""
@@ -272,13 +272,13 @@ def scores_of(reward: str) -> str:
     return f"scores-{reward}"
 
 
-def check_complete(found: Iterable[str], wanted: Sequence[str], what: str) -> None:
+def check_complete(present: Iterable[str], wanted: Sequence[str], what: str) -> None:
     """The ids that are there must be exactly those that were asked for.
 
     Raises:
         EvaluationError: naming how many are missing or too many, with an example.
     """
-    there, requested = set(found), set(wanted)
+    there, requested = set(present), set(wanted)
     assert len(requested) == len(wanted), "ids of a suite are distinct"
     for names, word in ((requested - there, "missing"), (there - requested, "not of this suite")):
         if names:

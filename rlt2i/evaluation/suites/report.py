@@ -124,8 +124,8 @@ class Report:
             return []
         rows = [["category", *measures]]
         for name in categories:
-            found = [measure.categories.get(name) for measure in measures.values()]
-            rows.append([name, *("-" if interval is None else _bounds(interval) for interval in found)])
+            scores = [measure.categories.get(name) for measure in measures.values()]
+            rows.append([name, *("-" if interval is None else _bounds(interval) for interval in scores)])
         return rows
 
     def _others(self, measures: Mapping[str, Measure]) -> Rows:

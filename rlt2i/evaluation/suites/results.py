@@ -106,8 +106,8 @@ def judged(rows: Sequence[Record], reward: str, *, overall: str, before: Sequenc
     def measure(part: str) -> Measure:
         def value(row: Record) -> float | None:
             entry = row["scores"][reward]
-            found: float | None = entry[SCORE] if part == SCORE else entry.get("components", {}).get(part)
-            return found
+            number: float | None = entry[SCORE] if part == SCORE else entry.get("components", {}).get(part)
+            return number
 
         return measured(rows, value, overall=overall, before=compared)
 
@@ -126,10 +126,10 @@ def measured(
     before: Sequence[Record] | None = None,
 ) -> Measure:
     """Statistics of one value per image; None is left out, and from both sides of a pair."""
-    kept = [(row, found) for row in rows if (found := value(row)) is not None]
+    kept = [(row, number) for row in rows if (number := value(row)) is not None]
     if not kept:
         return Measure(mean=None)
-    values = torch.tensor([found for _, found in kept], dtype=torch.float64)
+    values = torch.tensor([number for _, number in kept], dtype=torch.float64)
     prompts = [row["prompt"] for row, _ in kept]
     categories = [row["category"] for row, _ in kept]
     by_category: dict[str, Interval] = {}
@@ -155,10 +155,10 @@ def measured(
             gain = _overall(now - then, paired, overall)
             mean_before = _overall(then, paired, overall).mean
     unseen = [i for i, (row, _) in enumerate(kept) if not row.get("trained_on")]
-    told = bool(unseen) and len(unseen) < len(kept)
+    separate = bool(unseen) and len(unseen) < len(kept)
     return Measure(
         mean=_overall(values, [row for row, _ in kept], overall),
-        unseen=_overall(values[torch.tensor(unseen)], [kept[i][0] for i in unseen], overall) if told else None,
+        unseen=_overall(values[torch.tensor(unseen)], [kept[i][0] for i in unseen], overall) if separate else None,
         categories=by_category,
         any_of=any_of,
         before=mean_before,
@@ -219,18 +219,18 @@ def diversity_measures(
     now: Mapping[str, Tensor], before: Mapping[str, Tensor] | None, prompts: Sequence[str]
 ) -> dict[str, Measure]:
     """Means over prompts, with their differences."""
-    found = {}
+    measures = {}
     for name, values in now.items():
         then = before[name] if before is not None else None
-        found[name] = Measure(
+        measures[name] = Measure(
             mean=clustered_mean(values, prompts, seed=0),
             before=None if then is None else float(then.double().mean()),
             gain=None if then is None else paired_difference(values, then, prompts, seed=0),
         )
-    return found
+    return measures
 
 
-def check_pairs(mine: Record, other: Record, path: object) -> list[str]:
+def check_pairs(record: Record, other: Record, path: object) -> list[str]:
     """Whether two evaluations can be paired, by their fingerprints.
 
     Returns:
@@ -240,24 +240,24 @@ def check_pairs(mine: Record, other: Record, path: object) -> list[str]:
         EvaluationError: when prompts or noise differ.
     """
     keys = ("name", "version", "seed", "prompts_sha256", "images_per_prompt")
-    different = [key for key in keys if mine["suite"][key] != other["suite"][key]]
+    different = [key for key in keys if record["suite"][key] != other["suite"][key]]
     if different:
         listed = ", ".join(
-            f"{key} is {other['suite'][key]!r} there and {mine['suite'][key]!r} here" for key in different
+            f"{key} is {other['suite'][key]!r} there and {record['suite'][key]!r} here" for key in different
         )
         raise EvaluationError(
             f"{path}: cannot be compared image by image: {listed}. Evaluate the other weights with the same suite and "
             "the same --prompts."
         )
     notes = [
-        f"{key} {other['suite'][key]} there, {mine['suite'][key]} here"
+        f"{key} {other['suite'][key]} there, {record['suite'][key]} here"
         for key in ("steps", "image_size")
-        if mine["suite"][key] != other["suite"][key]
+        if record["suite"][key] != other["suite"][key]
     ]
     changed = sorted(
-        key for key in {*mine["policy"], *other["policy"]} if mine["policy"].get(key) != other["policy"].get(key)
+        key for key in {*record["policy"], *other["policy"]} if record["policy"].get(key) != other["policy"].get(key)
     )
-    notes += [f"policy.{key} {other['policy'].get(key)!r} there, {mine['policy'].get(key)!r} here" for key in changed]
-    if mine["made_with"] != other["made_with"]:
+    notes += [f"policy.{key} {other['policy'].get(key)!r} there, {record['policy'].get(key)!r} here" for key in changed]
+    if record["made_with"] != other["made_with"]:
         notes.append("drawn with other libraries or on another device")
     return notes

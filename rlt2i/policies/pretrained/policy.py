@@ -90,10 +90,6 @@ class PretrainedPolicy(Policy):
     # ------------------------------------------------------------------------------------------- what a backbone says
 
     @abstractmethod
-    def blocks(self) -> Sequence[torch.nn.Module]:
-        """The blocks whose attention between image and text can be watched, in the order in which they run."""
-
-    @abstractmethod
     def encode_text(self, text: str, *, negative: bool) -> Mapping[str, Tensor]:
         """One prompt, as its stock pipeline encodes it: tensors without a batch axis, "embeddings" [L, D] among them.
 
@@ -116,8 +112,17 @@ class PretrainedPolicy(Policy):
         """What is gathered at once where the network is sharded, the inner before the outer: what diffusers says is
         never split, else the blocks."""
         names = set(getattr(self.network, "_no_split_modules", None) or ())
-        found = [module for module in self.network.modules() if type(module).__name__ in names]
-        return found[::-1] or list(self.blocks())
+        kept_whole = [module for module in self.network.modules() if type(module).__name__ in names]
+        return kept_whole[::-1] or list(self.blocks())
+
+    def blocks(self) -> Sequence[torch.nn.Module]:
+        """The blocks whose attention between image and text can be watched, in the order in which they run."""
+        return [*self.network.transformer_blocks, *getattr(self.network, "single_transformer_blocks", ())]
+
+    def sigmas(self, num_steps: int, size: ImageSize) -> Tensor:
+        """[T + 1] the pipeline's levels, shifted by the number of image tokens as FLUX.1's are."""
+        h, w = self.token_grid(size)
+        return self.scheduler_sigmas(num_steps, mu=self.shift_of(h * w))
 
     def attentions(self) -> list[torch.nn.Module]:
         """The watched attention of each block."""
@@ -159,8 +164,8 @@ class PretrainedPolicy(Policy):
         tokenizer = getattr(component, "tokenizer", component)
         first = getattr(tokenizer, "bos_token", None)
         special = not (start and first and written.startswith(first))  # else the template has written it
-        found = character_ranges(tokenizer, written, self.text_length, padded=self.padded, special=special)
-        clipped = [(max(a - start, 0), min(b - start, len(text))) for a, b in found]
+        ranges = character_ranges(tokenizer, written, self.text_length, padded=self.padded, special=special)
+        clipped = [(max(a - start, 0), min(b - start, len(text))) for a, b in ranges]
         return {"text": (0, [(a, b) if a < b else (0, 0) for a, b in clipped])}
 
     def text_end(self, conditioning: Conditioning) -> int | Tensor:
@@ -264,7 +269,7 @@ class PretrainedPolicy(Policy):
         spans: list[tuple[TokenSpan, ...]] = []
         for text, core in zip(prompts.texts, prompts.core, strict=True):
             streams = self.text_streams(text)
-            ranges = {name: found for name, (_, found) in streams.items()}
+            ranges = {name: characters for name, (_, characters) in streams.items()}
             spans.append(find_spans(text, core, ranges, {name: start for name, (start, _) in streams.items()}))
         spans += [()] * len(negatives)
         tokens, members = span_tensors(spans, self.device)

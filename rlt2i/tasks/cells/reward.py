@@ -41,9 +41,8 @@ class CellsReward(Reward):
         prompts = [CellsPrompt.from_metadata(m) for m in batch.metadata]
         verdict = verify(batch.images, prompts)
         scores = self.strict_weight * verdict.strict + (1 - self.strict_weight) * verdict.partial
-        return RewardOutput(
-            scores=scores,
-            valid=torch.ones(len(scores), dtype=torch.bool),
+        return RewardOutput.all_valid(
+            scores,
             components={"strict": verdict.strict, "partial": verdict.partial},
             maps=verdict.region.float() if "maps" in want else None,
             regions=_regions(verdict, prompts) if "regions" in want else None,
@@ -97,9 +96,8 @@ class CornerReward(Reward):
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         images = batch.images.float() / 255
         scores = self.score_tensor(images, batch.prompts, batch.metadata)
-        return RewardOutput(
-            scores=scores,
-            valid=torch.ones(len(scores), dtype=torch.bool, device=scores.device),
+        return RewardOutput.all_valid(
+            scores,
             maps=self._map(images).expand(len(images), -1, -1) if "maps" in want else None,
         )
 

@@ -82,7 +82,7 @@ def fetch_published(name: str) -> Path:
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    found = digest_of(content, kind)
-    if found != entry.digest:
-        raise ValueError(f"{name}: {entry.url} is not the published file: {found}, expected {entry.digest}.")
+    digest = digest_of(content, kind)
+    if digest != entry.digest:
+        raise ValueError(f"{name}: {entry.url} is not the published file: {digest}, expected {entry.digest}.")
     return keep(content, path, variable="RLT2I_CACHE")

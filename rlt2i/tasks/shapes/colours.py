@@ -108,9 +108,8 @@ class ShapesColours(Reward):
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         images = batch.images.float() / 255
         scores = self.score_tensor(images, batch.prompts, batch.metadata)
-        return RewardOutput(
-            scores=scores,
-            valid=torch.ones(len(scores), dtype=torch.bool, device=scores.device),
+        return RewardOutput.all_valid(
+            scores,
             components={"coloured": colour_areas(images).sum(dim=1)},
         )
 

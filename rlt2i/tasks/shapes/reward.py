@@ -40,9 +40,8 @@ class ShapesReward(Reward):
         prompts = [ShapesPrompt.from_metadata(m) for m in batch.metadata]
         verdict = verify(batch.images.permute(0, 2, 3, 1), prompts, rule=self.rule)
         scores = self.strict_weight * verdict.strict + (1 - self.strict_weight) * verdict.partial
-        return RewardOutput(
-            scores=scores,
-            valid=torch.ones(len(scores), dtype=torch.bool),
+        return RewardOutput.all_valid(
+            scores,
             components={
                 "strict": verdict.strict,
                 "partial": verdict.partial,
@@ -51,25 +50,25 @@ class ShapesReward(Reward):
             },
             maps=verdict.region.float() if "maps" in want else None,
             regions=_regions(verdict, prompts) if "regions" in want else None,
-            info=[{"seen": [_label(found) for found in detections]} for detections in verdict.detections],
+            info=[{"seen": [_label(detection) for detection in detections]} for detections in verdict.detections],
         )
 
 
 def _regions(verdict: Verdict, prompts: list[ShapesPrompt]) -> list[list[Region]]:
     """Every object with a sign: named shapes in their colour helped, everything else hurt."""
     return [
-        [_region(found, mask, prompt) for found, mask in zip(detections, masks, strict=True)]
+        [_region(detection, mask, prompt) for detection, mask in zip(detections, masks, strict=True)]
         for detections, masks, prompt in zip(verdict.detections, verdict.masks, prompts, strict=True)
     ]
 
 
-def _region(found: Detection, mask: Tensor, prompt: ShapesPrompt) -> Region:
-    wanted = any(found.shape == shape and colour in (None, found.colour) for shape, colour in prompt.objects)
+def _region(detection: Detection, mask: Tensor, prompt: ShapesPrompt) -> Region:
+    wanted = any(detection.shape == shape and colour in (None, detection.colour) for shape, colour in prompt.objects)
     rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
     x1, y1, x2, y2 = (edge / CANVAS for edge in box)
-    return Region(box=(x1, y1, x2, y2), credit=1.0 if wanted else -1.0, label=_label(found), mask=mask)
+    return Region(box=(x1, y1, x2, y2), credit=1.0 if wanted else -1.0, label=_label(detection), mask=mask)
 
 
-def _label(found: Detection) -> str:
-    return f"{found.colour or 'odd-coloured'} {found.shape or 'blob'}"
+def _label(detection: Detection) -> str:
+    return f"{detection.colour or 'odd-coloured'} {detection.shape or 'blob'}"

@@ -132,14 +132,14 @@ def verify(images: Tensor, prompts: Sequence[ShapesPrompt], *, rule: Rule = "exc
     detections: list[tuple[Detection, ...]] = []
     masks: list[Tensor] = []
     for chunk in images.split(_CHUNK):
-        for found, pixels in _detect(chunk):
-            detections.append(found)
+        for objects, pixels in _detect(chunk):
+            detections.append(objects)
             masks.append(pixels)
-    scores = [_score(prompt, found, rule) for prompt, found in zip(prompts, detections, strict=True)]
+    scores = [_score(prompt, objects, rule) for prompt, objects in zip(prompts, detections, strict=True)]
     return Verdict(
         strict=torch.tensor([float(strict) for strict, _ in scores]),
         partial=torch.tensor([float(partial) for _, partial in scores]),
-        num_objects=torch.tensor([len(found) for found in detections], dtype=torch.long),
+        num_objects=torch.tensor([len(objects) for objects in detections], dtype=torch.long),
         detections=tuple(detections),
         masks=tuple(masks),
         region=torch.stack([pixels.any(0) for pixels in masks])
@@ -204,7 +204,7 @@ def _detect(images: Tensor) -> list[tuple[tuple[Detection, ...], Tensor]]:
     iou, shape, area, centre = _fit_shapes(own_alpha)
     mean_chroma = (chroma[row] * (own_alpha * inside)[:, None]).sum((2, 3))
     cosine = F.cosine_similarity(mean_chroma, _DIRECTION[colour], dim=1)
-    found: list[list[Detection]] = [[] for _ in images]
+    detections: list[list[Detection]] = [[] for _ in images]
     columns = zip(
         row.tolist(),
         colour.tolist(),
@@ -216,7 +216,7 @@ def _detect(images: Tensor) -> list[tuple[tuple[Detection, ...], Tensor]]:
         strict=True,
     )
     for b, c, hue, fit, s, size, (x, y) in columns:
-        found[b].append(
+        detections[b].append(
             Detection(
                 shape=SHAPES[s] if s >= 0 else None,
                 colour=COLOURS[c] if hue >= MIN_COLOUR_COSINE else None,
@@ -226,7 +226,7 @@ def _detect(images: Tensor) -> list[tuple[tuple[Detection, ...], Tensor]]:
                 iou=fit,
             )
         )
-    return [(tuple(d), m) for d, m in zip(found, mask.split([len(d) for d in found]), strict=True)]
+    return [(tuple(d), m) for d, m in zip(detections, mask.split([len(d) for d in detections]), strict=True)]
 
 
 def _components(layers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,35 +280,35 @@ def _fit_shapes(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return first, torch.where(fits, order[0], -1), area, centroid
 
 
-def _score(prompt: ShapesPrompt, found: Sequence[Detection], rule: Rule) -> tuple[bool, float]:
+def _score(prompt: ShapesPrompt, detections: Sequence[Detection], rule: Rule) -> tuple[bool, float]:
     """One image's strict and partial score."""
-    strict, partial = _score_named(prompt, found)
-    extra = max(0, len(found) - prompt.count)
+    strict, partial = _score_named(prompt, detections)
+    extra = max(0, len(detections) - prompt.count)
     if rule == "exclusive" and extra:
         return False, partial * EXTRA_FACTOR**extra
     return strict, partial
 
 
-def _score_named(prompt: ShapesPrompt, found: Sequence[Detection]) -> tuple[bool, float]:
+def _score_named(prompt: ShapesPrompt, detections: Sequence[Detection]) -> tuple[bool, float]:
     """Strict and partial score for what the prompt names, whatever else there is."""
     if prompt.category == "counting":
         shape, _ = prompt.objects[0]
-        count = sum(d.shape == shape for d in found)
+        count = sum(d.shape == shape for d in detections)
         return count == prompt.count, max(0.0, 1 - abs(count - prompt.count) / prompt.count)
 
     if prompt.relation is not None:
         (first, _), (second, _) = prompt.objects
-        candidates = [[d for d in found if d.shape == shape] for shape in (first, second)]
+        candidates = [[d for d in detections if d.shape == shape] for shape in (first, second)]
         related = any(_related(a, b, prompt.relation) for a in candidates[0] for b in candidates[1])
         return related, sum(0.25 for c in candidates if c) + 0.5 * related
 
-    credits = [_credit(shape, colour, found) for shape, colour in prompt.objects]
+    credits = [_credit(shape, colour, detections) for shape, colour in prompt.objects]
     return all(c == 1 for c in credits), sum(credits) / len(credits)
 
 
-def _credit(shape: str, colour: str | None, found: Sequence[Detection]) -> float:
+def _credit(shape: str, colour: str | None, detections: Sequence[Detection]) -> float:
     """1 for the shape in the right colour, a half for the shape in a wrong one."""
-    colours = [d.colour for d in found if d.shape == shape]
+    colours = [d.colour for d in detections if d.shape == shape]
     if not colours:
         return 0.0
     return 1.0 if colour is None or colour in colours else 0.5
