@@ -36,13 +36,13 @@ class Averages:
     which they were added.
     """
 
-    seen: list[tuple[str, Tensor, Tensor | None]] = attrs.field(factory=list)
+    parts: list[tuple[str, Tensor, Tensor | None]] = attrs.field(factory=list)
 
     def add(self, metrics: Mapping[str, Tensor], steps: Tensor | None = None) -> None:
         """Observations [N] by name; with `steps` [N], clip shares and ratios are also kept apart by step."""
         for name, values in metrics.items():
             by_step = steps if name.startswith(("clip/", "ratio/")) else None
-            self.seen.append((name, values.detach().flatten(), by_step))
+            self.parts.append((name, values.detach().flatten(), by_step))
 
     def result(self) -> dict[str, float]:
         """Name -> mean or maximum; the host waits for the device once."""
@@ -56,7 +56,7 @@ class Averages:
                 sums[name] = sums.get(name, values.new_zeros(())) + values.sum()
                 counts[name] = counts.get(name, 0) + len(values)
 
-        for (name, _, steps), values in zip(self.seen, self._on_host(), strict=True):
+        for (name, _, steps), values in zip(self.parts, self._on_host(), strict=True):
             one(name, values)
             if steps is not None:
                 here = on_host(steps)
@@ -66,9 +66,9 @@ class Averages:
 
     def _on_host(self) -> list[Tensor]:
         """Every observation as float64."""
-        if not self.seen:
+        if not self.parts:
             return []
-        values = [values for _, values, _ in self.seen]
+        values = [values for _, values, _ in self.parts]
         return list(torch.cat([v.double() for v in values]).cpu().split([len(v) for v in values]))
 
 

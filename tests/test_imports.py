@@ -274,3 +274,16 @@ def test_an_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         _ = rlt2i.Nonsense
+
+
+VAGUE = frozenset({"found", "told", "asked", "mine", "seen"})
+
+
+def test_locals_say_what_they_hold():
+    wrong = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) if name in VAGUE:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
+    assert not wrong, "\n".join(wrong)

@@ -93,7 +93,7 @@ class GenEval2Reward(Judge):
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
-        asked: list[tuple[int, str, str, str]] = []
+        questions: list[tuple[int, str, str, str]] = []
         wrong: dict[int, str] = {}
         for row, metadata in enumerate(batch.metadata):
             try:
@@ -102,13 +102,13 @@ class GenEval2Reward(Judge):
                 wrong[row] = str(error)
                 continue
             picture = data_url(images[row])
-            asked.extend((row, picture, question, answer) for question, answer in pairs)
-        answers = self._at_once(self._ask_one, asked)
-        told: dict[int, list[Answer]] = {}
-        for (row, *_), answer in zip(asked, answers, strict=True):
-            told.setdefault(row, []).append(answer)
+            questions.extend((row, picture, question, answer) for question, answer in pairs)
+        answers = self._at_once(self._ask_one, questions)
+        answers_of_row: dict[int, list[Answer]] = {}
+        for (row, *_), answer in zip(questions, answers, strict=True):
+            answers_of_row.setdefault(row, []).append(answer)
         judged = [
-            Answer(error=wrong[row]) if row in wrong else self._combine(told[row], metadata)
+            Answer(error=wrong[row]) if row in wrong else self._combine(answers_of_row[row], metadata)
             for row, metadata in enumerate(batch.metadata)
         ]
         names = dict.fromkeys(name for answer in judged for name in answer.components)
@@ -119,8 +119,8 @@ class GenEval2Reward(Judge):
             info=[{"said": a.said} if a.error is None else {"said": a.said, REASON: a.error} for a in judged],
         )
 
-    def _ask_one(self, asked: tuple[int, str, str, str]) -> Answer:
-        _, picture, question, answer = asked
+    def _ask_one(self, row: tuple[int, str, str, str]) -> Answer:
+        _, picture, question, answer = row
         return self._ask(picture, self.question(question), lambda choice: self._read_answer(choice, answer))
 
     def _read_answer(self, choice: Mapping[str, Any], answer: str) -> Answer:
@@ -142,8 +142,8 @@ class GenEval2Reward(Judge):
         components = dict(means)
         if isinstance(skills, list | tuple) and len(skills) == len(chances):
             for skill in dict.fromkeys(map(str, skills)):
-                mine = [chance for chance, other in zip(chances, skills, strict=True) if str(other) == skill]
-                components[skill] = sum(mine) / len(mine)
+                own = [chance for chance, other in zip(chances, skills, strict=True) if str(other) == skill]
+                components[skill] = sum(own) / len(own)
         return Answer(score=means[self.mean], components=components, said=said)
 
 
@@ -161,10 +161,10 @@ def geneval2_questions(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     pairs = metadata.get("vqa_list")
     if not isinstance(pairs, list | tuple) or not pairs:
         raise ValueError(f"vqa_list is {pairs!r}; expected a list of [question, answer]")
-    found = []
+    questions = []
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(t, str) and t for t in pair):
             raise ValueError(f"vqa_list holds {pair!r}; expected [question, answer]")
         spellings(pair[1])
-        found.append((pair[0], pair[1]))
-    return found
+        questions.append((pair[0], pair[1]))
+    return questions

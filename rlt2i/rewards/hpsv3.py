@@ -72,8 +72,8 @@ class VLMTowers(Towers):
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """[U, 2, L] token numbers and mask: one image token, the reward token at the end, padded on the right."""
         # No prompt may bring special tokens of its own: a second image, or a second place to rate.
-        asked = [self.template.replace("{prompt}", prompt.replace("<|", "< |")) for prompt in prompts]
-        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked]
+        conversations = [self.template.replace("{prompt}", prompt.replace("<|", "< |")) for prompt in prompts]
+        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in conversations]
         longest, device = max(map(len, rows)), self.model.device
         ids = torch.zeros(len(rows), 2, longest, dtype=torch.long)
         for line, row in zip(ids, rows, strict=True):

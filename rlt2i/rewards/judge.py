@@ -251,11 +251,11 @@ def first_words(choice: Mapping[str, Any]) -> dict[str, float]:
     Raises:
         KeyError, IndexError, TypeError, ValueError: when the choice holds no log-probabilities.
     """
-    found: dict[str, float] = {}
+    probabilities: dict[str, float] = {}
     for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
         word = re.sub(r"[^a-z0-9]", "", str(entry["token"]).lower())
-        found[word] = found.get(word, 0.0) + math.exp(min(0.0, float(entry["logprob"])))
-    return found
+        probabilities[word] = probabilities.get(word, 0.0) + math.exp(min(0.0, float(entry["logprob"])))
+    return probabilities
 
 
 def data_url(image: np.ndarray) -> str:

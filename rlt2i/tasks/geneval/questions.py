@@ -14,26 +14,26 @@ _PAIRS: Final = ("scissors", "skis")
 def with_questions(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a prompt with `vqa_list`, pairs of question and right answer, and `skills`, what each asks about.
 
-    Every clause is asked for presence and number, and for its colour and its place where the prompt says them.
+    Every clause is triples for presence and number, and for its colour and its place where the prompt says them.
 
     Args:
         metadata: `include`: clauses with class, count and, where said, color and position = [relation, other clause].
     """
     clauses = metadata["include"]
-    asked: list[tuple[str, str, str]] = []
+    triples: list[tuple[str, str, str]] = []
     for clause in clauses:
         name, several = clause["class"], _plural(clause["class"])
         number = int(clause["count"])
         subject, verb = (name, "Is") if number == 1 and name not in _PAIRS else (several, "Are")
-        asked.append((f"Are there any {several} in the image?", "Yes", "object"))
-        asked.append((f"How many {several} are in the image?", _WORDS.get(number, str(number)), "count"))
+        triples.append((f"Are there any {several} in the image?", "Yes", "object"))
+        triples.append((f"How many {several} are in the image?", _WORDS.get(number, str(number)), "count"))
         if "color" in clause:
-            asked.append((f"{verb} the {subject} {clause['color']}?", "Yes", "attribute"))
+            triples.append((f"{verb} the {subject} {clause['color']}?", "Yes", "attribute"))
         if "position" in clause:
             relation, other = clause["position"]
-            asked.append((f"{verb} the {subject} {relation} the {clauses[other]['class']}?", "Yes", "position"))
-    questions = [[question, answer] for question, answer, _ in asked]
-    return {**metadata, "vqa_list": questions, "skills": [skill for *_, skill in asked]}
+            triples.append((f"{verb} the {subject} {relation} the {clauses[other]['class']}?", "Yes", "position"))
+    questions = [[question, answer] for question, answer, _ in triples]
+    return {**metadata, "vqa_list": questions, "skills": [skill for *_, skill in triples]}
 
 
 def _plural(name: str) -> str:
