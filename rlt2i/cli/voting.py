@@ -17,7 +17,7 @@ def vote(options: argparse.Namespace) -> None:
     from rlt2i.voting.command import vote as hold_vote
 
     recipe, trained = loaded(options)
-    found = find_weights(**trained)
+    source = find_weights(**trained)
     count = hold_vote(
         recipe,
         lambda: load_policy(recipe, **trained),
@@ -28,7 +28,7 @@ def vote(options: argparse.Namespace) -> None:
             images=options.images,
             seed=options.seed,
             num_steps=options.steps or recipe.train.eval_steps,
-            weights="base" if found is None else f"{found[1]} of {found[0]}",
+            weights="base" if source is None else f"{source[1]} of {source[0]}",
         ),
         port=options.port,
         say=lambda line: print(line, flush=True),

@@ -66,13 +66,13 @@ def look(
         ValueError: when there are no trained weights to look at.
         CheckpointError: when they cannot be read.
     """
-    found = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
-    if found is None:
+    source = find_weights(run_dir=run_dir, checkpoint=checkpoint, weights=weights)
+    if source is None:
         raise ValueError(
             "look: shows trained weights beside the base, and there are none. Name a run directory or a --checkpoint, "
             "or draw the base alone: rlt2i sample"
         )
-    path, which = found
+    path, which = source
     page = has_suffix(out, ".html", ".htm")
     note = why_no_map(recipe) if page else "a picture"
     texts, seeds = list(dict.fromkeys(texts)), list(dict.fromkeys(seeds))
@@ -96,7 +96,7 @@ def look(
     maps = [[m for m in pair if m is not None] for pair in zip(base.maps, trained.maps, strict=True)]
     if not note and not any(maps):
         note = uniform_in_space(recipe)
-    seen = [
+    pictures = [
         Seen(prompt=text, seed=seed, images=images, maps=mapped)
         for (text, seed), images, mapped in zip(places, pairs, maps, strict=True)
     ]
@@ -104,7 +104,7 @@ def look(
     steps = recipe.train.eval_steps if num_steps is None else num_steps
     weights_named = f"the {'average' if which == 'ema' else which} weights of {path.name}"
     notes = [f"No maps: {note}"] if note else []
-    replace_text(out, render_look(seen, name=home, weights=weights_named, steps=steps, notes=notes))
+    replace_text(out, render_look(pictures, name=home, weights=weights_named, steps=steps, notes=notes))
     return out
 
 

@@ -241,9 +241,9 @@ def _gathered(policy: PretrainedPolicy) -> int:
     own: dict[int, int] = {}  # the inner units come first and own what is in both
     largest = 0
     for unit in policy.units():
-        mine = [p for p in unit.parameters() if id(p) not in own]
-        own |= {id(p): p.nbytes for p in mine}
-        largest = max(largest, sum(p.nbytes for p in mine))
+        own_parameters = [p for p in unit.parameters() if id(p) not in own]
+        own |= {id(p): p.nbytes for p in own_parameters}
+        largest = max(largest, sum(p.nbytes for p in own_parameters))
     rest = sum(p.nbytes for p in policy.network.parameters() if id(p) not in own)
     float32 = largest * _FLOAT32 // policy.spec.compute_dtype.itemsize
     return rest + 2 * largest + largest + float32

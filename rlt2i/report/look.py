@@ -34,7 +34,7 @@ class Seen:
     maps: Sequence[MapSample] = ()
 
 
-def render_look(seen: Sequence[Seen], *, name: str, weights: str, steps: int, notes: Sequence[str] = ()) -> str:
+def render_look(pictures: Sequence[Seen], *, name: str, weights: str, steps: int, notes: Sequence[str] = ()) -> str:
     """The page, in one piece that loads nothing from elsewhere.
 
     Args:
@@ -44,10 +44,10 @@ def render_look(seen: Sequence[Seen], *, name: str, weights: str, steps: int, no
         steps: denoising steps of the images.
         notes: what a reader should know, such as why there are no maps.
     """
-    weights_shown = [sample.weights.flatten() for one in seen for sample in one.maps]
+    weights_shown = [sample.weights.flatten() for one in pictures for sample in one.maps]
     top = scale_top(torch.cat(weights_shown)) if weights_shown else 0.0
     prompts: dict[str, list[Mapping[str, Any]]] = {}
-    for one in seen:
+    for one in pictures:
         prompts.setdefault(one.prompt, []).append(_shown(one, top))
     scale = None
     if weights_shown:

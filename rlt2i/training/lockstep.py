@@ -133,10 +133,10 @@ class Lockstep:
         reports = [torch.empty_like(report) for _ in range(self.distributed.world_size)]
         with self.distributed.together():
             torch.distributed.all_gather(reports, report, group=self.group)
-        acts, passes, seen = torch.stack(reports).unbind(dim=1)
+        acts, passes, reported = torch.stack(reports).unbind(dim=1)
         due = int(acts.min())
         others = acts[acts != due]
-        if due < _BACKWARD and not seen[acts != due].all():
+        if due < _BACKWARD and not reported[acts != due].all():
             raise OutOfStep(
                 "train.sharding: a process has no input for the network while others compute: no rollout of it is left "
                 "to learn from. Give every process some (fewer processes, more prompts), or use train.sharding=none."

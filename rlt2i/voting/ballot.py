@@ -60,16 +60,16 @@ def open_pairs(images: Sequence[str], verdict: Verdict) -> list[tuple[int, int]]
 def standings(images: Sequence[str], verdict: Verdict) -> list[Standing]:
     """The standing of each of G images; pairs that were skipped or not voted on do not count."""
     better = _better(images, verdict)
-    found = []
+    places = []
     for i, name in enumerate(images):
         others = [j for j in range(len(images)) if j != i]
         tied = [j for j in others if images[j] == name or verdict(name, images[j]) == "tie"]
-        found.append(
+        places.append(
             Standing(
                 won=sum((i, j) in better for j in others), lost=sum((j, i) in better for j in others), tied=len(tied)
             )
         )
-    return found
+    return places
 
 
 def _better(images: Sequence[str], verdict: Verdict) -> set[tuple[int, int]]:

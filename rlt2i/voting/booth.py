@@ -168,13 +168,13 @@ class Booth:
 
     def _questions(self, most: int) -> list[Question]:
         """The next ones, as far as they are known before the first is answered."""
-        found: list[Question] = []
+        open_questions: list[Question] = []
         for slate in self._asked:
             for i, j in self._open(slate):
-                found.append(Question.of(slate.prompt, slate.images[i], slate.images[j]))
-                if len(found) == most:
-                    return found
-        return found
+                open_questions.append(Question.of(slate.prompt, slate.images[i], slate.images[j]))
+                if len(open_questions) == most:
+                    return open_questions
+        return open_questions
 
     def _undoable(self) -> Vote | None:
         waiting = [(slate.prompt, slate.images) for slate in self._asked]

@@ -140,13 +140,13 @@ class VoteFolder:
 
     def pairs(self) -> list[dict[str, Any]]:
         """A row of the pair file for every vote that prefers one image, in the order of the votes."""
-        told = {(s.prompt, name): s.metadata for s in self._slates for name in s.images}
+        metadata_of = {(s.prompt, name): s.metadata for s in self._slates for name in s.images}
         rows = []
         for vote in self.votes:
             if vote.choice in ("left", "right"):
                 winner, loser = (vote.left, vote.right) if vote.choice == "left" else (vote.right, vote.left)
                 files = {"winner": f"images/{winner}.png", "loser": f"images/{loser}.png"}
-                rows.append({**told.get((vote.prompt, winner), {}), "prompt": vote.prompt, **files})
+                rows.append({**metadata_of.get((vote.prompt, winner), {}), "prompt": vote.prompt, **files})
         return rows
 
     def _write_pairs(self) -> None:

@@ -197,13 +197,13 @@ class ServedPage:
             ValueError: when a port that was asked for is taken, or no number.
         """
         token = secrets.token_urlsafe(24)
-        asked = os.environ.get(PORT_VARIABLE, "").strip() if port is None else str(port)
-        if asked and not (asked.isascii() and asked.isdigit() and int(asked) < 1 << 16):
-            raise ValueError(f"{PORT_VARIABLE}={asked}: a port is a number from 0 to 65535.")
+        wanted = os.environ.get(PORT_VARIABLE, "").strip() if port is None else str(port)
+        if wanted and not (wanted.isascii() and wanted.isdigit() and int(wanted) < 1 << 16):
+            raise ValueError(f"{PORT_VARIABLE}={wanted}: a port is a number from 0 to 65535.")
         try:
-            listening = bind("127.0.0.1", int(asked or PORT), token=token, command="vote")
+            listening = bind("127.0.0.1", int(wanted or PORT), token=token, command="vote")
         except ValueError:
-            if asked:
+            if wanted:
                 raise
             listening = bind("127.0.0.1", 0, token=token, command="vote")
         server = uvicorn_server(application(booth, token=token), limits=Limits())

@@ -141,10 +141,10 @@ def _too_many(count: int) -> str:
 
 def _output(slate: Slate, folder: VoteFolder, why: str) -> RewardOutput:
     """The scores of a slate as its votes stand; images without any comparison are invalid for the reason given."""
-    found = standings(slate.images, lambda one, other: folder.verdict(slate.prompt, one, other))
-    scores = [standing.score for standing in found]
+    places = standings(slate.images, lambda one, other: folder.verdict(slate.prompt, one, other))
+    scores = [standing.score for standing in places]
     return RewardOutput(
         scores=torch.tensor([torch.nan if score is None else score for score in scores]),
         valid=torch.tensor([score is not None for score in scores]),
-        info=[{REASON: why} if s.score is None else {"won": s.won, "lost": s.lost, "tied": s.tied} for s in found],
+        info=[{REASON: why} if s.score is None else {"won": s.won, "lost": s.lost, "tied": s.tied} for s in places],
     )
