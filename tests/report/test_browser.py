@@ -2,7 +2,6 @@
 
 import html
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,30 +12,12 @@ from PIL import Image
 from rlt2i.report import write_report
 from rlt2i.report.charts import SERIES, SERIES_DARK
 from rlt2i.report.pictures import FAILURE, SUCCESS, rgb
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--hide-scrollbars",
-    "--force-color-profile=srgb",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-)
+from tests.helpers.browser import FLAGS, find_browser
 
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no headless browser: none of {', '.join(NAMES)} is on PATH")
-    return found
+    return find_browser()
 
 
 def open_page(browser: str, page: Path, profile: Path, *flags: str) -> str:
