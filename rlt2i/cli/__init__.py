@@ -35,10 +35,12 @@ _SAYS_ENOUGH = (
     "CheckpointError",
     "LaunchError",
     "OtherProcessFailed",
+    "OutOfStep",
     "ProcessLost",
     "RayRunError",
     "RunDirectoryError",
     "RunStopped",
+    "ShardError",
     "UpdateRefused",
 )
 """Errors whose message is written for the user; by name, because importing them costs seconds."""
