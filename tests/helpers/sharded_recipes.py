@@ -56,17 +56,15 @@ class SometimesRed(Reward):
     Of the eight prompts of the first iteration, one of the first four has something to learn from, and three of the
     others.
 
-    Attributes:
-        dies_at: number of the chunk of images at which the second process is gone without a word; 0 for never.
+    In the run "dies" the second process is gone without a word at its sixth chunk of images, in the third iteration.
     """
 
     span = (0.0, 1.0)
-    dies_at: int = 0
     seen: list[int] = attrs.field(factory=list, init=False, eq=False)
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         self.seen.append(1)
-        if RANK == 1 and len(self.seen) == self.dies_at:
+        if RANK == 1 and "dies" in sys.argv and len(self.seen) == 6:
             os.kill(os.getpid(), signal.SIGKILL)
         red = batch.images[:, 0].float().mean(dim=(1, 2)) / 255
         blind = torch.tensor([sum(map(ord, prompt)) % 2 == 0 for prompt in batch.prompts])
@@ -76,10 +74,10 @@ class SometimesRed(Reward):
         )
 
 
-def small(*, dies_at: int = 0, **changes: object) -> Recipe:
+def small(**changes: object) -> Recipe:
     settings = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
     recipe = load_recipe("star-shapes", overrides=[f"{key}={value}" for key, value in settings.items()])
-    return attrs.evolve(recipe, reward=SometimesRed(dies_at=dies_at))
+    return attrs.evolve(recipe, reward=SometimesRed())
 
 
 def replayed(**changes: object) -> Recipe:
@@ -158,7 +156,7 @@ RUNS: dict[str, Callable[[], Recipe]] = {
     "replayed": replayed,
     "on": replayed,
     "further": lambda: replayed(train__iterations=4),
-    "dies": lambda: replayed(dies_at=6),  # of two chunks an iteration, in the third
+    "dies": replayed,
     "hybrid": lambda: small(train__sharding="hybrid"),
     "nan": lambda: small(**RARELY),
     "memory": lambda: small(**RARELY),
