@@ -12,8 +12,6 @@ import torch
 from rlt2i.voting.booth import Booth
 from rlt2i.voting.folder import Slate, VoteFolder
 
-pytest.importorskip("uvicorn")
-
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "browser: renders in headless Chromium (skipped where it is not installed)")

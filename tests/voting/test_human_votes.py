@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import attrs
@@ -28,6 +29,8 @@ from tests.helpers.servers import remote, serving
 from tests.helpers.toy import QuadrantBrightness
 from tests.helpers.toy_recipe import clipped
 from tests.voting.conftest import pictures
+
+pytest.importorskip("uvicorn")
 
 
 def of_groups(*sizes: int) -> RewardBatch:
@@ -83,23 +86,28 @@ def test_nobody_votes(tmp_path: Path):
     reward.close()
 
 
+def first_question(booth: Booth) -> str:
+    """The name of the question asked, once there is one."""
+    while (question := booth.state()["question"]) is None:
+        time.sleep(0.002)
+    return question["name"]
+
+
 def test_somebody_leaves_in_the_middle(tmp_path: Path):
-    reward = HumanVotes(folder=str(tmp_path / "votes"), patience_s=0.3, undo_s=0.0)
+    reward = HumanVotes(folder=str(tmp_path / "votes"), patience_s=1.0, undo_s=0.0)
     batch, booth = of_groups(2, 2), reward._booth()
-    threading.Timer(0.1, lambda: booth.vote(booth.state()["question"]["name"], "tie")).start()
+    threading.Thread(target=lambda: booth.vote(first_question(booth), "tie"), daemon=True).start()
     output = score_safely(reward, batch)
     assert output.valid.tolist() == [True, True, False, False]
     reward.close()
 
 
 def test_the_last_vote_can_be_taken_back_for_a_while(tmp_path: Path):
-    reward = HumanVotes(folder=str(tmp_path / "votes"), patience_s=20.0, undo_s=0.3)
+    reward = HumanVotes(folder=str(tmp_path / "votes"), patience_s=20.0, undo_s=1.0)
     booth, answers = reward._booth(), []
     thread = threading.Thread(target=lambda: answers.append(reward.score(of_groups(2))), daemon=True)
     thread.start()
-    while booth.state()["question"] is None:
-        pass
-    name = booth.state()["question"]["name"]
+    name = first_question(booth)
     assert booth.vote(name, "left")
     assert booth.undo()
     assert booth.vote(name, "tie")

@@ -14,6 +14,8 @@ from rlt2i.voting.page import ServedPage
 from tests.helpers.browser import Page, browsing
 from tests.voting.conftest import pictures
 
+pytest.importorskip("uvicorn")
+
 NASTY = 'a <b>red</b> "square" & <script>document.title = "gone"</script>'
 READY = '!busy && document.getElementById("left").disabled === false && performance.now() - readyAt > SETTLED'
 

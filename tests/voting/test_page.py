@@ -11,6 +11,7 @@ from rlt2i.voting import page as page_module
 from rlt2i.voting.booth import Booth
 from rlt2i.voting.page import MOST_BYTES, ServedPage
 
+pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.usefixtures("slates")
 
