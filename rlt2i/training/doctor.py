@@ -34,7 +34,10 @@ _EXTRA_OF = {
     "OCRReward": "ocr",
     "FeatureSaliency": "dino",
     "RayReward": "ray",
+    "GenEval2Reward": "serve",
     "RemoteReward": "serve",
+    "RubricJudge": "serve",
+    "YesNoJudge": "serve",
 }
 """A tracker, or the name of a part -> the extra of the package that it needs."""
 _MODULES_OF = {
