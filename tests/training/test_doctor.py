@@ -50,7 +50,7 @@ def test_a_survey_only_notes_what_single_recipes_lack(tmp_path: Path):
 def test_a_missing_extra_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = load_recipe("star-shapes", ["train.trackers=[wandb]"])
     assert extras(recipe) == ["wandb"]
-    assert extras(load_recipe("star-sd35-geneval2")) == ["serve"]  # a judge is asked over HTTP
+    assert "serve" in extras(load_recipe("star-sd35-geneval2"))  # a judge is asked over HTTP
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
     found = by_name(examine([recipe], folder=tmp_path))["extra wandb"]
