@@ -419,6 +419,13 @@ class Reward(ABC):
         """Calls of `score` that may run at the same time. They run beside the rollout, in threads of their own."""
         return 1
 
+    def networks(self) -> Mapping[str, int | None]:
+        """Networks that scoring keeps on the policy's device -> bytes, for plans; None where that is not known.
+
+        Parts that name the same weights share them.
+        """
+        return {type(self).__name__: None}
+
     @abstractmethod
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         """Score each image; `want` names optional outputs ("maps", "regions")."""

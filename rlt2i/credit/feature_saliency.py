@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import attrs
@@ -16,7 +17,7 @@ from rlt2i.credit.spatial import relative_weight
 from rlt2i.functional.maps import blur2d
 from rlt2i.interfaces import CreditContext
 from rlt2i.types import Causality
-from rlt2i.vision.patch_features import patch_features
+from rlt2i.vision.patch_features import bytes_of, patch_features
 
 _IMAGES_PER_PASS = 32
 
@@ -50,6 +51,10 @@ class FeatureSaliency(Allocation):
     mix: float = attrs.field(default=0.5, validator=[validators.ge(0.0), validators.le(1.0)])
     floor: float = attrs.field(default=0.02, validator=[validators.gt(0.0), validators.le(1.0)])
     normalise: Literal["mean_one", "minmax"] = neutral("mean_one", validator=validators.in_(("mean_one", "minmax")))
+
+    def networks(self) -> Mapping[str, int | None]:
+        """Networks that it keeps on the policy's device -> bytes, as of a reward."""
+        return {self.model: bytes_of(self.model)}
 
     def weight(self, context: CreditContext) -> Tensor:
         device = context.trajectory.latents.device

@@ -47,6 +47,7 @@ class Plan:
         capture_share: arithmetic of recording 20 tokens in the middle blocks, relative to the denoising step.
         memory: phase -> bytes at its peak.
         resident: what stays in memory throughout -> bytes.
+        not_counted: what else takes memory there, nobody knows how much.
     """
 
     parameters: int
@@ -62,6 +63,7 @@ class Plan:
     capture_share: float
     memory: Mapping[str, int]
     resident: Mapping[str, int]
+    not_counted: tuple[str, ...] = ()
 
     def table(self) -> str:
         """The plan as text."""
@@ -77,6 +79,7 @@ class Plan:
             ("attention capture", f"{100 * self.capture_share:.4f} % of a step"),
             *((f"memory, {phase}", _giga(size)) for phase, size in self.memory.items()),
             *((f"  of which {part}", _giga(size)) for part, size in self.resident.items()),
+            *((part, "not counted") for part in self.not_counted),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -126,6 +129,8 @@ def make_plan(
     noisy_steps: int = 0,
     clean_predictions: int = 0,
     parts: int = 1,
+    judges: Mapping[str, int | None] | None = None,
+    reward_gradient: bool = False,
 ) -> Plan:
     """Count a run of `spec`; reads configuration files, never weights.
 
@@ -144,6 +149,8 @@ def make_plan(
         noisy_steps: steps with a log-probability, if any: then all steps have room for one.
         clean_predictions: steps whose clean prediction is kept for the credit.
         parts: processes that the weights, their gradients, their optimiser state and their copies are spread over.
+        judges: networks of rewards and credit that stay on the device -> bytes, None where that is not known.
+        reward_gradient: whether learning takes the gradient of a score through the decoder.
 
     Raises:
         ValueError: when the backbone refuses the size.
@@ -162,6 +169,7 @@ def make_plan(
             "optimiser": -(-trainable * _FLOAT32 * (_ADAM_STATES + weight_copies) // parts),
             **({"text encoders": encoders} if stay else {}),
             "image decoder": _bytes(vae),
+            **{f"judge {name}": size for name, size in (judges or {}).items() if size is not None},
             "trajectories": rollouts_per_iteration
             * (num_steps + 1)
             * math.prod(policy.latent_shape(image_size))
@@ -190,7 +198,7 @@ def make_plan(
             copies, wider_gradients = _gathered(policy), -(-trainable * _FLOAT32 // parts)
             _let_gradients_go(network)
 
-        guided = spec.guided
+        guided, several = spec.guided, rollouts_per_iteration > rollout_batch_size
         # Other negative passes keep no activations.
         update_rows = micro_batch_size * (1 + (guided and spec.uncond_grad))
         with fused_attention():
@@ -201,6 +209,9 @@ def make_plan(
                 _velocity(policy, image_size, rollout_batch_size)
             with PeakMemory(vae) as decode:
                 _decode(policy, image_size, rollout_batch_size)
+            with PeakMemory(vae) as judged:
+                if reward_gradient:
+                    _decode_backward(policy, image_size, micro_batch_size)
             with PeakMemory(network) as update:
                 backward = count_operations(lambda: _backward(policy, image_size, update_rows)) / update_rows - forward
             if spec.gradient_checkpointing:
@@ -224,11 +235,12 @@ def make_plan(
             capture_share=share,
             memory={
                 "encode": base + (0 if stay else encoders),
-                # Chunks of rollouts are put together while they are still there.
-                "rollout": base + max(copies + denoise.peak, decode.peak, chunks),
-                "update": base + taken + copies + wider_gradients + update.peak,
+                # A chunk is decoded while the next one is denoised; chunks are put together while they are still there.
+                "rollout": base + max(copies + denoise.peak + several * decode.peak, chunks + decode.peak),
+                "update": base + taken + max(copies + wider_gradients + update.peak, judged.peak),
             },
             resident=resident,
+            not_counted=tuple(f"judge {name}" for name, size in (judges or {}).items() if size is None),
         )
 
 
@@ -306,6 +318,12 @@ def _backward(policy: PretrainedPolicy, size: ImageSize, rows: int) -> None:
 @torch.no_grad()
 def _decode(policy: PretrainedPolicy, size: ImageSize, rows: int) -> None:
     policy.decode(torch.empty(rows, *policy.latent_shape(size), device=policy.device))
+
+
+@torch.enable_grad()
+def _decode_backward(policy: PretrainedPolicy, size: ImageSize, rows: int) -> None:
+    latents = torch.empty(rows, *policy.latent_shape(size), device=policy.device, requires_grad=True)
+    torch.autograd.grad(policy.decode(latents).mean(), latents)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.functional.transfer import to_device
 from rlt2i.policies.guidance import GuidanceForm, RescaledGuidance
 from rlt2i.policies.pretrained import DATA, PretrainedPolicy, PretrainedSpec
 from rlt2i.types import Conditioning, ImageSize
@@ -42,6 +43,8 @@ class Lumina2Policy(PretrainedPolicy):
         return conditioning["mask"].sum(dim=1)
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        positions = self.network.rope_embedder  # whose tables are no buffers: every pass would copy them from the host
+        positions.freqs_cis = [to_device(table, latents.device) for table in positions.freqs_cis]
         output: Tensor = self.network(
             hidden_states=latents,
             timestep=1 - 1000 * sigma / 1000,

@@ -40,6 +40,9 @@ class StandInReward(Reward):
             of=type(reward).__name__, metadata_keys=reward.metadata_keys, offers=reward.offers, scope=reward.scope
         )
 
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
+
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         images = batch.images.float() / 255
         count, _, height, width = images.shape

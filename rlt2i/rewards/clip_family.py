@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as transform
 
 from rlt2i.interfaces import CODE, Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.batching import with_reasons
+from rlt2i.rewards.sizes import bytes_of, weights_of
 from rlt2i.rewards.weights import find_weights, from_safetensors, full_precision, weights_identity
 
 MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
@@ -110,6 +111,9 @@ class ImageTextReward(Reward):
     def pixels(self, towers: Towers, images: Tensor, *, rounded: bool) -> Tensor:
         """What the image tower takes of [N, 3, H, W] floats in [0, 1]; the rest as in `clip_pixels`."""
         return clip_pixels(images, towers.side, rounded=rounded)
+
+    def networks(self) -> Mapping[str, int | None]:
+        return {path: bytes_of(path) for path in weights_of(self)}
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         device = batch.images.device

@@ -55,6 +55,9 @@ class WeightedSum(Reward):
         some, all_of_them = frozenset().union(*offers), frozenset.intersection(*offers)
         return (some - {"gradient"}) | (all_of_them & {"gradient"})
 
+    def networks(self) -> Mapping[str, int | None]:
+        return {name: size for reward, _ in self.rewards.values() for name, size in reward.networks().items()}
+
     @property
     def concurrency(self) -> int:
         return min(reward.concurrency for reward, _ in self.rewards.values())

@@ -17,6 +17,7 @@ from rlt2i.rewards.clip_family import load_clip
 from rlt2i.rewards.geneval_colour import Cutout, classify_colours
 from rlt2i.rewards.geneval_rules import CLASSES, COUNTING_THRESHOLD, RULES, THRESHOLD, Detection, Objects, Rule
 from rlt2i.rewards.mask2former import Instances, detect, load_detector
+from rlt2i.rewards.sizes import bytes_of, weights_of
 from rlt2i.rewards.weights import full_precision, weights_identity
 from rlt2i.types import Region
 
@@ -59,6 +60,9 @@ class GenEvalReward(Reward):
         default=COUNTING_THRESHOLD, validator=[validators.ge(0.0), validators.lt(1.0)]
     )
     rollout_batch_size: int = attrs.field(default=8, validator=validators.ge(1))
+
+    def networks(self) -> Mapping[str, int | None]:
+        return {path: bytes_of(path) for path in weights_of(self)}
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         for metadata in batch.metadata:

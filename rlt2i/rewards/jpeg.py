@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -37,6 +38,9 @@ class JPEGCompressibility(Reward):
 
     quality: int = attrs.field(default=95, validator=[validators.ge(1), validators.le(95)])
 
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
+
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         return _output(-jpeg_kilobytes(batch.images, self.quality))
 
@@ -53,6 +57,9 @@ class JPEGIncompressibility(Reward):
     """
 
     quality: int = attrs.field(default=95, validator=[validators.ge(1), validators.le(95)])
+
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         return _output(jpeg_kilobytes(batch.images, self.quality))

@@ -92,6 +92,9 @@ class Judge(Reward):
     def read(self, choice: Mapping[str, Any]) -> Answer:
         """The score in one choice of a chat completion; may raise KeyError, TypeError or ValueError."""
 
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
+
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
         ask = lambda image, prompt: self._ask(data_url(image), self.question(prompt), self.read)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -67,6 +67,9 @@ class OCRReward(Reward):
     rule: Rule = attrs.field(default="normalised", validator=validators.in_(("normalised", "published")))
     workers: int = attrs.field(default=0, validator=validators.ge(0))
     _engines: Engines = attrs.field(init=False, factory=Engines, eq=False, repr=False)
+
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         import rapidocr  # noqa: F401 - a package that is missing is an error, not an image that cannot be judged

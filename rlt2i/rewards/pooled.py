@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal
@@ -52,6 +53,9 @@ class Pooled(Wrapper):
     chunk: int = attrs.field(default=8, validator=validators.ge(1))
     _pool: list[ProcessPoolExecutor] = attrs.field(init=False, factory=list, eq=False, repr=False)
     _lock: threading.Lock = attrs.field(init=False, factory=threading.Lock, eq=False, repr=False)
+
+    def networks(self) -> Mapping[str, int | None]:
+        return self.reward.networks() if self.kind == "thread" else {}
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         rows = split_rows(batch, self.chunk, scope=self.scope)

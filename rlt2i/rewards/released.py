@@ -22,15 +22,13 @@ from rlt2i.config import to_mapping
 from rlt2i.interfaces import Reward, RewardBatch
 from rlt2i.rewards.batching import REASON
 from rlt2i.rewards.selftest_cases import Case, beauty_case, drawing_case, objects_case, text_case
+from rlt2i.rewards.sizes import WEIGHT_FIELDS
 from rlt2i.rewards.validity import score_safely
 from rlt2i.rewards.weights import SOURCE_FILE, find_weights
 from rlt2i.rewards.wrapper import Wrapper
 
 FOLDER: Final = Path(__file__).parent / "expectations"
 """Expectation files that ship, <class name>.json; there is none until somebody has recorded it."""
-
-WEIGHT_FIELDS: Final = ("path", "head", "detector", "colour_model")
-"""Fields of rewards that say where weights are."""
 
 TOLERANCES: Final[Mapping[str, float]] = {
     "Aesthetic": 0.02,

@@ -37,6 +37,10 @@ class OnDevice(Wrapper):
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         return self.reward.score(attrs.evolve(batch, images=batch.images.to(self.device)), want)
 
+    def networks(self) -> Mapping[str, int | None]:
+        """Those of the reward inside where they are on the first device of a process, which is the policy's."""
+        return self.reward.networks() if self.device in ("cuda", "cuda:0") else {}
+
     def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         return self.reward.score_tensor(images.to(self.device), prompts, metadata).to(images.device)
 
@@ -93,6 +97,9 @@ class Sharded(Reward):
             for chunk, out in zip(own_rows, outs, strict=True)
         ]
         return merge(parts, len(batch.prompts))
+
+    def networks(self) -> Mapping[str, int | None]:
+        return {name: size for replica in self.replicas for name, size in replica.networks().items()}
 
     def fingerprint(self) -> dict[str, Any]:
         """That of the replicas, which decide the scores; how many there are does not."""

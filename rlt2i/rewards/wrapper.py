@@ -40,6 +40,9 @@ class Wrapper(Reward):
     def scope(self) -> Literal["sample", "group"]:
         return self.reward.scope
 
+    def networks(self) -> Mapping[str, int | None]:
+        return self.reward.networks()
+
     def score_tensor(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         return self.reward.score_tensor(images, prompts, metadata)
 

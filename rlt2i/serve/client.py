@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -141,6 +141,9 @@ class RemoteReward(Reward):
                 fewest = min(info.max_images for info in infos.values())
                 self._state.info = attrs.evolve(smallest, max_images=fewest)
             return self._state.info
+
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         info = self.info()

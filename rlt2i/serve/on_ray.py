@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -84,6 +84,9 @@ class RayReward(Wrapper):
         """Where a reward runs, and how many of it, decides no score."""
         speed = ("replicas", "cpus", "gpus", "chunk", "timeout_s", "patience_s", "on_failure")
         return configuration(self, without=speed)
+
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         chunks = split_rows(batch, self.chunk, scope=self.scope)

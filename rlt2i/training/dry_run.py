@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -94,6 +95,8 @@ def plan_of(recipe: Recipe, batch: BatchPlan) -> Plan:
         noisy_steps=len(recipe.sampler.stochastic_steps(0)),
         clean_predictions=batch.num_steps if CLEAN_PREDICTIONS in recipe.algorithm().captures else 0,
         parts=parts_of(train.sharding, world_size=batch.world_size),
+        judges=judges_of(recipe),
+        reward_gradient="gradient" in objective.needs.reward,
     )
 
 
@@ -103,3 +106,23 @@ def parts_of(sharding: Sharding, *, world_size: int) -> int:
         return 1
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 8))
     return world_size if sharding == "full" else min(here, world_size)
+
+
+def judges_of(recipe: Recipe) -> dict[str, int | None]:
+    """Networks that rewards, held-out ones too, and credit keep beside the policy -> bytes, None where not known."""
+    found: dict[str, int | None] = {}
+    for part in (recipe.reward, *recipe.heldout.values(), *_parts(recipe.credit)):
+        if networks := getattr(part, "networks", None):
+            found |= networks()
+    return found
+
+
+def _parts(part: Any) -> Iterator[Any]:
+    """A part, and the parts in its fields, at any depth."""
+    if isinstance(part, tuple | list):
+        for item in part:
+            yield from _parts(item)
+    elif attrs.has(type(part)):
+        yield part
+        for field in attrs.fields(type(part)):
+            yield from _parts(getattr(part, field.name))

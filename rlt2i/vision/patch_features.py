@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+PARAMETERS: Final = {"vit_base_patch14_reg4_dinov2.lvd142m": 86_582_016, "vit_small_patch16_224.dino": 21_665_664}
+"""Models of timm -> parameters, as timm builds them; another resolution has a few position embeddings fewer."""
+
+
+def bytes_of(model: str) -> int | None:
+    """Memory of a model's float32 weights; None where nobody knows before it is loaded."""
+    if (file := Path(model) / "model.safetensors").is_file():
+        return file.stat().st_size
+    return 4 * PARAMETERS[model] if model in PARAMETERS else None
 
 
 @functools.lru_cache(maxsize=2)

@@ -37,6 +37,9 @@ class CellsReward(Reward):
 
     strict_weight: float = attrs.field(default=0.0, validator=[validators.ge(0.0), validators.le(1.0)])
 
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
+
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         prompts = [CellsPrompt.from_metadata(m) for m in batch.metadata]
         verdict = verify(batch.images, prompts)
@@ -92,6 +95,9 @@ class CornerReward(Reward):
     span = (-1.0, 1.0)
 
     share: float = attrs.field(default=0.5, validator=[validators.gt(0.0), validators.le(1.0)])
+
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         images = batch.images.float() / 255

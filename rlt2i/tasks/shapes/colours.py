@@ -105,6 +105,9 @@ class ShapesColours(Reward):
     offers = frozenset({"gradient"})
     span = (0.0, 1.0)
 
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
+
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         images = batch.images.float() / 255
         scores = self.score_tensor(images, batch.prompts, batch.metadata)

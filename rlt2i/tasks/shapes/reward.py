@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import attrs
 import torch
 from attrs import validators
@@ -35,6 +37,9 @@ class ShapesReward(Reward):
 
     rule: Rule = attrs.field(default="exclusive", validator=validators.in_(("exclusive", "geneval")))
     strict_weight: float = attrs.field(default=0.5, validator=[validators.ge(0.0), validators.le(1.0)])
+
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         prompts = [ShapesPrompt.from_metadata(m) for m in batch.metadata]
