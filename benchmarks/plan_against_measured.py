@@ -22,7 +22,6 @@ from typing import Any
 from unittest import mock
 
 import attrs
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves

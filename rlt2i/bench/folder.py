@@ -14,10 +14,12 @@ All tables but timing.csv are a function of the plan and the machine: killed and
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,7 @@ import attrs
 from rlt2i.bench.plan import Plan, load_plan
 from rlt2i.config import ConfigError, dump_yaml, to_mapping
 from rlt2i.recipes.recipe import Recipe, load_recipe
-from rlt2i.runs.files import replace_text
+from rlt2i.runs.files import NO_LOCKS, replace_text
 
 PLAN, BASE, DONE, LOCK = "plan.yaml", "base", "done.json", "bench.lock"
 TABLES = ("scores", "evaluations", "training", "timing")
@@ -70,8 +72,19 @@ class BenchFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(lock)
-            raise ConfigError(f"{self.path}: another process is running this benchmark. Wait, or use --out.") from error
+            if error.errno in NO_LOCKS:
+                warnings.warn(
+                    f"{self.path}: this file system has no locks, so nothing keeps two processes from running one "
+                    "benchmark. Make sure that only one does.",
+                    stacklevel=4,
+                )
+            else:
+                os.close(lock)
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                raise ConfigError(
+                    f"{self.path}: another process is running this benchmark. Wait, or use --out."
+                ) from error
         try:
             yield
         finally:

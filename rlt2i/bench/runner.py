@@ -83,14 +83,26 @@ def _wait(words: Sequence[str], threads: int, stream: IO[str]) -> int:
 def _run_all(
     folder: BenchFolder, plan: Plan, waiting: Sequence[tuple[str, int]], jobs: int, say: Callable[[str], None]
 ) -> list[tuple[str, int]]:
-    """The trials that failed."""
+    """The trials that failed.
+
+    Raises:
+        OSError: when the folder cannot be written to any more, after the trials under way have ended.
+    """
     todo: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
     for trial in waiting:
         todo.put(trial)
     failed: list[tuple[str, int]] = []
+    errors: list[Exception] = []
     lock, stop = threading.Lock(), threading.Event()
 
     def work() -> None:
+        try:
+            work_off()
+        except Exception as error:  # such as a full disk: the main thread says it, once all have come to an end
+            errors.append(error)
+            stop.set()
+
+    def work_off() -> None:
         while not stop.is_set():
             try:
                 arm, seed = todo.get_nowait()
@@ -119,4 +131,6 @@ def _run_all(
         for worker in workers:
             worker.join()
         raise
+    if errors:
+        raise errors[0]
     return failed

@@ -26,6 +26,7 @@ from rlt2i.parameter_sets import ParameterSets
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.artifacts import evaluation_file
 from rlt2i.runs.checkpoint import latest_checkpoint, load_checkpoint
+from rlt2i.runs.files import advice
 from rlt2i.runs.metrics import read_metrics
 from rlt2i.training.start import train as train_recipe
 
@@ -195,10 +196,14 @@ def main(words: list[str]) -> int:
     _end_with_parent()
     folder = BenchFolder(path=Path(words[0]))
     torch.set_num_threads(folder.plan().threads)
-    if words[1] == "--base":
-        judge_base(folder)
-        return 0
-    return run_trial(folder, words[1], int(words[2]))
+    try:
+        if words[1] == "--base":
+            judge_base(folder)
+            return 0
+        return run_trial(folder, words[1], int(words[2]))
+    except OSError as error:
+        print(f"{error}. {advice(error, folder.path)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

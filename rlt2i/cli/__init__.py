@@ -96,6 +96,10 @@ def _user_message(error: Exception) -> str | None:
         return None if package == "rlt2i" else f"{error}. Install it with: pip install {wanted}"
     if isinstance(error, ImportError):  # a package that is there and cannot be loaded, such as one without its libGL
         return None if (error.name or "").partition(".")[0] == "rlt2i" else f"{error}. Mend the installation of it."
+    if type(error).__name__ == "SafetensorError":  # by name: a command without weights need not import it
+        from rlt2i.runs.files import error_of_the_system
+
+        error = error_of_the_system(error) or error
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         from rlt2i.runs.files import advice
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from rlt2i.config.secrets import redacted
 from rlt2i.runs.checkpoint import has_checkpoint
-from rlt2i.runs.files import advice, plain_json, remove_partials, replace_text
+from rlt2i.runs.files import NO_LOCKS, advice, plain_json, remove_partials, replace_text
 from rlt2i.runs.metrics import DROPPED, FAILURES, METRICS, append_lines, parse_metrics
 from rlt2i.runs.provenance import versions
 
@@ -227,7 +227,7 @@ def _take_lock(path: Path) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno in NO_LOCKS:
             warnings.warn(
                 f"{path}: this file system has no locks, so nothing keeps two processes from writing one run. Make "
                 "sure that only one does.",

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What the system says where a file system has no locks."""
 _PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib"}
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
@@ -96,10 +98,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping
         taken.add(dense[name].untyped_storage().data_ptr())
     try:
         save_file(dense, path, metadata=None if metadata is None else dict(metadata))
-    except SafetensorError as error:  # which passes the system's error on as text
-        if code := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    except SafetensorError as error:
+        if told := error_of_the_system(error, path):
+            raise told from error
         raise
+
+
+def error_of_the_system(error: Exception, path: Path | None = None) -> OSError | None:
+    """The error that safetensors passes on as text ("... (os error 28)"), as Python would have raised it."""
+    if isinstance(error, OSError):
+        return error
+    code = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    return OSError(int(code[1]), os.strerror(int(code[1])), *([str(path)] if path else [])) if code else None
 
 
 def create_text(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import pytest
 
+from rlt2i.bench.folder import BenchFolder
 from rlt2i.cli import main
 from rlt2i.config import ConfigError
 from rlt2i.config.references import load_object
@@ -75,6 +76,23 @@ COMMANDS: list[Any] = [
     pytest.param(["rehearse", "stranger"], marks=pytest.mark.slow),
     pytest.param(["compare", "stranger", "--reference", "cells-nft"], marks=pytest.mark.slow),
     ["report", "stranger"],
+    ["plan", "stranger"],
+    ["plan", "stranger", "--gpu", "24GB"],
+    ["plan", "stranger", "--fit", "24GB", "--out", "smaller.yaml"],
+    ["check", "stranger"],
+    ["check", "stranger", "--tiny"],
+    ["check", "policy", "stranger"],
+    ["export", "stranger", "--to", "peft"],
+    ["export", "stranger", "--to", "merged", "--out", "exported"],
+    ["sample", "stranger", "--prompt", "x", "--set", "train.seed=3"],
+    ["train", "--run-dir", "stranger", "--resume", "auto"],
+    ["reward", "test", "stranger"],
+    ["serve-reward", "stranger"],
+    ["bench", "probe", "stranger"],
+    ["bench", "stranger"],
+    ["bench", "cells-nft", "--out", "stranger", "--publish", "published"],
+    ["bench", "cells-nft", "--out", "stranger", "--judge"],
+    ["bench", "cells-nft", "--out", "stranger", "--power"],
     ["compare", "uniform=stranger", "star=stranger", "--out", "compared"],
 ]
 
@@ -95,6 +113,24 @@ def test_no_command_executes_it(command, home, capsys):
     assert not (home / "stranger.executed").exists()
     assert "Traceback" not in said
     assert code == 0 or len(said.splitlines()) <= 3, said
+
+
+def test_every_command_that_reads_a_run_is_in_the_table():
+    from rlt2i.cli import parser
+
+    words = next(action for action in parser()._actions if action.choices).choices
+    tried = {(getattr(command, "values", None) or [command])[0][0] for command in COMMANDS}
+    assert set(words) - tried == {"list", "pretrain"}  # which take no run
+
+
+def test_the_recipes_of_a_benchmark_from_elsewhere_execute_nothing(home):
+    run = run_from_elsewhere(home, {"type": "evil.py:Mine"})
+    (run / "recipes").mkdir()
+    for place in (run / "recipes" / "uniform.yaml", run / "recipes" / "evil.py"):
+        place.write_text((run / {".yaml": "recipe.yaml", ".py": "evil.py"}[place.suffix]).read_text())
+    with pytest.raises(ConfigError, match="is not executed"):
+        BenchFolder(path=run).recipe("uniform", 0)
+    assert not (home / "stranger.executed").exists()
 
 
 def test_the_suite_of_an_evaluation_from_elsewhere_executes_nothing(home, capsys):

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 KILLED = 77
 CHANGES = {
@@ -95,7 +97,7 @@ def _interrupted_safetensors(watch: Watch) -> None:
         with watch.unseen():
             Path(path).write_bytes(whole)
 
-    files.save_file = halves  # type: ignore[assignment]
+    files.save_file = safetensors.torch.save_file = halves  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -169,6 +171,8 @@ def refused(words: Sequence[str], folder: Path, at: int, code: int, note: Path) 
 
     def refuses(number: int, event: str, path: str) -> None:
         if number >= at and event in WRITES:
+            if event.startswith("safetensors"):  # which says it in its own way
+                raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
             raise OSError(code, os.strerror(code), path)
 
     def watched() -> None:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import datetime
 import errno
+import fcntl
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from rlt2i.config import dump_yaml
+from rlt2i.bench import runner, trial
+from rlt2i.bench.folder import BenchFolder
+from rlt2i.cli import main
+from rlt2i.config import dump_yaml, to_mapping
 from rlt2i.evaluation.suites.catalogue import suite_mapping
 from rlt2i.runs.checkpoint import latest_checkpoint
+from tests.bench.test_bench import toy_plan
 from tests.helpers.filesystem_events import changes, in_a_fork, refused
 from tests.helpers.suite_parts import suite
 from tests.runs.test_kills import content, recipe
 
 SHARE = 40
 """Every fortieth change by default; all of them under the slow mark."""
+PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "results" / "bench" / "cells-clipped"
+"""Small tables of a benchmark, which can be read and published again."""
 WAYS_OUT = ("free some space", "--run-dir", "another folder", "on a healthy, writable disk", "--out")
 
 
@@ -32,14 +41,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (0, 1):
         where = ["--run-dir", str(place / "done" / str(seed))]
         run(["train", str(place / "toy.yaml"), "--set", f"train.seed={seed}", *where])
-    for name, words in COMMANDS.items():
-        run(filled(words, place, place / "warm" / name))
     return place
 
 
 def run(words: Sequence[str]) -> None:
-    from rlt2i.cli import main
-
     assert main(words) == 0, words
 
 
@@ -52,11 +57,26 @@ COMMANDS = {
     "eval": ["eval", "DONE/0", "--prompts", "2", "--out", "OUT/a.json"],
     "report": ["report", "DONE/0", "--out", "OUT/a.html"],
     "compare": ["compare", "uniform=DONE/0", "star=DONE/1", "--out", "OUT"],
-}
+    "publish": ["bench", "PUBLISHED/plan.yaml", "--out", "PUBLISHED", "--publish", "OUT/a", "--bands", "OUT/b"],
+    "probe": ["bench", "probe", "TOY", "--batches", "1", "--interventions", "1", "--prompts", "1", "--group-size", "4",
+              "--out", "OUT/a.csv", "--keep", "OUT/kept"],
+    "lab": ["bench", "lab", "--out", "OUT", "--batches", "2", "--seeds", "1"],
+    "plan": ["plan", "star-cells", "--set", "train.micro_batch_size=96", "--fit", "1.5GB", "--out", "OUT/a.yaml"],
+    "export": ["export", "star-cells", "--to", "merged", "--out", "OUT"],
+}  # fmt: skip
+SLOW = {"probe", "lab", "plan", "export"}
+"""They load weights, or compute for seconds, at every change."""
+BY_NAME = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in COMMANDS]
 
 
 def filled(words: Sequence[str], place: Path, out: Path) -> list[str]:
-    names = {"TOY": place / "toy.yaml", "SUITE": place / "corners.yaml", "DONE": place / "done", "OUT": out}
+    names = {
+        "TOY": place / "toy.yaml",
+        "SUITE": place / "corners.yaml",
+        "DONE": place / "done",
+        "PUBLISHED": PUBLISHED,
+        "OUT": out,
+    }
     for name, path in names.items():
         words = [word.replace(name, str(path)) for word in words]
     return list(words)
@@ -70,6 +90,7 @@ def check(name: str, place: Path, tmp_path: Path, cases: Callable[[int], Iterabl
     """
     out, note = tmp_path / "out", tmp_path / "note"
     words = filled(COMMANDS[name], place, out)
+    run(filled(COMMANDS[name], place, place / "warm" / name))  # children must not import it all again
     listed = changes(lambda: run(words), out, note)
     expected, before = content(out), content(place / "done")
     shutil.rmtree(out)
@@ -100,7 +121,7 @@ def found_equal(found: dict[str, object], expected: dict[str, object]) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_a_disk_that_refuses_is_one_message_and_nothing_is_lost(name, place, tmp_path):
     """At the first change, of another kind for every command; and full at some others, every day at others."""
     code = (errno.EACCES, errno.EROFS, errno.EDQUOT)[list(COMMANDS).index(name) % 3]
@@ -117,3 +138,78 @@ def test_a_disk_that_refuses_is_one_message_and_nothing_is_lost(name, place, tmp
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_disk_that_is_full_at_every_change(name, place, tmp_path):
     check(name, place, tmp_path, lambda count: [(n, errno.ENOSPC) for n in range(count)])
+
+
+# -------------------------------------------------------------------------------------------- trials side by side
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> tuple[list[str], Path]:
+    """The command of a small benchmark whose common start is judged, and its folder."""
+    plan = toy_plan(seeds=1)
+    (tmp_path / "toy.yaml").write_text(dump_yaml(to_mapping(plan, typed=False)))
+    folder = BenchFolder(path=tmp_path / "out")
+    folder.base.parent.mkdir(parents=True)
+    folder.base.write_bytes(b"")
+    return ["bench", str(tmp_path / "toy.yaml"), "--out", str(folder.path), "--jobs", "2"], folder.path
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES])
+def test_a_disk_that_fills_while_trials_run_ends_the_benchmark_with_one_message(begun, code, monkeypatch, capsys):
+    words, folder = begun
+
+    def refused(*_: object) -> int:
+        raise OSError(code, os.strerror(code), str(folder))
+
+    monkeypatch.setattr(runner, "_wait", refused)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert os.strerror(code) in said
+    assert any(way in said for way in WAYS_OUT)
+    assert len(said.splitlines()) == 1
+
+
+def test_a_file_system_without_locks_is_no_other_process(begun, monkeypatch, capsys):
+    words, folder = begun
+
+    def no_locks(code: int) -> Callable[[int, int], None]:
+        def flock(descriptor: int, operation: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        return flock
+
+    monkeypatch.setattr(runner, "_wait", lambda *_: 1)
+    for code in (errno.ENOLCK, errno.EOPNOTSUPP):
+        monkeypatch.setattr(fcntl, "flock", no_locks(code))
+        with pytest.warns(UserWarning, match="has no locks"):
+            assert main(words) == 1  # it went on, and the trials failed
+    monkeypatch.setattr(fcntl, "flock", no_locks(errno.EIO))
+    assert main(words) == 2
+    assert "another process" not in capsys.readouterr().err
+    monkeypatch.setattr(fcntl, "flock", no_locks(errno.EWOULDBLOCK))
+    assert main(words) == 2
+    assert "another process is running this benchmark" in capsys.readouterr().err
+
+
+def test_a_trial_says_why_it_cannot_write(begun, monkeypatch, capsys):
+    def refused(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.csv")
+
+    _, folder = begun
+    BenchFolder(path=folder).prepare(plan := toy_plan(seeds=1), plan.recipes())
+    monkeypatch.setattr(trial, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(trial, "run_trial", refused)
+    assert trial.main([str(folder), "copy", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device: 'x.csv'. Disk or quota full" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_what_safetensors_says_of_the_disk_is_understood_wherever_it_is_said(code, monkeypatch, capsys):
+    def refused(*_: object, **__: object) -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: whatever (os error {code})")
+
+    monkeypatch.setattr("rlt2i.cli.inspecting._loaded", refused)
+    assert main(["export", "star-cells", "--to", "peft"]) == 2
+    assert os.strerror(code) in capsys.readouterr().err
