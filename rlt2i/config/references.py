@@ -99,16 +99,24 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ConfigError: when the text is not YAML, or a key appears twice.
     """
+    if len(text) > _LONGEST:
+        raise ConfigError(
+            f"{len(text):,} characters, more than {_LONGEST:,}; no recipe is as long. Keep data in files."
+        )
     try:
         _check_structure(text)
         return yaml.load(text, Loader=_StrictLoader)
+    except ConfigError:
+        raise
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {error}") from None
     except (TypeError, RecursionError):
         raise ConfigError("not a recipe: a key is no word, or the nesting never ends.") from None
+    except ValueError:  # Python reads no whole number of more than some thousand digits
+        raise ConfigError("not a recipe: a number has thousands of digits.") from None
 
 
-_DEEPEST, _MOST_VALUES = 40, 100_000
+_DEEPEST, _MOST_VALUES, _LONGEST = 40, 100_000, 200_000
 
 
 @attrs.define(kw_only=True)

@@ -31,6 +31,7 @@ _ASSIGNED = re.compile(r"([\w.-]+)(=[\"']?)([^\s\"'&;,<>]{4,})")
 _LOGIN = re.compile(r"(?<![\w/])[\w.-]+:[^\s:@/\"'<>]+(?=@[\w-]+(?:\.[\w-]+)*(?:[:/]|\b))")
 _KNOWN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[A-Z0-9]{16}"
+    r"|(?<=hooks\.slack\.com/services/)[\w/]{10,}|(?<=/api/webhooks/)\d+/[\w-]{10,}"
     r"|xox[abprs]-[\w-]{10,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
 )
 """Shapes of tokens that say themselves what they are."""

@@ -122,8 +122,15 @@ def gdpo(
     """
     rewards = full_precision(rewards)
     normalised = group_relative_advantage(rewards, group_size, eps=0.0, min_std=min_std, valid=valid)
-    total = (normalised * _column_weights(weights, rewards)).sum(dim=1)
-    return group_relative_advantage(total, len(total), eps=0.0, min_std=min_std, valid=valid)
+    weights = _column_weights(weights, rewards)
+    total = (normalised * weights).sum(dim=1)
+    # Columns that cancel leave the rounding of each of them, which is that of its rewards in units of their spread.
+    groups, mask = group_mask(group_size, rewards, valid)
+    split = groups.split(rewards)
+    spread = masked_std(split, mask, 1, correction=0).clamp(min=min_std)
+    sizes = torch.where(normalised != 0, groups.merge(split.abs() / spread, len(rewards)), 0)
+    size = (sizes * weights.abs()).sum(dim=1)
+    return group_relative_advantage(total, len(total), eps=0.0, min_std=min_std, valid=valid, size=size)
 
 
 def win_rate(scores: Tensor, group_size: int | Tensor, *, valid: Tensor | None = None) -> Tensor:

@@ -17,6 +17,10 @@ from rlt2i.training.dry_run import batch_plan
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 
+MERGES = "m0: &m0 {x: 1}\n" + "".join(
+    f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 9)}], y{i}: 1}}\n" for i in range(1, 12)
+)
+
 
 @pytest.mark.parametrize(
     ("text", "says"),
@@ -32,6 +36,17 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
         ("a: &a [*a]\n", "names nothing that is complete"),
         ("? &k [a]\n: 1\n", "a key must be a word"),
         ("k: &k [a]\n? *k\n: 1\n", "a key is no word"),
+        (MERGES, "more than 100000 values"),
+        ("a: {<<: 3}\n", "expected a mapping"),
+        ("a: !foo bar\n", "tag"),
+        ("a: !!binary aGk=\n", "tag"),
+        ("%TAG ! tag:x,2000:\n---\na: !q 1\n", "tag"),
+        ("1: a\n1.0: b\n", "appears twice"),
+        ("'a': 1\n\"a\": 2\n", "appears twice"),
+        ("a: 1\n---\nb: 2\n", "single document"),
+        ("a: \0\n", "not valid YAML"),
+        ("a: " + "9" * 5000, "thousands of digits"),
+        ("a: " + "b" * 3_000_000, "more than 200,000"),
     ],
 )
 def test_text_that_is_no_recipe_is_refused_at_once(text: str, says: str):

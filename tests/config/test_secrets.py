@@ -145,6 +145,11 @@ def test_well_known_tokens_are_known_anywhere(token):
     assert redacted_text(f"Invalid token {token}.") == "Invalid token <redacted>."
 
 
+@pytest.mark.parametrize("place", ["hooks.slack.com/services/", "discord.com/api/webhooks/123456/"])
+def test_the_path_of_a_webhook_is_a_secret(place):
+    assert "T0s3cretB0s3cret" not in redacted_text(f"POST https://{place}T0s3cretB0s3cret failed")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -22,6 +22,23 @@ def test_gdpo_of_one_ulp_is_nothing():
     assert (gdpo(torch.tensor(ULP)[:, None], torch.ones(1), 4) == 0).all()
 
 
+@pytest.mark.parametrize("scale", [1e30, 1e6, 1e-3, 1e-6, 1e-12, -1.0, -1e6])
+def test_gdpo_of_one_ulp_is_nothing_in_any_unit_and_beside_any_other_reward(scale):
+    tie, other = torch.tensor(ULP) * scale, torch.tensor([1.0, 1.0, 1.0, 2.0])
+    assert (gdpo(tie[:, None], torch.ones(1), 4) == 0).all()
+    both = gdpo(torch.stack([tie, other], dim=1), torch.ones(2), 4)
+    torch.testing.assert_close(both, gdpo(other[:, None], torch.ones(1), 4))
+
+
+@pytest.mark.parametrize("shift", [0.0, 20.0, -1000.0])
+def test_gdpo_of_rewards_that_cancel_is_nothing(shift):
+    # Two rewards that always disagree: what is left of their sum is how each was rounded.
+    reward = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.7, 0.1, 0.3, 0.9])
+    assert (gdpo(torch.stack([reward + shift, -3 * reward], dim=1), torch.ones(2), 4) == 0).all()
+    apart = torch.stack([reward + shift, -3 * reward.flip(0)], dim=1)
+    assert (gdpo(apart, torch.ones(2), 4) != 0).all()
+
+
 @pytest.mark.parametrize("std", ["group", "global"])
 def test_group_relative_of_one_ulp_is_nothing(std):
     advantage = group_relative_advantage(torch.tensor([*ULP, 1.0, 2.0, 3.0, 4.0]), 4, std=std, eps=1e-12)

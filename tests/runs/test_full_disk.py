@@ -170,7 +170,7 @@ def test_a_disk_that_fills_while_trials_run_ends_the_benchmark_with_one_message(
 
 
 def test_a_file_system_without_locks_is_no_other_process(begun, monkeypatch, capsys):
-    words, folder = begun
+    words, _ = begun
 
     def no_locks(code: int) -> Callable[[int, int], None]:
         def flock(descriptor: int, operation: int) -> None:

@@ -27,11 +27,11 @@ from rlt2i.rewards.pooled import Pooled
 from rlt2i.rewards.sharded import OnDevice, Sharded
 from rlt2i.rewards.sizes import PARAMETERS
 from rlt2i.rewards.validity import Guarded
-from rlt2i.training.dry_run import batch_plan, describe_run, judges_of, plan_of
+from rlt2i.training.dry_run import batch_plan, judges_of, plan_of
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "plan_against_measured.csv"
 LOW, HIGH = 0.9, 1.35
-"""Counted over measured. Too low is the dangerous side: a tenth is what `rlt2i plan` adds for the allocator."""
+"""Counted over measured; too low is the dangerous side."""
 VIT_L, VIT_H = 4 * 427_616_513, 4 * 986_109_441
 DETECTOR = 4 * PARAMETERS["mask2former_swin-s_mmdet"]
 
@@ -121,19 +121,20 @@ def test_numbers_of_parameters_are_those_of_the_configurations():
 
 
 def test_networks_that_judge_are_part_of_every_phase_and_unknown_ones_are_named():
-    recipe = load_recipe("draft-shapes")
+    recipe = load_recipe("star-cells")
     batch = batch_plan(recipe, world_size=1)
     bare = plan_of(recipe, batch)
-    judged = load_recipe("draft-shapes", ["heldout={clip: {type: CLIPScore}, other: {type: CLIPScore, path: a/b}}"])
+    judged = load_recipe("star-cells", ["heldout={clip: {type: CLIPScore}, other: {type: CLIPScore, path: a/b}}"])
     plan = plan_of(judged, batch)
     assert {phase: plan.memory[phase] - bare.memory[phase] for phase in bare.memory} == dict.fromkeys(PHASES, VIT_L)
     assert plan.resident["judge openai/clip-vit-large-patch14"] == VIT_L
     assert plan.not_counted == ("judge a/b",)
-    text = describe_run(judged)
+    text = plan.table()
     assert "of which judge openai/clip-vit-large-patch14" in text
     assert [line.split() for line in text.splitlines() if "not counted" in line] == [["judge", "a/b", "not", "counted"]]
 
 
+@pytest.mark.slow
 def test_every_shipped_recipe_knows_the_size_of_its_judges():
     unknown = {entry.name: judges_of(load_recipe(entry.name)) for entry in list_recipes()}
     assert {name: judges for name, judges in unknown.items() if None in judges.values()} == {}
