@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as transform
 
 from rlt2i.rewards.aesthetic import HEAD_FILE
 from rlt2i.rewards.clip_family import MEAN, STD, ImageTextReward, Towers, bicubic, cut_ends
+from rlt2i.rewards.sizes import bytes_of
 from rlt2i.rewards.weights import find_weights, from_safetensors
 
 TEMPLATE_FILE: Final = "template.txt"
@@ -150,6 +151,9 @@ class HPSv3(ImageTextReward):
 
     def towers(self, device: torch.device) -> VLMTowers:
         return load_hpsv3(self.path, self.revision, self.tokenizer, self.tokenizer_revision, self.dtype, str(device))
+
+    def networks(self) -> Mapping[str, int | None]:
+        return {self.path: bytes_of(self.path, each=getattr(torch, self.dtype).itemsize)}
 
     def pixels(self, towers: Towers, images: Tensor, *, rounded: bool) -> Tensor:
         assert isinstance(towers, VLMTowers)

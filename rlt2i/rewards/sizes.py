@@ -1,7 +1,8 @@
 """How much memory the networks of rewards take, known before anything is fetched.
 
-All of them are kept in float32 beside the policy for as long as a run lasts. Numbers of parameters are those of the
-released configurations (the tests build each of them on the meta device and count); a folder is read, headers only.
+All of them are kept beside the policy for as long as a run lasts, nearly all in float32. Numbers of parameters are
+those of the released configurations (the tests build each of them on the meta device and count); of a folder the
+headers are read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any, Final
 
 from rlt2i.rewards.weights import weights_home
 
-_FLOAT32: Final = 4
 _LARGEST_HEADER: Final = 100 << 20
 
 PARAMETERS: Final[Mapping[str, int]] = {
@@ -26,6 +26,7 @@ PARAMETERS: Final[Mapping[str, int]] = {
     "yuvalkirstain/PickScore_v1": 986_109_441,
     "hpsv2": 986_109_441,
     "hpsv2.1": 986_109_441,
+    "hpsv3": 8_291_375_616,
     "imagereward-v1.0": 445_279_489,
     "aesthetic_sac_logos_ava1_l14": 769,
     "mask2former_swin-s_mmdet": 68_741_083,
@@ -42,17 +43,18 @@ def weights_of(reward: Any) -> list[str]:
     return [getattr(reward, field) for field in WEIGHT_FIELDS if hasattr(reward, field)]
 
 
-def bytes_of(path: str) -> int | None:
+def bytes_of(path: str, *, each: int = 4) -> int | None:
     """Bytes that weights take once they are loaded; None where nobody knows before they are.
 
     Args:
         path: as rewards name them: a folder, the name of converted weights, or a hub name.
+        each: bytes of a number in the precision in which they are loaded.
     """
     for folder in (Path(path).expanduser(), weights_home() / path):
         if folder.is_dir() and (files := sorted(folder.rglob("*.safetensors"))):
-            return _FLOAT32 * sum(_values(file) for file in files)
+            return each * sum(_values(file) for file in files)
     known = PARAMETERS.get(path)
-    return None if known is None else _FLOAT32 * known
+    return None if known is None else each * known
 
 
 def _values(file: Path) -> int:

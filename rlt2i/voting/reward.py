@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +81,9 @@ class HumanVotes(Reward):
     def concurrency(self) -> int:
         """All chunks of a rollout wait at once, so that the next prompt can be voted on at once."""
         return 256
+
+    def networks(self) -> Mapping[str, int | None]:
+        return {}
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         groups = split_rows(batch, 1, scope="group")

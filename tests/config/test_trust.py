@@ -76,6 +76,8 @@ COMMANDS: list[Any] = [
     pytest.param(["rehearse", "stranger"], marks=pytest.mark.slow),
     pytest.param(["compare", "stranger", "--reference", "cells-nft"], marks=pytest.mark.slow),
     ["report", "stranger"],
+    ["look", "stranger", "--prompt", "x"],
+    ["vote", "stranger", "votes"],
     ["plan", "stranger"],
     ["plan", "stranger", "--gpu", "24GB"],
     ["plan", "stranger", "--fit", "24GB", "--out", "smaller.yaml"],

@@ -21,6 +21,7 @@ from rlt2i.rewards.clipscore import CLIPScore
 from rlt2i.rewards.combinators import WeightedSum
 from rlt2i.rewards.geneval import GenEvalReward
 from rlt2i.rewards.hpsv2 import HPSv2
+from rlt2i.rewards.hpsv3 import HPSv3
 from rlt2i.rewards.imagereward import ImageReward
 from rlt2i.rewards.pickscore import PickScore
 from rlt2i.rewards.pooled import Pooled
@@ -58,6 +59,7 @@ class Mine(Reward):
             Aesthetic(),
             {"openai/clip-vit-large-patch14": VIT_L, "aesthetic_sac_logos_ava1_l14": 4 * 769},
         ),
+        (HPSv3(), {"hpsv3": 2 * PARAMETERS["hpsv3"]}),
         (ImageReward(), {"imagereward-v1.0": 4 * PARAMETERS["imagereward-v1.0"]}),
         (GenEvalReward(), {"mask2former_swin-s_mmdet": DETECTOR, "openai/clip-vit-large-patch14": VIT_L}),
         (Mine(), {"Mine": None}),
