@@ -45,9 +45,7 @@ CASES: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("train.prompts_per_iteration=4", "train.rollout_batch_size=8", "train.micro_batch_size=8"),
     ),
     "SD3 tiny": ("star-sd35-ocr", ()),
-    "SD3 tiny, forward process": ("nft-sd35-geneval", ()),
     "FLUX tiny": ("flow-grpo-flux1-ocr", ("policy.text_encoders=device",)),
-    "Z-Image tiny": ("nft-z-image-ocr", ("policy.text_encoders=device",)),
 }
 """Name -> (recipe, overrides); recipes of large models are made as small as a rehearsal makes them."""
 PHASES = ("encode", "rollout", "update")

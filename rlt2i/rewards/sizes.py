@@ -26,7 +26,7 @@ PARAMETERS: Final[Mapping[str, int]] = {
     "yuvalkirstain/PickScore_v1": 986_109_441,
     "hpsv2": 986_109_441,
     "hpsv2.1": 986_109_441,
-    "hpsv3": 8_291_375_616,
+    "hpsv3": 7_744_923_136,
     "imagereward-v1.0": 445_279_489,
     "aesthetic_sac_logos_ava1_l14": 769,
     "mask2former_swin-s_mmdet": 68_741_083,

@@ -57,15 +57,14 @@ COMMANDS = {
     "eval": ["eval", "DONE/0", "--prompts", "2", "--out", "OUT/a.json"],
     "report": ["report", "DONE/0", "--out", "OUT/a.html"],
     "compare": ["compare", "uniform=DONE/0", "star=DONE/1", "--out", "OUT"],
+    "look": ["look", "DONE/0", "--prompt", "a bright corner", "--steps", "2", "--out", "OUT/a.html"],
     "publish": ["bench", "PUBLISHED/plan.yaml", "--out", "PUBLISHED", "--publish", "OUT/a", "--bands", "OUT/b"],
     "probe": ["bench", "probe", "TOY", "--batches", "1", "--interventions", "1", "--prompts", "1", "--group-size", "4",
               "--out", "OUT/a.csv", "--keep", "OUT/kept"],
-    "lab": ["bench", "lab", "--out", "OUT", "--batches", "2", "--seeds", "1"],
-    "plan": ["plan", "star-cells", "--set", "train.micro_batch_size=96", "--fit", "1.5GB", "--out", "OUT/a.yaml"],
-    "export": ["export", "star-cells", "--to", "merged", "--out", "OUT"],
+    "lab": ["bench", "lab", "--out", "OUT", "--batches", "3", "--seeds", "1"],
 }  # fmt: skip
-SLOW = {"probe", "lab", "plan", "export"}
-"""They load weights, or compute for seconds, at every change."""
+SLOW = {"probe", "lab", "look"}
+"""They compute for seconds, at every change."""
 BY_NAME = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in COMMANDS]
 
 

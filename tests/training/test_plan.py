@@ -98,7 +98,7 @@ def test_every_reward_of_the_package_says_what_it_keeps():
 
 @pytest.mark.slow
 def test_numbers_of_parameters_are_those_of_the_configurations():
-    from transformers import BlipTextModel, BlipVisionModel, CLIPConfig, CLIPModel
+    from transformers import BlipTextModel, BlipVisionModel, CLIPConfig, CLIPModel, Qwen2VLModel
 
     def clip(width: int, layers: int, patch: int, text: int) -> Any:
         vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
@@ -114,6 +114,7 @@ def test_numbers_of_parameters_are_those_of_the_configurations():
             "openai/clip-vit-base-patch16": clip(768, 12, 16, 512),
             "openai/clip-vit-large-patch14": clip(1024, 24, 14, 768),
             "yuvalkirstain/PickScore_v1": CLIPModel(convert.vit_h_config()),
+            "hpsv3": Qwen2VLModel(convert.qwen2_vl_config(151_658)),  # a token of its own; the head is apart
             "imagereward-v1.0": blip,
             "mask2former_swin-s_mmdet": mask2former.detector_class()(mask2former.official_config()),
         }
