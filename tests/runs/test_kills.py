@@ -80,9 +80,8 @@ def content(folder: Path) -> dict[str, object]:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in r.items() if k != "time" and "seconds" not in k} for r in lines]
         elif path.suffix == ".safetensors":
-            found[name] = {
-                k: (v.float() if v.dtype == torch.bfloat16 else v).numpy().tobytes() for k, v in load_file(path).items()
-            }
+            tensors = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in load_file(path).items()}
+            found[name] = {k: v.numpy().tobytes() for k, v in tensors.items()}
         else:
             found[name] = path.read_bytes()
     return found
