@@ -15,6 +15,8 @@ import torch
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
 SLOW = os.environ.get("RLT2I_SLOW", "share")
 """Slow tests: "share" runs an eighth of them, another one every day; "all" all, "none" none."""
+DAY = datetime.date.fromisoformat(os.environ.setdefault("RLT2I_DAY", datetime.date.today().isoformat()))
+"""Whose share it is. Workers inherit it, so that all of them agree when a run begins before midnight."""
 SHARES = 8
 """Days until every slow test has had its turn; `@pytest.mark.slow(days=N)` where that is too much for a day."""
 
@@ -24,8 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def of_today(nodeid: str, days: int = SHARES) -> bool:
-    """Whether a slow test belongs to today's share."""
-    return zlib.crc32(nodeid.encode()) % days == datetime.date.today().toordinal() % days
+    """Whether a slow test belongs to the day's share."""
+    return zlib.crc32(nodeid.encode()) % days == DAY.toordinal() % days
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
