@@ -99,8 +99,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping
     try:
         save_file(dense, path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
-        if told := error_of_the_system(error, path):
-            raise told from error
+        if failure := error_of_the_system(error, path):
+            raise failure from error
         raise
 
 

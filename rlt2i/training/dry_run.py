@@ -110,11 +110,11 @@ def parts_of(sharding: Sharding, *, world_size: int) -> int:
 
 def judges_of(recipe: Recipe) -> dict[str, int | None]:
     """Networks that rewards, held-out ones too, and credit keep beside the policy -> bytes, None where not known."""
-    found: dict[str, int | None] = {}
+    networks_by_name: dict[str, int | None] = {}
     for part in (recipe.reward, *recipe.heldout.values(), *_parts(recipe.credit)):
         if networks := getattr(part, "networks", None):
-            found |= networks()
-    return found
+            networks_by_name |= networks()
+    return networks_by_name
 
 
 def _parts(part: Any) -> Iterator[Any]:
