@@ -63,7 +63,7 @@ EXAMPLES: Final[Mapping[str, Sequence[str]]] = {
     "compare": (
         "rlt2i compare star=runs/a,runs/b uniform=runs/c,runs/d",
         "rlt2i compare new=runs/e old=runs/f --baseline old --metric eval/objects",
-        "rlt2i compare runs/mine --reference star-cells",
+        "rlt2i compare runs/mine --reference star-nft-cells",
     ),
     "bench": ("rlt2i bench PLAN --help", "rlt2i bench lab"),
     "pretrain": ("rlt2i pretrain shapes --help",),
