@@ -15,7 +15,7 @@ from torch import Tensor
 from rlt2i.distributed import OtherProcessFailed, because_of, sum_in_buckets, telling
 from rlt2i.engine import reward_gradient
 from rlt2i.functional.ema import power_decay
-from rlt2i.functional.shards import gradient_norm_here, is_sharded, local
+from rlt2i.functional.shards import is_sharded, local, rows_of
 from rlt2i.functional.transfer import on_host, to_device
 from rlt2i.interfaces import Objective, Policy, Reward, UpdateContext
 from rlt2i.objectives.reduction import trainable_steps
@@ -332,7 +332,7 @@ class Learner:
         """
         if is_sharded(self.parameters[0]):
             assert self.reduce_sum is not None, "shards are spread over processes"
-            squares, copies = gradient_norm_here(self.parameters)
+            squares, copies = _squared_norm_here(self.parameters)
             return (self.reduce_sum(squares) / copies).sqrt()
         if self.reduce_sum is not None:
             own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
@@ -375,6 +375,19 @@ class Learner:
         if norm_of is not None:
             totals = torch.cat([totals, norm_of.to(device).double()[None]])
         return [float(total) for total in totals.tolist()]
+
+
+def _squared_norm_here(parameters: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """The square of the norm of what is here of the gradients of sharded parameters, and how many hold a copy of it.
+
+    Returns:
+        Scalar float64 on their device; processes that hold an equal copy, this one included.
+    """
+    here = [local(p.grad) for p in parameters if p.grad is not None]
+    squares = torch.zeros((), dtype=torch.float64, device=local(parameters[0]).device)
+    if here:
+        squares = torch.stack(torch._foreach_norm(here, dtype=torch.float32)).double().square().sum()
+    return squares, rows_of(parameters[0]).replicas  # all parameters lie on one mesh
 
 
 def _trained_pairs(experience: Experience) -> Tensor:

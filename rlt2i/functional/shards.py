@@ -5,11 +5,9 @@ A part is a block of rows (dimension 0), as FSDP2 cuts: ceil(n / parts) rows eac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import attrs
-import torch
 from torch import Tensor
 
 
@@ -80,16 +78,3 @@ def as_shard(part: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-
-
-def gradient_norm_here(parameters: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """The square of the norm of what is here of the gradients of sharded parameters, and how many hold a copy of it.
-
-    Returns:
-        Scalar float64 on their device; processes that hold an equal copy, this one included.
-    """
-    here = [local(p.grad) for p in parameters if p.grad is not None]
-    squares = torch.zeros((), dtype=torch.float64, device=local(parameters[0]).device)
-    if here:
-        squares = torch.stack(torch._foreach_norm(here, dtype=torch.float32)).double().square().sum()
-    return squares, rows_of(parameters[0]).replicas  # all parameters lie on one mesh

@@ -17,6 +17,7 @@ from rlt2i.objectives.reduction import (
     on_grid,
     ratio_grid,
     share,
+    share_of_mean,
     trainable_steps,
     weight_and_mask,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "scale_credit_gradient",
     "scaled_clip_range",
     "share",
+    "share_of_mean",
     "shared_noise",
     "surrogate_metrics",
     "trainable_steps",

@@ -75,7 +75,9 @@ def test_mistakes_name_the_file_and_the_field(text: str, message: str, tmp_path:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["mixgrpo-sd35-geneval", "star-nft-sd35-geneval"])
+@pytest.mark.parametrize(
+    "name", ["star-nft-sd35-geneval", pytest.param("mixgrpo-sd35-geneval", marks=pytest.mark.slow)]
+)
 def test_the_plan_of_a_recipe_that_extends_another_needs_no_weights(name: str):
     from rlt2i.training.dry_run import describe_run
 

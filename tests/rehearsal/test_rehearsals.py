@@ -27,7 +27,7 @@ def passes(name: str, folder: Path, *, compile_blocks: bool = False) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow(days=24))
+        pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow(days=48))
         for name in NAMES
         if name not in COMPILED
     ],

@@ -133,7 +133,7 @@ def test_a_disk_that_refuses_is_one_message_and_nothing_is_lost(name, place, tmp
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(days=24)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_disk_that_is_full_at_every_change(name, place, tmp_path):
     check(name, place, tmp_path, lambda count: [(n, errno.ENOSPC) for n in range(count)])
@@ -209,6 +209,6 @@ def test_what_safetensors_says_of_the_disk_is_understood_wherever_it_is_said(cod
     def refused(*_: object, **__: object) -> None:
         raise SafetensorError(f"Error while serializing: I/O error: whatever (os error {code})")
 
-    monkeypatch.setattr("rlt2i.cli.inspecting._loaded", refused)
+    monkeypatch.setattr("rlt2i.cli.inspecting.loaded", refused)
     assert main(["export", "star-cells", "--to", "peft"]) == 2
     assert os.strerror(code) in capsys.readouterr().err

@@ -125,7 +125,7 @@ def test_a_command_killed_before_a_change_of_the_disk_ends_as_if_nothing_had_hap
     check_kills(name, wholes, tmp_path / "out", range(today, len(wholes(name)[1]), SHARE))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(days=24)
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "and again while it recovers"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_killed_before_every_change_of_the_disk(name, twice, wholes, tmp_path):
