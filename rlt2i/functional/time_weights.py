@@ -56,15 +56,7 @@ def inverse_dt_weights(sigmas: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
 
 def proportional_dt_weights(sigmas: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """PCPO's proportionate credit (arXiv 2509.25774): w_t ~ sigma_t - sigma_{t+1}, mean one.
-
-    Args:
-        sigmas: [T + 1], decreasing.
-        mask: [T] bool, the trained steps.
-
-    Returns:
-        [T], mean one over the trained steps and 0 at the others.
-    """
+    """PCPO's proportionate credit (arXiv 2509.25774): w_t ~ sigma_t - sigma_{t+1}; else as `inverse_dt_weights`."""
     return _mean_one_over(_step_sizes(sigmas), mask)
 
 

@@ -45,16 +45,7 @@ def clean_prediction(x: Tensor, v: Tensor, sigma: Scalar) -> Tensor:
 
 
 def noise_prediction(x: Tensor, v: Tensor, sigma: Scalar) -> Tensor:
-    """One-step estimate of the noise, eps_hat = x + (1 - sigma) v.
-
-    Args:
-        x: [B, C, H, W] state at `sigma`.
-        v: [B, C, H, W] velocity.
-        sigma: float or [B].
-
-    Returns:
-        [B, C, H, W].
-    """
+    """One-step estimate of the noise, eps_hat = x + (1 - sigma) v; arguments and shape as of `clean_prediction`."""
     x, v, sigma = _prepare(x, v, sigma)
     return x + (1 - sigma) * v
 
