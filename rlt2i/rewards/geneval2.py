@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import attrs
-import torch
 from attrs import validators
 
 from rlt2i.interfaces import RewardBatch, RewardOutput
-from rlt2i.rewards.batching import REASON
 from rlt2i.rewards.judge import FIRST_TOKEN, Answer, Judge, data_url, first_words
 
 NUMBERS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -82,14 +80,8 @@ class GenEval2Reward(Judge):
     def metadata_keys(self) -> frozenset[str]:
         return frozenset({"vqa_list"})
 
-    def question(self, prompt: str) -> str:
-        return self.asks.replace("{question}", prompt)
-
     def options(self) -> dict[str, Any]:
         return dict(FIRST_TOKEN)
-
-    def read(self, choice: Mapping[str, Any]) -> Answer:
-        raise NotImplementedError("what is right depends on the question")
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
@@ -111,17 +103,13 @@ class GenEval2Reward(Judge):
             Answer(error=wrong[row]) if row in wrong else self._combine(answers_of_row[row], metadata)
             for row, metadata in enumerate(batch.metadata)
         ]
-        names = dict.fromkeys(name for answer in judged for name in answer.components)
-        return RewardOutput(
-            scores=torch.tensor([answer.score for answer in judged]),
-            valid=torch.tensor([answer.error is None for answer in judged]),
-            components={n: torch.tensor([a.components.get(n, math.nan) for a in judged]) for n in names},
-            info=[{"said": a.said} if a.error is None else {"said": a.said, REASON: a.error} for a in judged],
-        )
+        return self._output(judged)
 
     def _ask_one(self, row: tuple[int, str, str, str]) -> Answer:
         _, picture, question, answer = row
-        return self._ask(picture, self.question(question), lambda choice: self._read_answer(choice, answer))
+        return self._ask(
+            picture, self.asks.replace("{question}", question), lambda choice: self._read_answer(choice, answer)
+        )
 
     def _read_answer(self, choice: Mapping[str, Any], answer: str) -> Answer:
         words, possible = first_words(choice), rivals(answer)

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ class Answer:
 
 @attrs.frozen(kw_only=True)
 class Judge(Reward):
-    """Sends each image with a question about its prompt to a judge and reads a number out of the answer.
+    """Asks a vision-language model behind an endpoint; what is asked, and what is made of it, differs.
 
     Attributes:
         endpoint: where the judge runs.
@@ -81,24 +81,14 @@ class Judge(Reward):
     _clients: list[Any] = attrs.field(init=False, factory=list, eq=False, repr=False)
 
     @abstractmethod
-    def question(self, prompt: str) -> str:
-        """The text that goes with the image."""
-
-    @abstractmethod
     def options(self) -> dict[str, Any]:
         """Sampling options of the request."""
-
-    @abstractmethod
-    def read(self, choice: Mapping[str, Any]) -> Answer:
-        """The score in one choice of a chat completion; may raise KeyError, TypeError or ValueError."""
 
     def networks(self) -> Mapping[str, int | None]:
         return {}
 
-    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
-        images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
-        ask = lambda image, prompt: self._ask(data_url(image), self.question(prompt), self.read)
-        answers = self._at_once(ask, images, batch.prompts)
+    def _output(self, answers: Sequence[Answer]) -> RewardOutput:
+        """One answer for each image."""
         names = dict.fromkeys(name for answer in answers for name in answer.components)
         return RewardOutput(
             scores=torch.tensor([answer.score for answer in answers]),
@@ -168,7 +158,26 @@ class Judge(Reward):
 
 
 @attrs.frozen(kw_only=True)
-class YesNoJudge(Judge):
+class OneQuestion(Judge):
+    """Sends each image with a question about its prompt to a judge and reads a number out of the answer."""
+
+    @abstractmethod
+    def question(self, prompt: str) -> str:
+        """The text that goes with the image."""
+
+    @abstractmethod
+    def read(self, choice: Mapping[str, Any]) -> Answer:
+        """The score in one choice of a chat completion; may raise KeyError, TypeError or ValueError."""
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
+        ask = lambda image, prompt: self._ask(data_url(image), self.question(prompt), self.read)
+        answers = self._at_once(ask, images, batch.prompts)
+        return self._output(answers)
+
+
+@attrs.frozen(kw_only=True)
+class YesNoJudge(OneQuestion):
     """P(yes) / (P(yes) + P(no)) of the first token, in [0, 1]: deterministic, cheap and smooth.
 
     With the default question this is VQAScore with a judge of your choice. Tokens that differ in case or
@@ -201,7 +210,7 @@ class YesNoJudge(Judge):
 
 
 @attrs.frozen(kw_only=True)
-class RubricJudge(Judge):
+class RubricJudge(OneQuestion):
     """The mean of the marks that the judge writes, in the unit of the rubric (UnifiedReward: 1 to 5).
 
     A mark that is missing, or outside the rubric's range, makes the sample invalid. Components: every mark.
