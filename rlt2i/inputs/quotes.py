@@ -18,7 +18,9 @@ _CLOSING = {
 _NESTS = frozenset("\u300c\u300e\uff62\ufe41\ufe43\u00ab")
 """Quotes whose opening and closing signs are used for nothing else, so that one can stand within another."""
 _STRAIGHT = '"\uff02'
-_SIGN = re.compile(rf"\\*[{_STRAIGHT}]+|[{''.join(_CLOSING)}]")
+_SIGN = re.compile(rf"\\*[{_STRAIGHT}]+|[{''.join(_CLOSING)}]|(?<!`)``(?!`)|(?<![\w'`])''(?!')")
+_TYPED = re.compile(r"(?:``|'')((?!\s)[^`]*?[^`'\s])''(?!')")
+"""``OPEN'' as TeX has it, and two apostrophes before and after. Between pairs of backticks alone stands code."""
 _DOUBLED = re.compile(rf"[{_STRAIGHT}]{{2}}((?!\s)[^{_STRAIGHT}]*[^{_STRAIGHT}\s\\])\\*[{_STRAIGHT}]{{2}}")
 _SINGLE = re.compile(r"(?<![\w'\u2019])['\u2018\u201a\u2039]([^'\u2018\u2019\u2039\u203a]+)['\u2019\u2018\u203a](?!\w)")
 _INCHES = re.compile(r"[0-9\u00bc-\u00be\u2150-\u215e]\Z")
@@ -38,7 +40,7 @@ def quoted_texts(prompt: str, *, single: bool = False) -> tuple[Quoted, ...]:
     r"""The texts in double quotes, in order and without those that are blank.
 
     Straight quotes may be escaped (`\"OPEN\"`) or doubled, as JSON and CSV do; typographic ones pair as languages
-    pair them: “ ”, „ “, « », » «, 「 」, 『 』. An inch sign (18") quotes nothing.
+    pair them: “ ”, „ “, « », » «, 「 」, 『 』; TeX writes ``OPEN''. An inch sign (18") quotes nothing.
 
     Args:
         prompt: any text.
@@ -57,10 +59,20 @@ def quoted_texts(prompt: str, *, single: bool = False) -> tuple[Quoted, ...]:
 def _double(prompt: str) -> Iterator[Quoted]:
     position = 0
     while match := _SIGN.search(prompt, position):
-        quote = _straight(prompt, match) if match[0][-1] in _STRAIGHT else _paired(prompt, match.start())
+        quote = _opened(prompt, match)
         if quote is not None:
             yield quote
         position = match.end() if quote is None else quote.end
+
+
+def _opened(prompt: str, sign: re.Match[str]) -> Quoted | None:
+    """The quote that a sign opens; None when it opens none."""
+    if sign[0][-1] in _STRAIGHT:
+        return _straight(prompt, sign)
+    if sign[0] in _CLOSING:
+        return _paired(prompt, sign.start())
+    typed = _TYPED.match(prompt, sign.start())
+    return Quoted(typed[1], typed.start(), typed.end()) if typed else None
 
 
 def _straight(prompt: str, opening: re.Match[str]) -> Quoted | None:

@@ -27,6 +27,12 @@ NONE: tuple[str, ...] = ()
         ('"a sign ""OPEN"" in red"', ("OPEN",)),
         ('"a sign that says ""OPEN"""', ("OPEN",)),
         ('"""OPEN"""', ("OPEN",)),
+        # TeX's quotes, and two apostrophes typed for one sign.
+        ("a sign ``OPEN'' and ``IT'S ON''", ("OPEN", "IT'S ON")),
+        ("a sign ''OPEN'' in red", ("OPEN",)),
+        ("a sign `x`, ``y`` and ``OPEN", NONE),
+        ("a 5'10'' man and a 6'2'' man", NONE),
+        ("19'' \"TV\" 20''", ("TV",)),
         # Inches.
         ('an 18" pizza with the text "HOT"', ("HOT",)),
         ('a 4" x 6" card "HI", 12"-wide', ("HI",)),
