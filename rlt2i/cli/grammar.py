@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     device = plan.add_mutually_exclusive_group()
     device.add_argument("--gpu", metavar="DEVICE", help="a device by name (rtx4090) or memory (24GB); 1 if it is short")
     device.add_argument("--fit", metavar="DEVICE", help="likewise; 0 if the smallest change that is found makes it fit")
-    plan.add_argument("--out", type=home_path, metavar="FILE", help="with --fit: write the changed recipe there")
+    plan.add_argument("--out", type=home_path, metavar="FILE", help="with --fit: write the recipe that fits there")
 
     rehearse = add(
         "rehearse", training.rehearse, "run a recipe with its own settings on a tiny model: train, kill, resume, export"

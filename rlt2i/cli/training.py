@@ -5,6 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlt2i.inputs.arguments import check_file
+
+if TYPE_CHECKING:
+    from rlt2i.recipes.recipe import Recipe
 
 
 def list_all(options: argparse.Namespace) -> None:
@@ -114,6 +120,10 @@ def plan(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.set)
     wanted = options.fit or options.gpu
     device = find_device(wanted) if wanted else None
+    if options.out and not options.fit:
+        raise ValueError(f"plan: --out {options.out} is for the recipe that fits: say --fit DEVICE as well")
+    if options.out:
+        check_file(options.out)
     print(describe_run(recipe, world_size=options.processes))
     if device is None:
         return 0
@@ -123,6 +133,7 @@ def plan(options: argparse.Namespace) -> int:
         raise ValueError(f"plan: {recipe.name} cannot be compared with a device: {error}") from error
     print(f"\n{verdict(counted, recipe, device, world_size=options.processes)}")
     if not tight_phases(counted, device):
+        _write_recipe(options.out, recipe)
         return 0
     try:
         smaller, fitted = fit(recipe, device, world_size=options.processes, counted=counted)
@@ -133,12 +144,17 @@ def plan(options: argparse.Namespace) -> int:
     changes = [f"--set {change}" for change in (*options.set, *overrides(recipe, smaller))]
     print(f"  rlt2i train {options.recipe} {' '.join(changes)}")
     print(verdict(fitted, smaller, device, world_size=options.processes))
-    if options.out:
+    _write_recipe(options.out, smaller)
+    return 0 if options.fit else 1
+
+
+def _write_recipe(path: Path | None, recipe: Recipe) -> None:
+    if path is not None:
         from rlt2i.runs.files import replace_text
 
-        replace_text(options.out, smaller.to_yaml())
-        print(f"written to {options.out}")
-    return 0 if options.fit else 1
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, recipe.to_yaml())
+        print(f"written to {path}")
 
 
 def _train_on_ray(options: argparse.Namespace, folder: Path, resume: str | None) -> None:

@@ -6,11 +6,13 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
 
+from rlt2i.runs.files import advice
 from rlt2i.voting.ballot import Choice, open_pairs
 from rlt2i.voting.folder import Slate, Vote, VoteFolder
 
@@ -58,6 +60,7 @@ class Booth:
     _last: float = attrs.field(default=-math.inf, init=False)
     _looked: float = attrs.field(default=-math.inf, init=False)
     _over: str = attrs.field(default="", init=False)
+    _trouble: str = attrs.field(default="", init=False)
     _changed: threading.Condition = attrs.field(factory=threading.Condition, init=False)
 
     def ask(self, slates: Sequence[Slate]) -> None:
@@ -110,26 +113,21 @@ class Booth:
     # ------------------------------------------------------------------------------------------------- of the page
 
     def vote(self, name: str, choice: Choice) -> bool:
-        """Cast a vote; False when that is not the question that is asked now."""
+        """Cast a vote; False when that is not the question that is asked now, or the disk refused it."""
         with self._changed:
             question = next(iter(self._questions(1)), None)
             if question is None or question.name != name or self._over:
                 return False
-            self.folder.cast(question.prompt, question.left, question.right, choice)
-            self._last = time.monotonic()
-            self._changed.notify_all()
-            return True
+            cast = partial(self.folder.cast, question.prompt, question.left, question.right, choice)
+            return self._written(cast)
 
     def undo(self) -> bool:
-        """Take back the last vote on a slate that still waits; False when there is none."""
+        """Take back the last vote on a slate that still waits; False when there is none, or the disk refused it."""
         with self._changed:
             vote = self._undoable()
             if vote is None or self._over:
                 return False
-            self.folder.undo(vote)
-            self._last = time.monotonic()
-            self._changed.notify_all()
-            return True
+            return self._written(partial(self.folder.undo, vote))
 
     def state(self) -> dict[str, Any]:
         """What the page shows."""
@@ -146,6 +144,7 @@ class Booth:
                 "complete": 0 < self.planned <= finished,
                 "undo": not self._over and self._undoable() is not None,
                 "over": self._over,
+                "trouble": self._trouble,
             }
 
     def look(self) -> dict[str, Any]:
@@ -159,6 +158,17 @@ class Booth:
             return any(image in slate.images for slate in self._asked)
 
     # ----------------------------------------------------------------------------------------------------- helpers
+
+    def _written(self, write: Callable[[], object]) -> bool:
+        """Whether the disk took what was said; where it did not, the page says so and goes on asking."""
+        self._trouble = ""
+        try:
+            write()
+        except OSError as error:
+            self._trouble = f"Not written: {error.strerror}. {advice(error, self.folder.path)} Then choose again."
+        self._last = time.monotonic()
+        self._changed.notify_all()
+        return not self._trouble
 
     def _patience(self, since: float, patience_s: float) -> float:
         return patience_s - (time.monotonic() - max(since, self._last))

@@ -108,6 +108,7 @@ def vote(
         if len(slates) < ballot.count:
             slates += _draw(recipe, load(), booth, ballot, start=len(slates))
         booth.wait(slates, undo_s=UNDO_SECONDS if len(kept.votes) else 0.0)
+        kept.write_pairs()
         rows = len(kept.pairs())
         booth.end(f"All {ballot.count} prompts are voted on, with {rows} pairs. You can close this page.")
         booth.linger(FAREWELL_SECONDS)

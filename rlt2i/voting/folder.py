@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import re
 import secrets
 import threading
@@ -85,7 +86,7 @@ class VoteFolder:
             elif isinstance(row.get("undo"), str):
                 self._forget(row["undo"])
         if self._votes:
-            self._write_pairs()
+            self.write_pairs()
 
     @property
     def slates(self) -> list[Slate]:
@@ -123,12 +124,16 @@ class VoteFolder:
         return None if vote is None else vote.choice if vote.left == left else _OTHER_WAY[vote.choice]
 
     def cast(self, prompt: str, left: str, right: str, choice: Choice) -> Vote:
-        """Write a vote to the disk; it then stands."""
+        """Write a vote to the disk; it then stands, even where the pair file cannot be written.
+
+        Raises:
+            OSError: when the disk takes the vote, or the pair file, no more.
+        """
         with self._lock:
             vote = Vote(vote=secrets.token_hex(8), prompt=prompt, left=left, right=right, choice=choice)
             self._append(VOTES, attrs.asdict(vote))
             self._remember(vote)
-            self._write_pairs()
+            self.write_pairs()
         return vote
 
     def undo(self, vote: Vote) -> None:
@@ -136,7 +141,7 @@ class VoteFolder:
         with self._lock:
             self._append(VOTES, {"undo": vote.vote})
             self._forget(vote.vote)
-            self._write_pairs()
+            self.write_pairs()
 
     def pairs(self) -> list[dict[str, Any]]:
         """A row of the pair file for every vote that prefers one image, in the order of the votes."""
@@ -149,16 +154,22 @@ class VoteFolder:
                 rows.append({**metadata_of.get((vote.prompt, winner), {}), "prompt": vote.prompt, **files})
         return rows
 
-    def _write_pairs(self) -> None:
+    def write_pairs(self) -> None:
+        """Bring the pair file up to the votes, as each of them does when it is cast."""
         replace_text(self.path / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.pairs()))
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         file = self.path / name
-        fresh = not file.is_file()
+        before = file.stat().st_size if file.is_file() else None
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with file.open("a", encoding="utf-8") as stream:
-            append_lines(stream, [json.dumps({**row, "time": now}, ensure_ascii=False)])
-        if fresh:
+        try:
+            with file.open("a", encoding="utf-8") as stream:
+                append_lines(stream, [json.dumps({**row, "time": now}, ensure_ascii=False)])
+        except OSError:
+            if file.is_file():  # what was written of the line must not be glued to the next one
+                os.truncate(file, before or 0)
+            raise
+        if before is None:
             flush(self.path)
 
     def _remember(self, vote: Vote) -> None:

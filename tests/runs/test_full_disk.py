@@ -59,11 +59,13 @@ COMMANDS = {
     "compare": ["compare", "uniform=DONE/0", "star=DONE/1", "--out", "OUT"],
     "look": ["look", "DONE/0", "--prompt", "a bright corner", "--steps", "2", "--out", "OUT/a.html"],
     "publish": ["bench", "PUBLISHED/plan.yaml", "--out", "PUBLISHED", "--publish", "OUT/a", "--bands", "OUT/b"],
+    "plan": ["plan", "star-cells", "--fit", "2GB", "--out", "OUT/a.yaml"],
+    "export": ["export", "star-cells", "--to", "merged", "--out", "OUT/a"],
     "probe": ["bench", "probe", "TOY", "--batches", "1", "--interventions", "1", "--prompts", "1", "--group-size", "4",
               "--out", "OUT/a.csv", "--keep", "OUT/kept"],
     "lab": ["bench", "lab", "--out", "OUT", "--batches", "3", "--seeds", "1"],
 }  # fmt: skip
-SLOW = {"probe", "lab", "look"}
+SLOW = {"probe", "lab", "look", "plan", "export"}
 """They compute for seconds, at every change."""
 BY_NAME = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in COMMANDS]
 

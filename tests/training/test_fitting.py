@@ -99,8 +99,12 @@ def test_the_command_says_whether_it_fits_and_writes_a_recipe_that_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, counted: Plan
 ):
     settings = ["--set", "train.micro_batch_size=32", "--set", "train.rollout_batch_size=48"]
-    assert main(["plan", "star-cells", *settings, "--gpu", "rtx4090"]) == 0
+    as_it_is = tmp_path / "as_it_is.yaml"
+    assert main(["plan", "star-cells", *settings, "--gpu", "rtx4090", "--out", str(as_it_is)]) == 2
+    assert "say --fit DEVICE as well" in capsys.readouterr().err
+    assert main(["plan", "star-cells", *settings, "--fit", "rtx4090", "--out", str(as_it_is)]) == 0
     assert "fits in 24 GB (rtx4090)" in capsys.readouterr().out
+    assert load_recipe(as_it_is).train.micro_batch_size == 32
     short = Device(name="short", memory=needed(0.8 * (counted.memory["update"] - counted.resident["text encoders"])))
     monkeypatch.setattr(fitting, "find_device", lambda text: short)
     out = tmp_path / "mine.yaml"

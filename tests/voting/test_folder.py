@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from rlt2i.tasks.pairs import PairFileTask, read_pairs
+from rlt2i.voting import folder as folder_module
+from rlt2i.voting.booth import Booth
 from rlt2i.voting.folder import VoteFolder
 
 
@@ -96,3 +99,42 @@ def test_names_in_a_file_that_somebody_else_wrote_lead_nowhere(tmp_path: Path):
     folder = VoteFolder(tmp_path)
     assert folder.slates == []
     assert folder.votes == []
+
+
+def test_a_vote_that_the_disk_refuses_does_not_stand_and_can_be_cast_again(tmp_path: Path, monkeypatch):
+    folder = VoteFolder(tmp_path)
+    booth = Booth(folder)
+    a, b = folder.keep(pictures(2), "a cat", {}).images
+    c, d = folder.keep(pictures(2, seed=1), "a dog", {}).images
+    booth.ask(folder.slates)
+    name = booth.state()["question"]["name"]
+    append, replace = folder_module.append_lines, folder_module.replace_text
+
+    def half(stream, lines):
+        stream.write(lines[0][:20])
+        stream.flush()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for again in range(2):
+        monkeypatch.setattr(folder_module, "append_lines", half)
+        assert not booth.vote(name, "left")
+        assert "No space left on device. Disk or quota full" in booth.state()["trouble"]
+        assert "choose again" in booth.state()["trouble"]
+        assert (booth.state()["votes"], booth.state()["question"]["name"]) == (again, name)
+        monkeypatch.setattr(folder_module, "append_lines", append)
+        assert booth.vote(name, "left")
+        assert (booth.state()["votes"], booth.state()["trouble"]) == (again + 1, "")
+        name = (booth.state()["question"] or {}).get("name")
+    assert {vote.prompt for vote in VoteFolder(tmp_path).votes} == {"a cat", "a dog"}
+    assert len((tmp_path / "votes.jsonl").read_text().splitlines()) == 2
+
+    monkeypatch.setattr(folder_module, "replace_text", full)  # the pair file comes after the vote, which stands
+    assert not booth.undo()
+    assert "No space" in booth.state()["trouble"]
+    monkeypatch.setattr(folder_module, "replace_text", replace)
+    assert [vote.prompt for vote in folder.votes] == [vote.prompt for vote in VoteFolder(tmp_path).votes] == ["a cat"]
+    folder.write_pairs()
+    assert len(read_pairs(tmp_path / "pairs.jsonl").pairs) == 1

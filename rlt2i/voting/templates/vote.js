@@ -56,7 +56,8 @@ function show(state) {
   $("bar").setAttribute("aria-valuenow", String(state.finished));
   $("done").style.width = `${state.prompts ? (100 * state.finished) / state.prompts : 0}%`;
   document.title = question ? "Vote" : state.over ? "Done" : "Waiting for images";
-  $("hint").hidden = !question;
+  $("hint").hidden = !question && !state.trouble;
+  $("hint").textContent = state.trouble || "Choose the better image";
   if (!question) {
     shown = "";
     ready = false;
