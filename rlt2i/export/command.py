@@ -21,10 +21,11 @@ from rlt2i.policies.guidance import Guided
 from rlt2i.policies.lora import exported_lora
 from rlt2i.policies.pretrained import PretrainedPolicy
 from rlt2i.policies.pretrained.export import export_adapter, network_of
-from rlt2i.policies.pretrained.loading import quietly
+from rlt2i.policies.pretrained.loading import quietly, without_warnings
 from rlt2i.policies.pretrained.spec import fetching
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.checkpoint import STATE, CheckpointError
+from rlt2i.runs.files import naming_what_fails
 
 Target = Literal["diffusers", "comfyui", "kohya", "merged", "peft"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -89,7 +90,8 @@ def export(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        said = _WRITERS[to](policy, part)
+        with naming_what_fails(folder):
+            said = _WRITERS[to](policy, part)
         iteration = json.loads((source[0] / STATE).read_text(encoding="utf-8"))["iteration"]
         write_card(part, Card(recipe=recipe, policy=policy, form=_FORMS[to], iteration=iteration, run_dir=run_dir))
         (part / "recipe.yaml").write_text(dump_yaml(redacted(recipe.mapping())), encoding="utf-8")
@@ -156,7 +158,8 @@ def _merged(policy: PretrainedPolicy, folder: Path) -> str:
         pipe = getattr(diffusers, spec.pipeline).from_pretrained(
             spec.source, revision=spec.revision, **options, **absent, use_safetensors=True
         )
-    pipe.save_pretrained(folder, safe_serialization=True)
+    with quietly(), without_warnings():
+        pipe.save_pretrained(folder, safe_serialization=True)
     return f"{spec.pipeline} with {sum(p.numel() for p in network.parameters()):,} parameters in {spec.network}"
 
 

@@ -96,8 +96,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping
         value = tensor.detach().contiguous()
         dense[name] = value.clone() if value.untyped_storage().data_ptr() in taken else value
         taken.add(dense[name].untyped_storage().data_ptr())
-    try:
+    with naming_what_fails(path):
         save_file(dense, path, metadata=None if metadata is None else dict(metadata))
+
+
+@contextlib.contextmanager
+def naming_what_fails(path: Path) -> Iterator[None]:
+    """Errors of the system that safetensors meets in the block become Python's own, with the path of what is written."""
+    try:
+        yield
     except SafetensorError as error:
         if failure := error_of_the_system(error, path):
             raise failure from error
