@@ -102,7 +102,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping
 
 @contextlib.contextmanager
 def naming_what_fails(path: Path) -> Iterator[None]:
-    """Errors of the system that safetensors meets in the block become Python's own, with the path of what is written."""
+    """Errors of the system that safetensors meets in the block become Python's own, with a path."""
     try:
         yield
     except SafetensorError as error:

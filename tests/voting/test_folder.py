@@ -104,8 +104,8 @@ def test_names_in_a_file_that_somebody_else_wrote_lead_nowhere(tmp_path: Path):
 def test_a_vote_that_the_disk_refuses_does_not_stand_and_can_be_cast_again(tmp_path: Path, monkeypatch):
     folder = VoteFolder(tmp_path)
     booth = Booth(folder)
-    a, b = folder.keep(pictures(2), "a cat", {}).images
-    c, d = folder.keep(pictures(2, seed=1), "a dog", {}).images
+    folder.keep(pictures(2), "a cat", {})
+    folder.keep(pictures(2, seed=1), "a dog", {})
     booth.ask(folder.slates)
     name = booth.state()["question"]["name"]
     append, replace = folder_module.append_lines, folder_module.replace_text
