@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,7 @@ def plan(options: argparse.Namespace) -> int:
     """`rlt2i plan`: 1 when the run does not fit the device that was named."""
     from rlt2i.policies.cost import NotCounted
     from rlt2i.recipes import load_recipe
-    from rlt2i.training.dry_run import batch_plan, describe_run, plan_of
+    from rlt2i.training.dry_run import batch_plan, describe_batches, plan_of
     from rlt2i.training.fitting import DoesNotFitError, find_device, fit, overrides, tight_phases, verdict
 
     recipe = load_recipe(options.recipe, options.set)
@@ -124,13 +125,17 @@ def plan(options: argparse.Namespace) -> int:
         raise ValueError(f"plan: --out {options.out} is for the recipe that fits: say --fit DEVICE as well")
     if options.out:
         check_file(options.out)
-    print(describe_run(recipe, world_size=options.processes))
-    if device is None:
-        return 0
+    print(f"{describe_batches(recipe, world_size=options.processes)}\n", flush=True)  # counting takes a while
     try:
         counted = plan_of(recipe, batch_plan(recipe, world_size=options.processes))
     except (NotCounted, OSError) as error:
-        raise ValueError(f"plan: {recipe.name} cannot be compared with a device: {error}") from error
+        if device is not None:
+            raise ValueError(f"plan: {recipe.name} cannot be compared with a device: {error}") from error
+        print(f"per process: not counted. {error}")
+        return 0
+    print(f"per process:\n{counted.table()}")
+    if device is None:
+        return 0
     print(f"\n{verdict(counted, recipe, device, world_size=options.processes)}")
     if not tight_phases(counted, device):
         _write_recipe(options.out, recipe)
@@ -141,8 +146,8 @@ def plan(options: argparse.Namespace) -> int:
         print(error)
         return 1
     print("\nthe smallest change that makes it fit:")
-    changes = [f"--set {change}" for change in (*options.set, *overrides(recipe, smaller))]
-    print(f"  rlt2i train {options.recipe} {' '.join(changes)}")
+    changes = [word for change in (*options.set, *overrides(recipe, smaller)) for word in ("--set", change)]
+    print(f"  {shlex.join(['rlt2i', 'train', str(options.recipe), *changes])}")
     print(verdict(fitted, smaller, device, world_size=options.processes))
     _write_recipe(options.out, smaller)
     return 0 if options.fit else 1

@@ -58,7 +58,7 @@ def main(name: str, fields: Sequence[str], *, size: str | None, device: str, tin
     spec = named_policy(name, fields)
     wanted = parse_size(size) if size else None
     said: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="rlt2i-check-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rlt2i-check-") as folder, quietly():
         if tiny:
             if not isinstance(spec, PretrainedSpec):
                 raise ValueError(f"check policy {name} --tiny: {type(spec).__name__} is no diffusers pipeline.")
@@ -74,14 +74,13 @@ def main(name: str, fields: Sequence[str], *, size: str | None, device: str, tin
 def main_of_recipe(name: str, overrides: Sequence[str], *, device: str, world_size: int, tiny: bool) -> int:
     """Examine a recipe on its own weights and print what came out; 0 when every law is kept, 1 when not."""
     recipe, leave_out = load_recipe(name, overrides), []
-    with tempfile.TemporaryDirectory(prefix="rlt2i-check-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rlt2i-check-") as folder, quietly():
         if tiny:
             small = make_small(recipe, Path(folder), compile_blocks=False)
             recipe = small.recipe
             leave_out = ["reward_tells_good_from_bad"] if recipe.reward != load_recipe(name, overrides).reward else []
             for line in small.replaced:
                 print(f"replaced  {line}")
-        with quietly():
-            findings = check_recipe(recipe, device=device, world_size=world_size, leave_out=leave_out)
+        findings = check_recipe(recipe, device=device, world_size=world_size, leave_out=leave_out)
     print(table(findings))
     return int(any(finding.mistake is not None for finding in findings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ import torch
 
 from rlt2i.learner import Learner
 from rlt2i.policies.pretrained import PretrainedSpec
+from rlt2i.policies.pretrained.loading import quietly
 from rlt2i.recipes.recipe import Recipe, load_recipe
 from rlt2i.rehearsal.replacing import make_small, with_whole_paths
 from rlt2i.report import write_report
@@ -89,7 +91,7 @@ def rehearse(recipe: Recipe, folder: Path, *, compile_blocks: bool = True) -> Re
     run = folder / "run"
     # Prompt files are named from where the command was given, and the acts are played in a folder of their own.
     recipe = attrs.evolve(recipe, task=with_whole_paths(recipe.task))
-    with _one_thread(), _in_folder(folder):
+    with _one_thread(), _in_folder(folder), quietly():
         small: Recipe | None = None
 
         def prepare() -> None:
@@ -222,7 +224,8 @@ def draw_elsewhere(spec: PretrainedSpec, exported: Path, size: ImageSize) -> int
     pipe.set_progress_bar_config(disable=True)
     taken = 0
     if spec.lora_rank is not None:
-        pipe.load_lora_weights(exported)
+        with _adapters_of_the_network_alone():
+            pipe.load_lora_weights(exported)
         taken = sum(".lora_" in name for name, _ in getattr(pipe, spec.network).named_parameters())
         if not taken:
             raise RuntimeError(f"{type(pipe).__name__} took no key of {exported}")
@@ -231,6 +234,18 @@ def draw_elsewhere(spec: PretrainedSpec, exported: Path, size: ImageSize) -> int
     if image.shape[-2:] != (height, width) or not torch.isfinite(image).all():
         raise RuntimeError(f"{type(pipe).__name__} drew {tuple(image.shape)} from {exported}, finite or not")
     return taken
+
+
+@contextlib.contextmanager
+def _adapters_of_the_network_alone() -> Iterator[None]:
+    """diffusers warns of every text encoder that an adapter leaves alone."""
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -52,23 +52,27 @@ def describe_run(recipe: Recipe, *, world_size: int = 1) -> str:
     Raises:
         ValueError: when the parts do not fit, or the batches do not work out.
     """
-    train = recipe.train
-    recipe.algorithm().check_group_size(train.group_size)
+    batches = describe_batches(recipe, world_size=world_size)
+    try:
+        size = f"per process:\n{plan_of(recipe, batch_plan(recipe, world_size=world_size)).table()}"
+    except (NotCounted, OSError) as error:  # OSError: the configurations are out of reach
+        size = f"per process: not counted. {error}"
+    return f"{batches}\n\n{size}"
+
+
+def describe_batches(recipe: Recipe, *, world_size: int = 1) -> str:
+    """The part of it that needs no counting: what the recipe is, and its batches.
+
+    Raises:
+        ValueError: when the parts do not fit, or the batches do not work out.
+    """
+    recipe.algorithm().check_group_size(recipe.train.group_size)
     check_metadata(recipe.task, recipe.sampler, recipe.reward, *recipe.heldout.values())
     check_sizes(recipe)
     check_sharding(recipe, world_size=None)
     batch = batch_plan(recipe, world_size=world_size)
-    parts = [f"{recipe.name}  {recipe.hash[:8]}  evidence: {recipe.evidence}", recipe.about, "", batch.table()]
-    size = _size(recipe, batch)
-    return "\n".join([*parts, *(["", size] if size else [])])
-
-
-def _size(recipe: Recipe, batch: BatchPlan) -> str:
-    """Parameters, arithmetic and memory of one process, where the policy is one that can be counted."""
-    try:
-        return f"per process:\n{plan_of(recipe, batch).table()}"
-    except (NotCounted, OSError) as error:  # OSError: the configurations are out of reach
-        return f"per process: not counted. {error}"
+    heading = f"{recipe.name}  {recipe.hash[:8]}  evidence: {recipe.evidence}"
+    return "\n".join([heading, recipe.about, "", batch.table()])
 
 
 def plan_of(recipe: Recipe, batch: BatchPlan) -> Plan:

@@ -30,6 +30,7 @@ class Device:
     """One accelerator.
 
     Attributes:
+        name: of the product, or its memory where nothing else is known.
         memory: bytes.
         rate: dense bfloat16 operations per second with float32 sums, as the maker states them; None where unknown.
     """
@@ -37,6 +38,10 @@ class Device:
     name: str
     memory: float
     rate: float | None = None
+
+    def __str__(self) -> str:
+        size = f"{self.memory / GIB:.4g} GB"
+        return size if self.name == size else f"{size} ({self.name})"
 
 
 def _device(name: str, gib: float, tera: float) -> Device:
@@ -68,7 +73,7 @@ def find_device(text: str) -> Device:
     """
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*G(?:i?B)?", text.strip(), flags=re.IGNORECASE):
         if float(match[1]) > 0:
-            return Device(name=f"{match[1]} GB", memory=float(match[1]) * GIB)
+            return Device(name=f"{float(match[1]):.4g} GB", memory=float(match[1]) * GIB)
     elif (name := text.strip().lower().replace(" ", "")) in DEVICES:
         return DEVICES[name]
     raise ValueError(
@@ -102,7 +107,7 @@ def verdict(plan: Plan, recipe: Recipe, device: Device, *, world_size: int) -> s
     worst = max(plan.memory, key=lambda phase: plan.memory[phase])
     wanted, tight = needed(plan.memory[worst]) / GIB, tight_phases(plan, device)
     lines = [
-        f"{'does not fit' if tight else 'fits'} in {device.memory / GIB:.0f} GB ({device.name}): {wanted:.1f} GiB in "
+        f"{'does not fit' if tight else 'fits'} in {device}: {wanted:.1f} GiB in "
         f"{worst}, with {SLACK - 1:.0%} for the allocator and {CONTEXT / GIB:.0f} GiB for CUDA"
     ]
     rollouts = batch_plan(recipe, world_size=world_size).rollouts_per_device
@@ -152,7 +157,7 @@ def fit(recipe: Recipe, device: Device, *, world_size: int = 1, counted: Plan | 
         largest = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in parts)
         adapters = " Train adapters (policy.lora_rank=32)." if recipe.policy.lora_rank is None else ""  # type: ignore[attr-defined]
         raise DoesNotFitError(
-            f"{recipe.name} does not fit in {device.memory / GIB:.0f} GB: {tight[0]} takes "
+            f"{recipe.name} does not fit in {device}: {tight[0]} takes "
             f"{needed(plan.memory[tight[0]]) / GIB:.1f} GiB even with the smallest batches. What stays in memory: "
             f"{largest}.{adapters} Otherwise fewer train.prompts_per_iteration, a smaller train.image_size, a smaller "
             "backbone or a larger device."

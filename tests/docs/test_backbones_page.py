@@ -6,11 +6,11 @@ import pytest
 
 from benchmarks import backbones_page as pages
 from rlt2i.config import load_object
-from rlt2i.policies.cost import make_plan
 from rlt2i.policies.tiny import TINY
 from rlt2i.recipes import list_recipes, load_recipe
 from rlt2i.recipes.parts import PARTS
-from rlt2i.training.dry_run import batch_plan
+from rlt2i.training.dry_run import batch_plan, plan_of
+from rlt2i.training.fitting import find_device, tight_phases
 
 
 def test_the_page_holds_the_table_of_the_classes():
@@ -36,13 +36,8 @@ def test_a_count_is_that_of_today():
 @pytest.mark.parametrize("name", [entry.name for entry in list_recipes() if entry.name.endswith("-24gb")])
 def test_recipes_for_small_cards_fit_them_by_the_plan(name):
     recipe = load_recipe(name)
-    batch = batch_plan(recipe, world_size=1)
-    plan = make_plan(
-        recipe.policy, image_size=recipe.train.image_size, num_steps=batch.num_steps,
-        trained_steps=batch.trained_steps, rollouts_per_iteration=batch.rollouts_per_device,
-        micro_batch_size=batch.micro_batch_size, rollout_batch_size=batch.rollout_batch_size, weight_copies=2,
-    )  # fmt: skip
-    assert max(plan.memory.values()) < 0.95 * 24e9, plan.table()
+    plan = plan_of(recipe, batch_plan(recipe, world_size=1))
+    assert tight_phases(plan, find_device("24GB")) == [], plan.table()
 
 
 def test_every_policy_has_a_tiny_pipeline():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import attrs
@@ -115,4 +116,36 @@ def test_the_command_says_whether_it_fits_and_writes_a_recipe_that_does(
     assert "--set policy.text_encoders=cpu" in said
     assert yaml.safe_load(out.read_text())["policy"]["text_encoders"] == "cpu"
     assert load_recipe(out).train.micro_batch_size < 32
-    assert main(["plan", "star-cells", "--gpu", "x"]) in (0, 1)
+
+
+def test_the_command_writes_a_recipe_that_fits_as_it_is_too_and_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, counted: Plan
+):
+    from rlt2i.training import dry_run
+
+    counts = []
+    monkeypatch.setattr(dry_run, "plan_of", lambda *_: counts.append(1) or counted)
+    out = tmp_path / "mine.yaml"
+    assert main(["plan", "star-cells", "--set", "credit.mix=0.25", "--fit", "24GB", "--out", str(out)]) == 0
+    assert len(counts) == 1
+    said = capsys.readouterr().out
+    assert "\nfits in 24 GB: " in said
+    assert f"written to {out}, unchanged" in said
+    assert load_recipe(out) == load_recipe("star-cells", ["credit.mix=0.25"])
+
+
+@pytest.mark.parametrize("device", [[], ["--gpu", "24GB"]])
+def test_a_file_without_a_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], device: list[str]):
+    assert main(["plan", "star-cells", *device, "--out", str(tmp_path / "mine.yaml")]) != 0
+    assert "Add --fit 24GB" in capsys.readouterr().err
+
+
+def test_what_is_printed_can_be_pasted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, counted: Plan
+):
+    short = Device(name="short", memory=needed(0.8 * (counted.memory["update"] - counted.resident["text encoders"])))
+    monkeypatch.setattr(fitting, "find_device", lambda text: short)
+    sizes = "train.image_size=[32, 32]"
+    assert main(["plan", "star-cells", "--set", "train.micro_batch_size=32", "--set", sizes, "--fit", "x"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  rlt2i train"))
+    assert sizes in shlex.split(line)
