@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import runpy
@@ -102,6 +103,22 @@ def test_the_commands_of_the_page_parse():
     assert len(commands) >= 4
     for command in commands:
         parser().parse_args(command[1:])
+
+
+def test_the_page_says_what_the_committed_run_measured():
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    with (FOLDER / "palette-shapes.csv").open(encoding="utf-8", newline="") as file:
+        base, last = csv.DictReader(file)
+    train = load_recipe(FOLDER / "palette-shapes.yaml").train
+    assert (int(base["iteration"]), int(last["iteration"])) == (0, train.iterations)
+    assert int(last["images"]) == train.eval_prompts
+    labels = {"reward": "reward: ", "palette": "palette ", "shapes": "shapes, ", "strict": "all that "}
+    for column, label in labels.items():
+        ((before, after),) = re.findall(rf"^\| {label}[^|]*\| ([.\d]+) \| ([.\d]+) \|$", page, flags=re.MULTILINE)
+        assert (float(before), float(after)) == pytest.approx((float(base[column]), float(last[column])), abs=6e-4)
+    gain = [float(last[f"reward_gain{end}"]) for end in ("", "_low", "_high")]
+    assert f"+{gain[0]:.3f}, [+{gain[1]:.3f}, +{gain[2]:.3f}]" in page
+    assert sum((FOLDER / f"{name}.png").stat().st_size for name in ("before", "after")) < 200_000
 
 
 @pytest.mark.slow
