@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlt2i.axes import Axes
 from rlt2i.functional.numerics import Scalar
-from rlt2i.functional.transfer import on_both, on_host, to_device
+from rlt2i.functional.transfer import chosen, on_both, on_host, to_device
 from rlt2i.functional.transitions import Transition
 
 Causality = Literal["state", "action", "outcome", "exogenous"]
@@ -173,7 +173,7 @@ class Conditioning:
 
     def take(self, rows: Tensor) -> Conditioning:
         """The conditioning of some rollouts (repeats allowed)."""
-        return attrs.evolve(self, rows=self.rows[to_device(rows, self.rows.device)])
+        return attrs.evolve(self, rows=chosen(self.rows, rows))
 
     def to(self, device: torch.device | str) -> Conditioning:
         return attrs.evolve(self, tensors={k: v.to(device) for k, v in self.tensors.items()}, rows=self.rows.to(device))

@@ -10,6 +10,7 @@ from rlt2i.conformance.subject import TEXTS, Subject, require
 from rlt2i.functional.transitions import euler
 from rlt2i.policies.epsilon import VPPolicy
 from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
+from rlt2i.policies.pretrained.autoencoder import on_white
 from rlt2i.types import ImageSize, Prompts, height_and_width
 
 STEPS = 2
@@ -39,6 +40,7 @@ def same_image_as_the_pipeline(subject: Subject) -> str:
                 generator=torch.Generator().manual_seed(SEED), **options,
             )[0]  # fmt: skip
         levels = torch.as_tensor(policy.pipe.scheduler.sigmas).float().cpu().clone()
+        theirs = on_white(theirs)
         ours = _drawn(policy, size)
         apart = float((ours - theirs.to(ours)).abs().max())
         if apart > ROUNDING:

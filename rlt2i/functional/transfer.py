@@ -42,3 +42,10 @@ def on_host(tensor: Tensor) -> Tensor:
         return tensor
     twin: Tensor | None = getattr(tensor, _TWIN, None)
     return tensor.cpu() if twin is None else twin
+
+
+def chosen(values: Tensor, index: Tensor) -> Tensor:
+    """values[index] on the device of the values; the host knows it where it knows both."""
+    there = values[to_device(index, values.device)]
+    known = all(tensor.device.type == "cpu" or hasattr(tensor, _TWIN) for tensor in (values, index))
+    return with_twin(there, on_host(values)[on_host(index)]) if known else there

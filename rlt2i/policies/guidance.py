@@ -13,7 +13,7 @@ import torch
 from attrs import validators
 from torch import Tensor
 
-from rlt2i.functional.transfer import on_host, to_device
+from rlt2i.functional.transfer import on_both, on_host, to_device, with_twin
 from rlt2i.interfaces import Policy
 from rlt2i.types import Conditioning, ImageSize, Prompts
 
@@ -178,8 +178,7 @@ class Guided(Policy):
         if self.scale == self.form.neutral:
             return self.policy.encode(prompts)
         encoded = self.policy.encode_with_negative(prompts, self.negative_prompt)
-        is_negative = torch.zeros(len(prompts.texts) + 1, dtype=torch.bool, device=encoded.rows.device)
-        is_negative[-1] = True
+        is_negative = on_both(torch.arange(len(prompts.texts) + 1) == len(prompts.texts), encoded.rows.device)
         return attrs.evolve(encoded, tensors={**encoded.tensors, _IS_NEGATIVE: is_negative})
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -212,9 +211,12 @@ class Guided(Policy):
             raise ValueError(
                 "Guided: this conditioning has no negative prompt; encode the prompts with the guided policy."
             )
-        row = conditioning.tensors[_IS_NEGATIVE].long().argmax()
+        is_negative = conditioning.tensors[_IS_NEGATIVE]
+        row = is_negative.long().argmax()
         if not any(name.startswith(EXTRA) for name in conditioning.tensors):
-            return attrs.evolve(conditioning, rows=row.expand(len(conditioning)))
+            known = on_host(is_negative).long().argmax()
+            rows = with_twin(row.expand(len(conditioning)), known.expand(len(conditioning)))
+            return attrs.evolve(conditioning, rows=rows)
         rows = torch.arange(len(conditioning), device=conditioning.rows.device)
         tensors = {
             name: conditioning[name] if name.startswith(EXTRA) else tensor[row].expand(len(rows), *tensor.shape[1:])

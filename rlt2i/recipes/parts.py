@@ -17,6 +17,7 @@ PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "Krea2": "rlt2i.policies.krea2:Krea2",
             "Lumina2": "rlt2i.policies.lumina2:Lumina2",
             "QwenImage": "rlt2i.policies.qwen_image:QwenImage",
+            "QwenImage21": "rlt2i.policies.qwen_image21:QwenImage21",
             "SD3": "rlt2i.policies.sd3:SD3",
             "SDXL": "rlt2i.policies.sdxl:SDXL",
             "Sana": "rlt2i.policies.sana:Sana",

@@ -28,7 +28,7 @@ from rlt2i.types import ImageSize, height_and_width
 from rlt2i.voting.reward import HumanVotes
 
 IMAGE_SIZE = 32
-SIZES = {"Lumina2Pipeline": 64}
+SIZES = {"Lumina2Pipeline": 64, "QwenImage21Pipeline": 64}
 """Pixels a side that tiny pipelines draw; IMAGE_SIZE where nothing is said."""
 TEXT_LENGTHS = {
     "AuraFlowPipeline": 32, "FluxPipeline": 32, "Flux2KleinPipeline": 48, "Flux2Pipeline": 220, "Krea2Pipeline": 48,

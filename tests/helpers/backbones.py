@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-SELDOM = frozenset({"AuraFlow", "Flux2", "Krea2"})
+SELDOM = frozenset({"AuraFlow", "Flux2", "Krea2", "QwenImage21"})
 
 
 def marked(names: Iterable[str]) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 import pytest
+import torch
 
 from rlt2i.policies.aura_flow import AuraFlow
 from rlt2i.policies.flux import Flux
@@ -16,6 +17,7 @@ from rlt2i.policies.krea2 import Krea2
 from rlt2i.policies.lumina2 import Lumina2
 from rlt2i.policies.pretrained.autoencoder import to_vae
 from rlt2i.policies.qwen_image import QwenImage
+from rlt2i.policies.qwen_image21 import QwenImage21
 from rlt2i.policies.sana import Sana
 from rlt2i.policies.zimage import ZImage
 
@@ -76,6 +78,11 @@ class Case:
             one), "image_text" (the text begins at a multiple of 32), or "cross".
         slow: marked so, as the class of another case is much the same.
         oblong: a size; the tokens of the default fill no multiple of 32 where an image token is 4 x 4 pixels.
+        by_length: whether padding changes what the stock pipeline draws; texts of one length go through it at a time.
+        also: further arguments of the stock pipeline, each of which must not change what it draws.
+        of_text: calls of scaled_dot_product_attention in a block, before the one in which the image asks.
+        images: of the stock pipeline as a page shows them.
+        near: how far images may be from the stock pipeline's.
     """
 
     spec: Any
@@ -96,6 +103,11 @@ class Case:
     order: str = "text_image"
     oblong: tuple[int, int] = (48, 80)
     slow: bool = False
+    by_length: bool = False
+    also: tuple[dict, ...] = ()
+    of_text: int = 0
+    images: Callable = lambda images: images
+    near: float = 0.0
 
     def places(self, image, text, own):
         """The image among keys and queries, and where the first token of the text is."""
@@ -107,8 +119,20 @@ class Case:
         start += max(0, -self.dropped)
         return slice(start, start + image), 0
 
+    def together(self, conditioning):
+        """Rollouts that go through the stock pipeline at once."""
+        if not self.by_length:
+            return [list(range(len(conditioning)))]
+        lengths = conditioning["mask"].sum(dim=1).tolist()
+        return [[i for i, its in enumerate(lengths) if its == length] for length in sorted(set(lengths))]
+
     def given(self, conditioning, *, row=None, prefix=""):
         """Arguments of the stock pipeline: the rollouts' own texts, or that of one row of the conditioning."""
+        if self.by_length:
+            masks = conditioning["mask"] if row is None else conditioning.tensors["mask"][row][None]
+            (length,) = set(masks.sum(dim=1).tolist())
+            embeddings = conditioning.tensors["embeddings"][:, :length]
+            conditioning = attrs.evolve(conditioning, tensors={"embeddings": embeddings})
 
         def tensor(name):
             if name not in conditioning.tensors:
@@ -128,11 +152,21 @@ class Case:
     def draw(self, stock, policy, conditioning, noise, *, output="latent", steps=STEPS, **options):
         """Latents, or images, of the stock pipeline from the same noise and texts."""
         height, width = (side * policy.pixels_per_latent for side in noise.shape[2:])
-        drawn = stock(
-            latents=self.pack(stock, noise), num_inference_steps=steps, height=height, width=width,
-            output_type=output, **{**self.given(conditioning), **self.call, **options},
-        )[0]  # fmt: skip
-        return self.unpack(stock, drawn, noise) if output == "latent" else drawn
+        found, order = [], []
+        for rows in self.together(conditioning):
+            own, arguments = noise[rows], self.given(conditioning.take(torch.tensor(rows)))
+            arguments |= {name: value[: len(rows)] for name, value in options.items() if name.startswith("negative_")}
+            drawn = stock(
+                latents=self.pack(stock, own), num_inference_steps=steps, height=height, width=width,
+                output_type=output, **{**self.call, **options, **arguments},
+            )[0]  # fmt: skip
+            found.append(self.unpack(stock, drawn, own) if output == "latent" else self.images(drawn))
+            order += rows
+        return torch.cat(found)[torch.tensor(order).argsort()]
+
+
+def on_white(images):
+    return images[:, :3] * images[:, 3:] + (1 - images[:, 3:])
 
 
 def flux_text(stock, text, **options):
@@ -191,6 +225,12 @@ CASES = {
         lambda stock, text, **options: {"embeddings": stock.encode_prompt(text, **options)[0]},
         guidance="true_cfg_scale", pack=pack_flux, unpack=unpack_qwen, dropped=34, order="padded_text_image",
         idle=("2.attn.to_add_out",),
+    ),
+    "qwen_image21": Case(
+        QwenImage21, {"max_sequence_length": 40}, {}, {"true_cfg_scale": 1.0, "use_kv_cache": False},
+        {"prompt_embeds": "embeddings"}, lambda stock, text, **_: {"embeddings": stock.encode_prompt(text)[0]},
+        guidance="true_cfg_scale", pack=pack_flux, unpack=unpack_qwen, dropped=38, order="cross", oblong=(32, 96),
+        by_length=True, also=({"use_kv_cache": True},), of_text=1, images=on_white, near=1e-6,
     ),
     "krea2": Case(
         Krea2, {"max_sequence_length": 40}, {}, {"guidance_scale": 0.0},

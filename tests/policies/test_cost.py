@@ -16,6 +16,7 @@ from rlt2i.policies.krea2 import Krea2
 from rlt2i.policies.lumina2 import Lumina2, Lumina2Policy
 from rlt2i.policies.pretrained.loading import meta_text_encoders
 from rlt2i.policies.qwen_image import QwenImage
+from rlt2i.policies.qwen_image21 import QwenImage21
 from rlt2i.policies.sd3 import SD3
 from rlt2i.policies.tiny import save_tiny
 from rlt2i.policies.zimage import ZImage
@@ -197,6 +198,7 @@ def test_every_backbone_is_counted(name, tmp_path):
         (ZImage(path="Tongyi-MAI/Z-Image-Turbo"), 6.15, 4.02),
         (QwenImage(), 20.4, 8.29),
         (QwenImage(path="Qwen/Qwen-Image-2512"), 20.4, 8.29),
+        (QwenImage21(), 7.12, 8.77),
         (Krea2(), 12.82, 4.44),
         (AuraFlow(), 6.86, 1.22),
     ],

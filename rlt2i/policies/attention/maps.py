@@ -25,6 +25,8 @@ class Where:
         members: [N, M, K] 1 where word m belongs to concept k; a padding token belongs to none.
         joint: whether image and words share one sequence. In cross-attention every query is an image token, and no
             word asks.
+        keys: how many keys a call has in which the image asks, where a block also attends to text alone, in a call
+            that nobody watches; None where a block attends once.
     """
 
     grid: tuple[int, int]
@@ -32,6 +34,7 @@ class Where:
     tokens: Tensor
     members: Tensor
     joint: bool = True
+    keys: int | None = None
 
     def image_rows(self, sequence: Tensor) -> Tensor:
         """[N, H, S, ...] -> [N, H, h * w, ...], the image tokens of queries, keys or log-sum-exps."""

@@ -36,6 +36,8 @@ class Recorder:
     @torch.no_grad()
     def record(self, query: Tensor, key: Tensor, lse: Tensor, bias: Tensor | None, scale: float | None) -> None:
         """Add the next block's attention to every map that asks for it; a direction is computed once."""
+        if self.where.keys not in (None, key.shape[2]):
+            return
         block, self._seen = self._seen, self._seen + 1
         names = [name for name, (_, blocks) in self.wanted.items() if block in blocks]
         for direction in {self.wanted[name][0] for name in names}:

@@ -83,7 +83,8 @@ class _Interception(TorchFunctionMode):
 
 
 def watch(attentions: Iterable[torch.nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Watch the attention of these modules, in place: each calls scaled_dot_product_attention once in a pass.
+    """Watch the attention of these modules, in place: each calls scaled_dot_product_attention once in a pass, or
+    once for the image (`Where.keys`).
 
     Args:
         attentions: in the order in which they run.

@@ -10,6 +10,8 @@ from torch import Tensor
 _FRAMED = "z_dim"
 """Autoencoders of video models name their channels so; an image is a film of one frame to them."""
 
+_RGBA = 4
+
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """[N, 3, H', W'] contiguous float32 images in [0, 1]; gradients flow."""
@@ -17,12 +19,14 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     framed = hasattr(vae.config, _FRAMED)
     images = vae.decode(scaled.unsqueeze(2) if framed else scaled, return_dict=False)[0]
     images = images[:, :, 0] if framed else images
-    return (images.float() / 2 + 0.5).clamp(0, 1).contiguous()
+    return on_white((images.float() / 2 + 0.5).clamp(0, 1)).contiguous()
 
 
 def encode(vae: Any, images: Tensor) -> Tensor:
     """The inverse of `decode`: the mean of the autoencoder's posterior, never a draw from it; float32."""
     pixels = _tidy((2 * images - 1).to(vae.device, vae.dtype))
+    if getattr(vae.config, "in_channels", None) == _RGBA:
+        pixels = torch.nn.functional.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0)  # opaque
     framed = hasattr(vae.config, _FRAMED)
     encoded = vae.encode(pixels.unsqueeze(2) if framed else pixels)
     mean = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
@@ -54,6 +58,14 @@ def from_vae(vae: Any, latents: Tensor) -> Tensor:
         return (latents - mean) * (1 / std)
     shift = getattr(config, "shift_factor", None) or 0.0
     return (latents - shift) * config.scaling_factor
+
+
+def on_white(images: Tensor) -> Tensor:
+    """RGB as it is; RGBA (Qwen-Image-2.1) as a page shows it, and as its text encoder is shown images."""
+    if images.shape[1] != _RGBA:
+        return images
+    colours, opacity = images[:, :3], images[:, 3:]
+    return colours * opacity + (1 - opacity)
 
 
 def _batch_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:

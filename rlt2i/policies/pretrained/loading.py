@@ -102,7 +102,7 @@ def meta_pipeline(spec: PretrainedSpec) -> Any:
     parameters = list(inspect.signature(pipeline.__init__).parameters.values())[1:]
     absent = {each.name: None if each.default is each.empty else each.default for each in parameters}
     given = {key: value for key, value in spec.components().items() if key in absent}
-    return pipeline(**(absent | given | {spec.network: network, "vae": vae}))
+    return pipeline(**(absent | dict(spec.absent) | given | {spec.network: network, "vae": vae}))
 
 
 def meta_text_encoders(spec: PretrainedSpec) -> torch.nn.ModuleList:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor
 
+from rlt2i.functional.transfer import on_both, on_host
 from rlt2i.interfaces import Policy
 from rlt2i.policies.attention.maps import Where
 from rlt2i.policies.attention.recorder import recording
@@ -21,6 +21,7 @@ from rlt2i.policies.lora import merged
 from rlt2i.policies.pretrained import autoencoder
 from rlt2i.policies.pretrained.export import export_adapter, export_network
 from rlt2i.policies.pretrained.loading import compile_blocks, meta_pipeline, place, prepare, quietly, read_pipeline
+from rlt2i.policies.pretrained.schedule import scheduler_levels, shift_of
 from rlt2i.policies.pretrained.spec import PretrainedSpec
 from rlt2i.policies.pretrained.text import TextEncoding
 from rlt2i.policies.token_spans import Characters, character_ranges, find_spans, span_tensors
@@ -187,20 +188,15 @@ class PretrainedPolicy(Policy):
 
     # -------------------------------------------------------------------------------------------- offered to a backbone
 
-    def scheduler_sigmas(self, num_steps: int, *, mu: float | None = None) -> Tensor:
-        """[T + 1] the levels of the pipeline's own scheduler; with `mu` as pipelines with a shift by size ask it."""
-        scheduler = self.pipe.scheduler
-        if mu is None:
-            scheduler.set_timesteps(num_steps)
-        else:
-            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-        sigmas = torch.as_tensor(scheduler.sigmas, dtype=torch.float32).cpu().clone()
-        if not torch.isfinite(sigmas).all():  # one that stretches its levels to a last one divides by zero
-            raise ValueError(
-                f"num_steps={num_steps}: the {type(scheduler).__name__} of {self.spec.path} has no levels for so few. "
-                "Use 2 or more."
-            )
-        return sigmas
+    def scheduler_sigmas(
+        self, num_steps: int, *, mu: float | None = None, levels: Sequence[float] | None = None
+    ) -> Tensor:
+        """[T + 1] the levels of the pipeline's own scheduler; with `mu` as pipelines with a shift by size ask it.
+
+        Args:
+            levels: before the shift, without the last; evenly many by default.
+        """
+        return scheduler_levels(self.pipe.scheduler, num_steps, mu=mu, levels=levels, path=self.spec.path)
 
     def text_mask(self, conditioning: Conditioning) -> Tensor | None:
         """[N, L] bool, the tokens of the text that are no padding; None where nothing is padded."""
@@ -208,17 +204,19 @@ class PretrainedPolicy(Policy):
 
     def text_rows(self, conditioning: Conditioning) -> list[Tensor]:
         """The embeddings of each rollout at their own length, for a network that takes a list."""
-        mask, embeddings = self.text_mask(conditioning), conditioning["embeddings"]
-        lengths = [embeddings.shape[1]] * len(embeddings) if mask is None else mask.sum(dim=1).tolist()
-        return [row[:length] for row, length in zip(embeddings, lengths, strict=True)]
+        rows = zip(conditioning["embeddings"], self.text_lengths(conditioning), strict=True)
+        return [row[:length] for row, length in rows]
+
+    def text_lengths(self, conditioning: Conditioning) -> list[int]:
+        """The tokens of each rollout's text that are no padding."""
+        if _MASK not in conditioning.tensors:
+            return [conditioning.tensors["embeddings"].shape[1]] * len(conditioning)
+        lengths = on_host(conditioning.tensors[_MASK]).sum(dim=1)
+        return list(lengths[on_host(conditioning.rows)].tolist())
 
     def shift_of(self, num_tokens: int) -> float:
         """mu, the logarithm of the schedule's shift: linear in the number of image tokens (FLUX.1)."""
-        config = self.pipe.scheduler.config
-        start, end = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        slope = (high - low) / (end - start)
-        return float(num_tokens * slope + (low - slope * start))
+        return shift_of(self.pipe.scheduler, num_tokens)
 
     # ------------------------------------------------------------------------------------------------------- geometry
 
@@ -276,9 +274,9 @@ class PretrainedPolicy(Policy):
         tensors = {name: _stack([row[name] for row in rows]) for name in rows[0]}
         lengths = {len(row["embeddings"]) for row in rows}
         if _MASK not in tensors and len(lengths) > 1:
-            ones = [row["embeddings"].new_ones(len(row["embeddings"]), dtype=torch.bool) for row in rows]
-            tensors[_MASK] = _stack(ones)
-        prompt_of_rollout = torch.arange(len(prompts.texts), device=self.device).repeat_interleave(prompts.group_size)
+            ones = [torch.ones(len(row["embeddings"]), dtype=torch.bool) for row in rows]
+            tensors[_MASK] = on_both(_stack(ones), self.device)
+        prompt_of_rollout = on_both(torch.arange(len(prompts.texts)).repeat_interleave(prompts.group_size), self.device)
         return Conditioning(
             tensors={**tensors, _TOKENS: tokens, _MEMBERS: members}, rows=prompt_of_rollout, token_spans=tuple(spans)
         )

@@ -72,6 +72,7 @@ class PretrainedSpec(PolicySpec):
         alpha_per_rank: default `lora_alpha` / `lora_rank`.
         directions: of its attention maps.
         known: hub repository -> JSON file of component configurations that the package ships.
+        absent: what stands for a component, where a pipeline is built without one and asks it something.
         licences: hub repository -> the licence of its weights, and whether an account must accept it first ("gated").
     """
 
@@ -102,6 +103,7 @@ class PretrainedSpec(PolicySpec):
     directions: ClassVar[tuple[Direction, ...]] = DIRECTIONS
     known: ClassVar[Mapping[str, Path]] = {}
     licences: ClassVar[Mapping[str, str]] = {}
+    absent: ClassVar[Mapping[str, Any]] = {}
 
     @lora_alpha.validator
     def _check_alpha(self, _: Any, value: int | None) -> None:

@@ -151,7 +151,9 @@ def fingerprint(spec: PretrainedSpec) -> str:
     source = spec.source
     files: list[Any] = [source, spec.revision]
     if isinstance(source, Path):
-        folders = [folder for folder in source.iterdir() if folder.name.startswith(("text_encoder", "tokenizer"))]
+        folders = [
+            folder for folder in source.iterdir() if folder.name.startswith(("text_encoder", "tokenizer", "processor"))
+        ]
         paths = sorted(file for folder in folders for file in folder.iterdir())
         files = [(str(file.relative_to(source)), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
     own = set(attrs.fields_dict(type(spec))) - set(attrs.fields_dict(PretrainedSpec)) | {"dtype"}  # type: ignore[type-abstract]

@@ -19,6 +19,7 @@ from rlt2i.policies.tiny.text import (
     pixtral_processor,
     qwen3_encoder,
     qwen3_vl_encoder,
+    qwen3_vl_processor,
     qwen25_vl_encoder,
     qwen_tokenizer,
     t5_encoder,
@@ -259,6 +260,34 @@ def qwen_image() -> Any:
     )  # fmt: skip
 
 
+def qwen_image21(*, sample_sigmas: list[float] | None = None) -> Any:
+    """Three blocks; an autoencoder of colours and opacity, which divides sides by 16, as its pipeline assumes."""
+    from diffusers import (
+        AutoencoderKLQwenImage21,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImage21Pipeline,
+        QwenImage21Transformer2DModel,
+    )
+
+    processor = qwen3_vl_processor()
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=4, context_in_dim=16,
+        mlp_ratio=2, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+        temperal_downsample=[False] * 4, latents_mean=[-0.7, 0.4, 0.1, -0.2], latents_std=[2.8, 1.4, 2.3, 0.6],
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=8192, base_shift=0.5, max_shift=0.9,
+        shift_terminal=0.02, time_shift_type="exponential",
+    )  # fmt: skip
+    return QwenImage21Pipeline(
+        transformer=transformer, scheduler=scheduler, vae=vae, processor=processor, sample_sigmas=sample_sigmas,
+        text_encoder=qwen3_vl_encoder(processor.tokenizer, with_head=True),
+    )  # fmt: skip
+
+
 def krea2(*, is_distilled: bool = False) -> Any:
     """Three blocks of four query heads to two pairs of key and value heads; text as a stack of three hidden states."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
@@ -308,6 +337,7 @@ TINY: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "Flux2Pipeline": flux2,
         "ZImagePipeline": z_image,
         "QwenImagePipeline": qwen_image,
+        "QwenImage21Pipeline": qwen_image21,
         "Krea2Pipeline": krea2,
         "AuraFlowPipeline": aura_flow,
         "SanaPipeline": sana,

@@ -144,9 +144,9 @@ def qwen25_vl_encoder(tokenizer: Any, *, width: int = 16) -> Any:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def qwen3_vl_encoder(tokenizer: Any, *, width: int = 16) -> Any:
-    """Qwen3-VL, three layers for text and one for the images that no prompt has here."""
-    from transformers import Qwen3VLConfig, Qwen3VLModel
+def qwen3_vl_encoder(tokenizer: Any, *, width: int = 16, with_head: bool = False) -> Any:
+    """Qwen3-VL, three layers for text and one for the images that no prompt has here; with its language head or not."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
     text = {
         "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3,
@@ -158,7 +158,27 @@ def qwen3_vl_encoder(tokenizer: Any, *, width: int = 16) -> Any:
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width,
         "patch_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
     }  # fmt: skip
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision, attn_implementation="eager"))
+    kind = Qwen3VLForConditionalGeneration if with_head else Qwen3VLModel
+    return kind(Qwen3VLConfig(text_config=text, vision_config=vision, attn_implementation="eager"))
+
+
+QWEN3_VL_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content[0].text }}<|im_end|>\n{% endfor %}"
+)
+"""Of the layout of Qwen3-VL's."""
+
+
+def qwen3_vl_processor() -> Any:
+    """A processor of text, images and films; its tokenizer is the small one of Qwen with the marks of a picture."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    tokenizer = qwen_tokenizer()
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(), tokenizer=tokenizer, video_processor=Qwen3VLVideoProcessor(),
+        chat_template=QWEN3_VL_TEMPLATE,
+    )  # fmt: skip
 
 
 MISTRAL_TEMPLATE = (
