@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlt2i.functional.transfer import to_device
+
 _FRAMED = "z_dim"
 """Autoencoders of video models name their channels so; an image is a film of one frame to them."""
 
@@ -77,7 +79,8 @@ def _batch_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
 def _channel_statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Qwen-Image: a mean and a standard deviation for every channel."""
     mean, std = (
-        torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (config.latents_mean, config.latents_std)
+        to_device(torch.tensor(values).view(1, -1, 1, 1).to(latents.dtype), latents.device)
+        for values in (config.latents_mean, config.latents_std)
     )
     return mean, std
 
