@@ -52,16 +52,25 @@ class RayRun:
 
         Raises:
             RayRunError: when training cannot go on, with its reason; or when workers were lost too often.
-        ValueError: when the cluster is too small.
+            ValueError: when the recipe does not work out, before Ray is started; or when the cluster is too small.
         """
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        from rlt2i.recipes import load_recipe
+        from rlt2i.training.preflight import check_before_weights
+
         self._check_run_dir()
+        recipe = load_recipe(self.recipe, self.overrides)
+        # Which workers share a machine is known to them alone, so `hybrid` is checked there.
+        whole = "full" if recipe.train.sharding == "hybrid" else recipe.train.sharding
+        checked = attrs.evolve(recipe, train=attrs.evolve(recipe.train, sharding=whole))
+        check_before_weights(checked, world_size=self.workers)
         if not ray.is_initialized():
             ray.init(runtime_env={"env_vars": _environment()}, include_dashboard=False)
         self._check_size(ray.cluster_resources())
+        timeout = max(1, round(recipe.train.process_timeout))
         per_worker: dict[str, float] = {"CPU": 1} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
         trainer = TorchTrainer(
             train_on_worker,
@@ -72,7 +81,7 @@ class RayRun:
                 "resume": self.resume,
                 "cwd": os.getcwd(),
             },
-            torch_config=TorchConfig(backend="nccl" if self.gpus_per_worker else "gloo", timeout_s=self._timeout()),
+            torch_config=TorchConfig(backend="nccl" if self.gpus_per_worker else "gloo", timeout_s=timeout),
             scaling_config=ScalingConfig(
                 num_workers=self.workers, use_gpu=self.gpus_per_worker > 0, resources_per_worker=per_worker
             ),
@@ -92,11 +101,6 @@ class RayRun:
             ) from error
         if result.return_value:
             raise RayRunError(result.return_value)
-
-    def _timeout(self) -> int:
-        from rlt2i.recipes import load_recipe
-
-        return max(1, round(load_recipe(self.recipe, self.overrides).train.process_timeout))
 
     def _check_run_dir(self) -> None:
         from rlt2i.runs.checkpoint import has_checkpoint

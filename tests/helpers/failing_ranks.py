@@ -54,6 +54,19 @@ def terminated() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@contextlib.contextmanager
+def not_a_number(*, rank: int) -> Iterator[None]:
+    """On one process, every velocity with a gradient is NaN."""
+    plain = ToyPolicy.velocity
+
+    def velocity(self: ToyPolicy, *args: Any) -> torch.Tensor:
+        found = plain(self, *args)
+        return found * float("nan") if rank == RANK and torch.is_grad_enabled() else found
+
+    with patch.object(ToyPolicy, "velocity", velocity):
+        yield
+
+
 def main(folder: Path) -> None:
     settings = {"iterations": 2, "eval_prompts": 8, "eval_steps": 2, "rollout_batch_size": 2, "checkpoint_every": 1}
     calls: list[int] = []
@@ -65,6 +78,7 @@ def main(folder: Path) -> None:
     scenarios: dict[str, contextlib.AbstractContextManager[None]] = {
         "sampling": acting(ToyPolicy, "velocity", out_of_memory, rank=1, when=lambda: not torch.is_grad_enabled()),
         "learning": acting(ToyPolicy, "velocity", out_of_memory, rank=1, when=torch.is_grad_enabled),
+        "not a number": not_a_number(rank=1),
         "evaluating, at once": acting(Draw, "judged", out_of_memory, rank=1, when=lambda: True),
         "evaluating, later": acting(ToyPolicy, "velocity", out_of_memory, rank=1, when=later),
         "logging": acting(RunLog, "log", disk_full, rank=0, when=lambda: True),

@@ -84,6 +84,21 @@ def judged_by_actors() -> Recipe:
     return attrs.evolve(whole(), reward=RayReward(reward=QuadrantBrightness(), replicas=2, cpus=0, chunk=3))
 
 
+@attrs.frozen(kw_only=True)
+class Broken(QuadrantBrightness):
+    """Judges nothing, and writes down how often a worker asked it."""
+
+    def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
+        if os.environ.get("RANK") == "0":
+            with Path(os.environ[MARK]).open("a") as file:
+                file.write("asked\n")
+        raise RuntimeError("no lamp")
+
+
+def gives_up() -> Recipe:
+    return attrs.evolve(toy_recipe.clipped(iterations=3, eval_prompts=0, eval_every=0), reward=Broken())
+
+
 def refused() -> Recipe:
     return toy_recipe.clipped(iterations=3, prompts_per_iteration=3)
 

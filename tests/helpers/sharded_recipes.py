@@ -9,6 +9,7 @@ optimiser step in FOLDER/NAME.gradients, whole, with the sum of the sizes of wha
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -150,7 +151,35 @@ def out_of_memory(velocity: Tensor) -> Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+def stop_answering(velocity: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return velocity
+
+
+@contextlib.contextmanager
+def silence_inside_a_pass(*, after: int) -> Iterator[None]:
+    """On the second process: stopped between two blocks, while the first waits for its part of the next one."""
+    from diffusers.models.transformers.transformer_sd3 import JointTransformerBlock
+
+    plain, seen = JointTransformerBlock.forward, []
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        seen.append(1)
+        if RANK == 1 and len(seen) > after:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return plain(self, *args, **options)
+
+    with patch.object(JointTransformerBlock, "forward", forward):
+        yield
+
+
+def traced() -> contextlib.AbstractContextManager[Any]:
+    """Compile as far as graphs, which run in PyTorch's own kernels, bit for bit: making others takes minutes."""
+    return patch.object(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
 RARELY = {"train__checkpoint_every": 9, "train__iterations": 3}
+SILENT = {"train__iterations": 3, "train__process_timeout": 45}
 RUNS: dict[str, Callable[[], Recipe]] = {
     "plain": small,
     "replayed": replayed,
@@ -160,11 +189,21 @@ RUNS: dict[str, Callable[[], Recipe]] = {
     "hybrid": lambda: small(train__sharding="hybrid"),
     "nan": lambda: small(**RARELY),
     "memory": lambda: small(**RARELY),
+    "bfloat16": lambda: small(policy__dtype="bfloat16"),
+    "compiled": lambda: small(policy__compile="true"),
+    "checkpointing": lambda: small(policy__gradient_checkpointing="true"),
+    "silent": lambda: small(**SILENT),
+    "silent-inside": lambda: small(**SILENT),
 }
 FAULTS = {
+    "compiled": traced,
     "nan": lambda: fault(lambda velocity: velocity * float("nan"), after=4),
     "memory": lambda: fault(out_of_memory, after=4),
+    "silent": lambda: fault(stop_answering, after=4),
+    "silent-inside": lambda: silence_inside_a_pass(after=100),
 }
+SAID = ("nan", "memory")
+"""Runs after whose end the processes go on to the next together."""
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -177,7 +216,7 @@ def main(folder: Path, names: list[str]) -> None:
             try:
                 train(RUNS[name](), run, resume="latest" if run.exists() else None)
             except Exception as error:
-                if name not in FAULTS:
+                if name not in SAID:
                     raise
                 ended = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"<{RANK}|{name}|{ended}>", flush=True)

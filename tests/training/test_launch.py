@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -40,15 +41,18 @@ def short() -> Recipe:
 
 @attrs.frozen(kw_only=True)
 class Leaves(QuadrantBrightness):
-    """On the second process: stops answering (`hangs`), or is gone without a word, at its third batch."""
+    """On the second process, at its fifth batch: stops answering, takes too long, or is gone without a word."""
 
-    hangs: bool = False
+    how: str = "dies"
     seen: list[int] = attrs.field(factory=list, init=False, eq=False)
 
     def score(self, batch: RewardBatch, want: frozenset[str] = frozenset()) -> RewardOutput:
         self.seen.append(len(batch.prompts))
         if os.environ.get("RANK") == "1" and len(self.seen) > 4:
-            os.kill(os.getpid(), signal.SIGSTOP if self.hangs else signal.SIGKILL)
+            if self.how == "slow":
+                time.sleep(30)
+            else:
+                os.kill(os.getpid(), signal.SIGSTOP if self.how == "hangs" else signal.SIGKILL)
         return super().score(batch, want)
 
 
@@ -56,9 +60,13 @@ def one_dies() -> Recipe:
     return attrs.evolve(toy_recipe.clipped(iterations=20, eval_every=0, eval_prompts=0), reward=Leaves())
 
 
-def one_hangs() -> Recipe:
-    settings = {"iterations": 20, "eval_every": 0, "eval_prompts": 0, "process_timeout": 4.0}
-    return attrs.evolve(toy_recipe.clipped(**settings), reward=Leaves(hangs=True))
+def one_hangs(how: str = "hangs") -> Recipe:
+    settings = {"iterations": 20, "eval_every": 0, "eval_prompts": 0, "process_timeout": 10.0}
+    return attrs.evolve(toy_recipe.clipped(**settings), reward=Leaves(how=how))
+
+
+def one_is_slow() -> Recipe:
+    return one_hangs("slow")
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, [*ACCELERATE[:4], "--multi_gpu", *ACCELERATE[4:]]])
@@ -67,6 +75,36 @@ def test_processes_on_a_machine_without_accelerator_are_one_run(tmp_path, launch
     ran = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert len(re.findall(r"processes\W+2\b", ran.stdout)) == 1, ran.stdout  # said by one of them
+
+
+def commands_of_page() -> dict[str, str]:
+    """Run directory -> the commands of docs/scaling.md that train $RECIPE into it on several processes."""
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^ {4}.*\n)+", page, re.MULTILINE)]
+    named = {match[1]: block for block in blocks if (match := re.search(r"--run-dir runs/(\w+)", block))}
+    return {name: block for name, block in named.items() if "$RECIPE" in block and "--on ray" not in block}
+
+
+def test_the_page_shows_every_launcher():
+    assert sorted(commands_of_page()) == ["accelerate", "nodes", "slurm", "torchrun"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["accelerate", "nodes", "slurm", "torchrun"])
+def test_a_command_of_the_page_trains_as_it_stands(tmp_path, name):
+    """All lines of a block at once, since those of several machines are."""
+    joined = commands_of_page()[name].replace("\\\n", " ")
+    lines = [joined] if "; wait" in joined else [f"{line} &" for line in joined.splitlines()]
+    script = "\n".join(["set -m", f"cd {ROOT}", *lines, "for job in $(jobs -p); do wait $job || exit 1; done"])
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    where = environment(PATH=path, RECIPE=f"{__name__}:short")
+    script = script.replace("runs/", f"{tmp_path}/")
+    ran = subprocess.run(["bash", "-c", script], env=where, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert len(re.findall(r"processes\W+2\b", ran.stdout)) == 1, ran.stdout
+    saved = latest_checkpoint(tmp_path / name)
+    assert saved is not None
+    assert load_checkpoint(saved).step == 1
 
 
 def test_processes_that_did_not_find_each_other_are_refused(monkeypatch):
@@ -93,7 +131,7 @@ def test_accelerate_on_the_cpu_starts_one_of_two_and_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["one_dies", "one_hangs"])
+@pytest.mark.parametrize("recipe", ["one_dies", "one_hangs", "one_is_slow"])
 def test_one_that_is_lost_ends_the_others_with_a_message(tmp_path, recipe):
     """Two processes as SLURM starts them: nobody but the group itself notices that one is gone."""
     with socket.socket() as free:
@@ -119,14 +157,19 @@ def test_one_that_is_lost_ends_the_others_with_a_message(tmp_path, recipe):
     try:
         if recipe == "one_dies":
             lost.wait(timeout=600)
-        else:
+        elif recipe == "one_hangs":
             while (state := Path(f"/proc/{lost.pid}/stat")).read_text().rsplit(")", 1)[1].split()[0] != "T":
                 assert healthy.poll() is None
                 time.sleep(0.2)
             assert state
         start = time.monotonic()
         _, errors = healthy.communicate(timeout=600)
-        assert time.monotonic() - start < 60
+        if recipe == "one_is_slow":
+            late = lost.communicate(timeout=600)[1]
+            assert lost.returncode == 2
+            assert "process 1 of 2 cannot go on: another process has ended" in late
+        else:
+            assert time.monotonic() - start < 60
     finally:
         for process in processes:
             process.kill()
@@ -150,6 +193,8 @@ def test_a_process_that_fails_or_is_stopped_takes_the_others_along_with_a_messag
         assert ends[1, name].startswith("OutOfMemoryError: CUDA out of memory"), ends
         assert ends[0, name].startswith("OtherProcessFailed: "), ends
         assert "another process failed" in ends[0, name]
+    for rank in (0, 1):
+        assert ends[rank, "not a number"].startswith("UpdateRefused: update 1: loss=nan"), ends
     for name in ("logging", "saving"):
         assert "No space left on device" in ends[0, name], ends
         assert ends[1, name].startswith("OtherProcessFailed: writing the "), ends

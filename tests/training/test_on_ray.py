@@ -15,7 +15,7 @@ from rlt2i.runs.checkpoint import latest_checkpoint
 from rlt2i.runs.metrics import read_metrics
 from tests.helpers import ray_recipes
 
-pytest.importorskip("ray", reason="needs Ray: pip install 'rlt2i[ray]'")
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'rlt2i[ray]'")
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ray_recipes.__name__
 MEASURED = ("seconds", "time", "memory", "images_per_second")
@@ -24,7 +24,7 @@ MEASURED = ("seconds", "time", "memory", "images_per_second")
 def run(words: list[str], **more: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
-    environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    environment |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"}
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
@@ -81,13 +81,31 @@ def test_a_lost_worker_costs_nothing_but_time(tmp_path, by_torchrun):
 
 
 @pytest.mark.slow
+def test_rewards_in_actors_of_the_same_cluster_change_no_bit(tmp_path, by_torchrun):
+    ran = on_ray("judged_by_actors", tmp_path / "run")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert_same_run(tmp_path / "run", by_torchrun)
+
+
+@pytest.mark.slow
 def test_what_would_fail_again_is_said_and_not_repeated(tmp_path):
-    ran = on_ray("refused", tmp_path / "run")
-    assert ran.returncode == 2
-    assert "train.prompts_per_iteration=3 cannot be" in ran.stderr
+    mark = ray_recipes.mark(tmp_path)
+    ran = on_ray("gives_up", tmp_path / "run", **{ray_recipes.MARK: mark})
+    assert ran.returncode == 2, ran.stderr[-3000:]
+    assert "100% of the rewards are invalid" in ran.stderr
+    assert "no lamp" in ran.stderr
     assert "Traceback" not in ran.stderr.splitlines()[-1]
-    again = on_ray("refused", tmp_path / "run", "--resume", "latest")
-    assert again.returncode == 2
+    assert len(Path(mark).read_text().split()) == 1, "one iteration of one chunk, once"
+
+
+def test_a_recipe_that_does_not_work_out_is_refused_before_ray_starts(tmp_path, capsys):
+    from rlt2i.cli import main
+
+    words = ["train", f"{RECIPES}:refused", "--run-dir", str(tmp_path / "run"), "--on", "ray", "--workers", "2"]
+    assert main(words) == 2
+    assert "train.prompts_per_iteration=3 cannot be" in capsys.readouterr().err
+    assert not ray.is_initialized()
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_line_asks_for_what_it_needs(tmp_path, capsys):

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlt2i.evaluation.inspection import load_policy
+from rlt2i.functional.ema import power_decay
 from rlt2i.recipes import load_recipe
 from rlt2i.runs.checkpoint import load_checkpoint
 from rlt2i.training.preflight import check_before_weights
@@ -40,6 +41,25 @@ def launch(folder: Path, *names: str, processes: int) -> dict[tuple[int, str], s
     ran = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-5000:]
     return {(int(rank), name): how for rank, name, how in re.findall(r"<(\d)\|([^|]*)\|([^>]*)>", ran.stdout)}
+
+
+def first_of_two(folder: Path, name: str) -> str:
+    """What the first of two processes says that nobody watches over, as SLURM starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "tests.helpers.sharded_recipes", str(folder), name]
+    processes = []
+    for rank in range(2):
+        who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        where = environment(**who, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        processes.append(subprocess.Popen(words, cwd=ROOT, env=where, stderr=subprocess.PIPE, text=True))
+    try:
+        return processes[0].communicate(timeout=600)[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +122,11 @@ def test_files_are_shards_and_the_export_is_a_stock_pipeline(two: Path):
     assert all(torch.equal(parameter, online[name]) for name, parameter in parameters.items())
     base = sharded_recipes.small().policy.load().trainable_parameters()
     assert any(not torch.equal(tensor, base[name]) for name, tensor in online.items())
+    decay = power_decay(1, decay=0.5, warmup=10)
+    for name, tensor in averaged.items():
+        torch.testing.assert_close(
+            tensor, decay * base[name].detach() + (1 - decay) * online[name], rtol=1e-6, atol=1e-8
+        )
 
 
 def same_bits(found: Path, expected: Path) -> bool:
@@ -123,21 +148,7 @@ def same_update(found: Path, expected: Path, before: Path) -> bool:
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_which_goes_on_to_the_same_bits(two: Path, tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "tests.helpers.sharded_recipes", str(tmp_path), "dies"]
-    processes = []
-    for rank in range(2):
-        who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        where = environment(**who, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        processes.append(subprocess.Popen(words, cwd=ROOT, env=where, stderr=subprocess.PIPE, text=True))
-    try:
-        errors = processes[0].communicate(timeout=600)[1]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    errors = first_of_two(tmp_path, "dies")
     assert "process 0 of 2 cannot go on" in errors, errors[-3000:]
     assert "start again with --resume" in errors
     assert not (tmp_path / "dies" / "checkpoint-00000003").exists()
@@ -145,6 +156,32 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_to_the_same_bits(two: Pa
     launch(tmp_path, "on", processes=2)
     end = "checkpoint-00000003"
     assert same_bits(tmp_path / "on" / end, two / "replayed" / end)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["silent", "silent-inside"])
+def test_a_process_that_hangs_ends_the_run_in_time(tmp_path: Path, name: str):
+    errors = first_of_two(tmp_path, name)
+    assert "process 0 of 2 cannot go on" in errors, errors[-3000:]
+    assert "did not answer for 45 seconds" in errors
+    assert "start again with --resume" in errors
+    assert load_checkpoint(tmp_path / name / "checkpoint-00000001").step == 1
+
+
+@pytest.mark.slow
+def test_gradients_recomputed_compiled_and_in_bfloat16(two: Path, tmp_path: Path):
+    """The first two are other ways to the same bits; bfloat16 moves the gradient as it does on one process, by 1/40."""
+    launch(tmp_path, "checkpointing", "compiled", "bfloat16", processes=2)
+    plain = load_file(two / "plain.gradients" / "0.safetensors")
+    for name in ("checkpointing", "compiled"):
+        found = load_file(tmp_path / f"{name}.gradients" / "0.safetensors")
+        assert all(torch.equal(found[weight], gradient) for weight, gradient in plain.items()), name
+    rounded = load_file(tmp_path / "bfloat16.gradients" / "0.safetensors")
+    names = sorted(plain)
+    one, other = (torch.cat([gradients[name].flatten().double() for name in names]) for gradients in (plain, rounded))
+    assert 1e-3 < (other - one).norm() / one.norm() < 0.05
+    masters = load_checkpoint(tmp_path / "bfloat16" / "checkpoint-00000001").tensors["online"]
+    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
 
 
 def copied(run: Path, folder: Path) -> Path:
