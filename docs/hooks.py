@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import posixpath
 import re
 from collections.abc import Iterator
@@ -127,6 +128,11 @@ def listing(folder: str) -> str:
     """A page with the files of a folder."""
     names = sorted(path.name for path in (ROOT / folder).iterdir() if path.is_file() and path.name[0] not in "._")
     return "\n".join([f"# {folder}", "", *(f"* [{name}]({name})" for name in names)]) + "\n"
+
+
+def on_startup(**_: Any) -> None:
+    """The kernels that run the tutorials inherit what is set here: no page shows a warning of the builder's machine."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -142,9 +142,16 @@ class Card:
         return (
             "\n".join(lines)
             + f"\n\n{load}\nsettings = dict(\n{settings})\n"
-            + f'image = pipe(prompt="{_PROMPT}", generator=torch.Generator().manual_seed(0), **settings).images[0]\n'
+            + f"image = pipe(prompt={json.dumps(self._prompt(), ensure_ascii=False)}, "
+            + "generator=torch.Generator().manual_seed(0), **settings).images[0]\n"
             + 'image.save("image.png")\n'
         )
+
+    def _prompt(self) -> str:
+        """One that the base can draw: an embedded pipeline knows the words of its own world alone."""
+        if not self.spec.path.startswith("embedded:"):
+            return _PROMPT
+        return self.recipe.task.train_prompts(seed=0, start=0, count=1)[0].text
 
     def _base(self) -> str:
         """Python for the base as others may load it."""

@@ -159,6 +159,8 @@ def test_cards_say_what_was_done(runs):
     assert "| 1 | " in text
     embedded = (exported_with(runs["embedded, whole"][1]) / "README.md").read_text(encoding="utf-8")
     assert "max_sequence_length=0" in embedded
+    asked = recipe.task.train_prompts(seed=0, start=0, count=1)[0].text
+    assert f'pipe(prompt="{asked}", ' in embedded  # of the world that the embedded pipeline knows
     assert "sigmas=[1.0, 0.75, 0.5, 0.25]" in embedded
     assert str(Path.cwd()) not in embedded
 
