@@ -155,6 +155,14 @@ def test_the_command_looks_at_a_plan_without_running_it(tmp_path: Path, capsys: 
         assert left.value.code == 0
 
 
+@pytest.mark.slow
+def test_the_command_says_how_many_seeds_a_difference_needs(undisturbed: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", str(undisturbed.parent / "toy.yaml"), "--out", str(undisturbed), "--power"]) == 0
+    said = capsys.readouterr().out
+    assert "seeds needed to find a true difference" in said
+    assert "every seed gave the same difference" in said  # the two arms are the same
+
+
 def test_seed_major_order():
     assert toy_plan(first_seed=5, seeds=2).trials == [("uniform", 5), ("copy", 5), ("uniform", 6), ("copy", 6)]
 
