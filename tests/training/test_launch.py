@@ -34,6 +34,12 @@ def environment(**more: str) -> dict[str, str]:
     return bare | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def short() -> Recipe:
     """One iteration without evaluations."""
     return toy_recipe.clipped(iterations=1, eval_every=0, eval_prompts=0)
@@ -92,13 +98,13 @@ def test_the_page_shows_every_launcher():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["accelerate", "nodes", "slurm", "torchrun"])
 def test_a_command_of_the_page_trains_as_it_stands(tmp_path, name):
-    """All lines of a block at once, since those of several machines are."""
+    """But for the folder and the port; all lines of a block at once, since those of several machines are."""
     joined = commands_of_page()[name].replace("\\\n", " ")
     lines = [joined] if "; wait" in joined else [f"{line} &" for line in joined.splitlines()]
     script = "\n".join(["set -m", f"cd {ROOT}", *lines, "for job in $(jobs -p); do wait $job || exit 1; done"])
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     where = environment(PATH=path, RECIPE=f"{__name__}:short")
-    script = script.replace("runs/", f"{tmp_path}/")
+    script = re.sub(r"\b2951\d\b", str(free_port()), script.replace("runs/", f"{tmp_path}/"))
     ran = subprocess.run(["bash", "-c", script], env=where, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert len(re.findall(r"processes\W+2\b", ran.stdout)) == 1, ran.stdout
@@ -134,9 +140,7 @@ def test_accelerate_on_the_cpu_starts_one_of_two_and_is_refused(tmp_path):
 @pytest.mark.parametrize("recipe", ["one_dies", "one_hangs", "one_is_slow"])
 def test_one_that_is_lost_ends_the_others_with_a_message(tmp_path, recipe):
     """Two processes as SLURM starts them: nobody but the group itself notices that one is gone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     run = tmp_path / "run"
     words = [sys.executable, "-m", "rlt2i", "train", f"{__name__}:{recipe}", "--run-dir", str(run)]
     processes = []
