@@ -230,7 +230,7 @@ CASES = {
         QwenImage21, {"max_sequence_length": 40}, {}, {"true_cfg_scale": 1.0, "use_kv_cache": False},
         {"prompt_embeds": "embeddings"}, lambda stock, text, **_: {"embeddings": stock.encode_prompt(text)[0]},
         guidance="true_cfg_scale", pack=pack_flux, unpack=unpack_qwen, dropped=38, order="cross", oblong=(32, 96),
-        by_length=True, also=({"use_kv_cache": True},), of_text=1, images=on_white, near=1e-6,
+        by_length=True, also=({"use_kv_cache": True},), of_text=1, images=on_white, near=1e-6, slow=True,
     ),
     "krea2": Case(
         Krea2, {"max_sequence_length": 40}, {}, {"guidance_scale": 0.0},
