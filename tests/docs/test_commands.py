@@ -39,8 +39,8 @@ RUN_HERE = {
     "rlt2i eval runs/RUN --suite shapes --prompts 24": f"{DRAW} --prompts 6",
     "rlt2i export runs/mine --to comfyui": "",
     "rlt2i compare star=runs/a,runs/b uniform=runs/c,runs/d": "--metric eval/reward",
-    "rlt2i pairs dpo-shapes pairs/shapes --prompts 600": f"{DRAW} --prompts 4 --images 2",
-    "rlt2i train offline-dpo-shapes": f"{TRAIN} --set task.pairs=pairs/shapes/pairs.jsonl --set train.group_size=1",
+    "rlt2i pairs dpo-shapes pairs/shapes --prompts 600": "--steps 6 --prompts 12 --images 4",
+    "rlt2i train offline-dpo-shapes": f"{TRAIN} --set train.group_size=2 --set train.optimizer_steps_per_iteration=1",
     "rlt2i bench mine.yaml --dry-run": "",
 }
 """Command -> words that make it small. One test runs them in this order, in one folder with a finished run in it."""
@@ -209,7 +209,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_command_runs(text: str, home: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(home)
     if text.startswith("rlt2i train offline-dpo") and not (home / "pairs").exists():
-        words = "pairs dpo-shapes pairs/shapes --prompts 4 --images 2 --steps 2"
+        words = "pairs dpo-shapes pairs/shapes --steps 6 --prompts 12 --images 4"
         assert cli.main(words.split()) == 0
     shown = next(shown for shown in OURS if shown.text == text)
     assert shown.arguments
