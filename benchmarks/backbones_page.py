@@ -176,6 +176,8 @@ def main() -> None:
     words.add_argument("--count", nargs="*", metavar="REPOSITORY", help="count these anew; without a name, all")
     asked = words.parse_args().count
     if asked is not None:
+        if unknown := set(asked) - {spec.path for spec in published()}:
+            words.error(f"not among the published models: {', '.join(sorted(unknown))}")
         kept = read_counts() if COUNTS.is_file() else {}
         for spec in published():
             for pixels in PIXELS if not asked or spec.path in asked else ():

@@ -99,8 +99,12 @@ def read_results(path: Path, plan: Plan) -> Results:
     """The tables in a folder.
 
     Raises:
-        ValueError: when they do not hold the plan's metric.
+        ValueError: when there are none, or they do not hold the plan's metric.
     """
+    if not (path / "evaluations.csv").is_file():
+        raise ValueError(
+            f"{path}: no results are there. Run `rlt2i bench {plan.name}` first, or name their folder with --out."
+        )
     curves: dict[str, dict[Trial, dict[int, float]]] = {}
     samples: dict[int, int] = {}
     for row in read_table(path / "evaluations.csv"):

@@ -155,6 +155,14 @@ def test_the_command_looks_at_a_plan_without_running_it(tmp_path: Path, capsys: 
         assert left.value.code == 0
 
 
+@pytest.mark.parametrize("what", [["--power"], ["--judge"], ["--publish", "there"]])
+def test_tables_of_a_benchmark_that_was_not_run_are_refused_with_what_to_do(what: list[str], tmp_path: Path, capsys):
+    write(toy_plan(), tmp_path / "toy.yaml")
+    assert main(["bench", str(tmp_path / "toy.yaml"), "--out", str(tmp_path / "out"), *what]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'out'}: no results are there. Run `rlt2i bench" in said
+
+
 @pytest.mark.slow
 def test_the_command_says_how_many_seeds_a_difference_needs(undisturbed: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["bench", str(undisturbed.parent / "toy.yaml"), "--out", str(undisturbed), "--power"]) == 0
