@@ -204,7 +204,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(days=24)
 @pytest.mark.parametrize("text", RUN_HERE)
 def test_a_command_runs(text: str, home: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(home)

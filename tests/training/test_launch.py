@@ -95,7 +95,7 @@ def test_the_page_shows_every_launcher():
     assert sorted(commands_of_page()) == ["accelerate", "nodes", "slurm", "torchrun"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(days=24)
 @pytest.mark.parametrize("name", ["accelerate", "nodes", "slurm", "torchrun"])
 def test_a_command_of_the_page_trains_as_it_stands(tmp_path, name):
     """But for the folder and the port; all lines of a block at once, since those of several machines are."""
@@ -136,7 +136,7 @@ def test_accelerate_on_the_cpu_starts_one_of_two_and_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(days=24)
 @pytest.mark.parametrize("recipe", ["one_dies", "one_hangs", "one_is_slow"])
 def test_one_that_is_lost_ends_the_others_with_a_message(tmp_path, recipe):
     """Two processes as SLURM starts them: nobody but the group itself notices that one is gone."""
@@ -187,7 +187,7 @@ def test_one_that_is_lost_ends_the_others_with_a_message(tmp_path, recipe):
     assert load_checkpoint(saved).step >= 3
 
 
-@pytest.mark.slow
+@pytest.mark.slow(days=24)
 def test_a_process_that_fails_or_is_stopped_takes_the_others_along_with_a_message(tmp_path):
     words = [*TORCHRUN[:-1], "tests.helpers.failing_ranks", str(tmp_path)]
     ran = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
