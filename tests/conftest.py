@@ -25,9 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
 
 
-def of_today(nodeid: str, days: int = SHARES) -> bool:
-    """Whether a slow test belongs to the day's share."""
-    return zlib.crc32(nodeid.encode()) % days == DAY.toordinal() % days
+def of_today(nodeid: str, days: int = SHARES, together: bool = False) -> bool:
+    """Whether a slow test belongs to the day's share; `together`: with the other slow tests of its file."""
+    turn = nodeid.partition("::")[0] if together else nodeid
+    return zlib.crc32(turn.encode()) % days == DAY.toordinal() % days
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

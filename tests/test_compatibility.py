@@ -11,7 +11,7 @@ from benchmarks.compatibility_matrix import PAGE, Cell, compatibility, credits, 
 from rlt2i.captures import EDGES, PREFERENCE
 from rlt2i.recipes import PARTS
 
-pytestmark = pytest.mark.slow(days=32)  # each share counts all combinations anew
+pytestmark = pytest.mark.slow(days=8, together=True)  # one fixture counts all combinations
 
 
 @pytest.fixture(scope="module")

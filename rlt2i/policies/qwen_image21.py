@@ -99,7 +99,7 @@ class QwenImage21Policy(PretrainedPolicy):
             parts.append(run(latents[rows], sigma[rows], attrs.evolve(given, tensors=tensors).take(rows)))
             order += own
         back = to_device(torch.tensor(order).argsort(), latents.device)
-        captures = {name: torch.cat([seen[name] for _, seen in parts])[back] for name in parts[0][1]}
+        captures = {name: torch.cat([captured[name] for _, captured in parts])[back] for name in parts[0][1]}
         return torch.cat([velocity for velocity, _ in parts])[back], captures
 
 

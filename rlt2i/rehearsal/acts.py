@@ -143,6 +143,7 @@ def _train_and_be_killed(recipe: Recipe, run: Path) -> None:
         with said.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
             with contextlib.suppress(BaseException):
                 try:
+                    torch.set_num_threads(1)  # mends torch's pool after the fork, before threads race to do so
                     _die_while_learning(recipe.train.iterations)
                     train(recipe, run)
                 except BaseException:

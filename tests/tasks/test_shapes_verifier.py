@@ -78,6 +78,7 @@ def test_right_under_noise(world):
     assert accuracy(images + noise, prompts).min() > 0.995
 
 
+@pytest.mark.slow
 def test_right_through_the_shipped_autoencoder(world):
     prompts, _, images = world
     vae = load_pipeline(PIPELINE_DIR).vae

@@ -92,7 +92,7 @@ def check_gradients(found: Path, expected: Path) -> int:
     return passes
 
 
-@pytest.mark.slow(days=24)
+@pytest.mark.slow(days=31)
 def test_gradients_are_those_of_one_process_up_to_the_order_of_summation(one: Path, two: Path):
     passes = check_gradients(two / "plain.gradients", one / "plain.gradients")
     shares = [int((two / "plain.gradients" / f"0.passes-{rank}").read_text()) for rank in (0, 1)]
@@ -100,7 +100,7 @@ def test_gradients_are_those_of_one_process_up_to_the_order_of_summation(one: Pa
     assert shares == [1, 3], "the first process takes part in passes for the second alone"
 
 
-@pytest.mark.slow(days=24)
+@pytest.mark.slow(days=31)
 def test_files_are_shards_and_the_export_is_a_stock_pipeline(two: Path):
     from diffusers import StableDiffusion3Pipeline
 
@@ -146,7 +146,7 @@ def same_update(found: Path, expected: Path, before: Path) -> bool:
     return float((whole[0] - whole[1]).norm()) < 0.02 * float((whole[1] - whole[2]).norm())
 
 
-@pytest.mark.slow(days=24)
+@pytest.mark.slow(days=31)
 def test_a_process_that_dies_ends_the_run_which_goes_on_to_the_same_bits(two: Path, tmp_path: Path):
     errors = first_of_two(tmp_path, "dies")
     assert "process 0 of 2 cannot go on" in errors, errors[-3000:]
@@ -158,7 +158,7 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_to_the_same_bits(two: Pa
     assert same_bits(tmp_path / "on" / end, two / "replayed" / end)
 
 
-@pytest.mark.slow(days=24)
+@pytest.mark.slow(days=31)
 @pytest.mark.parametrize("name", ["silent", "silent-inside"])
 def test_a_process_that_hangs_ends_the_run_in_time(tmp_path: Path, name: str):
     errors = first_of_two(tmp_path, name)
@@ -168,7 +168,7 @@ def test_a_process_that_hangs_ends_the_run_in_time(tmp_path: Path, name: str):
     assert load_checkpoint(tmp_path / name / "checkpoint-00000001").step == 1
 
 
-@pytest.mark.slow(days=24)
+@pytest.mark.slow(days=31)
 def test_gradients_recomputed_compiled_and_in_bfloat16(two: Path, tmp_path: Path):
     """The first two are other ways to the same bits; bfloat16 moves the gradient as it does on one process, by 1/40."""
     launch(tmp_path, "checkpointing", "compiled", "bfloat16", processes=2)
@@ -191,7 +191,7 @@ def copied(run: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow(days=24)
+@pytest.mark.slow(days=31)
 @pytest.mark.parametrize("processes", [1, 4])
 def test_a_run_goes_on_with_other_numbers_of_processes(two: Path, one: Path, tmp_path: Path, processes: int):
     names = ["on"] if processes == 1 else ["on", "hybrid"]
@@ -210,7 +210,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(two: Path, one: Path, tmp
         assert (tmp_path / "further" / "checkpoint-00000004" / "online.shard-00001-of-00002.safetensors").is_file()
 
 
-@pytest.mark.slow(days=24)
+@pytest.mark.slow(days=31)
 def test_a_fault_on_one_process_ends_all_with_its_reason_and_loses_nothing(tmp_path: Path):
     ends = launch(tmp_path, "nan", "memory", processes=2)
     for rank in (0, 1):
