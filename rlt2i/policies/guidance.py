@@ -219,7 +219,9 @@ class Guided(Policy):
             return attrs.evolve(conditioning, rows=rows)
         rows = torch.arange(len(conditioning), device=conditioning.rows.device)
         tensors = {
-            name: conditioning[name] if name.startswith(EXTRA) else tensor[row].expand(len(rows), *tensor.shape[1:])
+            name: conditioning[name]
+            if name.startswith(EXTRA)
+            else tensor.index_select(0, row[None]).expand(len(rows), *tensor.shape[1:])  # [row] asks the device for it
             for name, tensor in conditioning.tensors.items()
         }
         return attrs.evolve(conditioning, tensors=tensors, rows=rows)

@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.functional.transfer import to_device
 from rlt2i.policies.guidance import EXTRA
 from rlt2i.policies.pretrained import DATA
 from rlt2i.policies.unet import UNetPolicy, UNetSpec
@@ -42,11 +43,11 @@ class SDXLPolicy(UNetPolicy):
         size = height_and_width(self.spec.original_size or 0)
         rows = [(*_pair(row, SOURCE, size), *_pair(row, CROP, self.spec.crop)) for row in prompts.metadata]
         rows += [(*size, *self.spec.crop)] * (len(encoded.tensors["embeddings"]) - len(rows))
-        pictures = torch.tensor(rows, dtype=torch.float32, device=self.device)
+        pictures = to_device(torch.tensor(rows, dtype=torch.float32), self.device)
         return attrs.evolve(encoded, tensors={**encoded.tensors, _PICTURE: pictures})
 
     def further(self, x: Tensor, conditioning: Conditioning) -> Mapping[str, Any]:
-        drawn = x.new_tensor([side * self.pixels_per_latent for side in x.shape[-2:]]).expand(len(x), 2)
+        drawn = torch.stack([x.new_full((len(x),), side * self.pixels_per_latent) for side in x.shape[-2:]], dim=1)
         picture = conditioning[_PICTURE].to(x.dtype) if _PICTURE in conditioning.tensors else x.new_zeros(len(x), 4)
         original = torch.where(picture[:, :2] > 0, picture[:, :2], drawn)
         time_ids = torch.cat([original, picture[:, 2:], drawn], dim=1)

@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.functional.transfer import to_device
 from rlt2i.policies.epsilon import VPPolicy, VPSchedule
 from rlt2i.policies.pretrained import PretrainedPolicy, PretrainedSpec
 from rlt2i.policies.pretrained.policy import Order
@@ -34,7 +35,7 @@ class UNetPolicy(VPPolicy, PretrainedPolicy):
     @functools.cached_property
     def schedule(self) -> VPSchedule:
         schedule = self.spec.schedule
-        return attrs.evolve(schedule, alpha_bars=schedule.alpha_bars.to(self.device))
+        return attrs.evolve(schedule, alpha_bars=to_device(schedule.alpha_bars, self.device))
 
     def blocks(self) -> Sequence[torch.nn.Module]:
         parts = [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
