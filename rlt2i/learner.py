@@ -56,20 +56,23 @@ class Averages:
                 sums[name] = sums.get(name, values.new_zeros(())) + values.sum()
                 counts[name] = counts.get(name, 0) + len(values)
 
-        for (name, _, steps), values in zip(self.parts, self._on_host(), strict=True):
+        for name, values, steps in self._on_host():
             one(name, values)
-            if steps is not None:
-                here = on_host(steps)
-                for step in here.unique().tolist():
-                    one(f"{name}@{step}", values[here == step])
+            for step in [] if steps is None else steps.unique().tolist():
+                one(f"{name}@{step}", values[steps == step])
         return {name: float(total / counts[name]) for name, total in sums.items()}
 
-    def _on_host(self) -> list[Tensor]:
-        """Every observation as float64."""
-        if not self.parts:
-            return []
-        values = [values for _, values, _ in self.parts]
-        return list(torch.cat([v.double() for v in values]).cpu().split([len(v) for v in values]))
+    def _on_host(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Every observation as float64, and its steps."""
+        there = [
+            to_device(x, values.device).double()
+            for _, values, steps in self.parts
+            for x in (values, steps)
+            if x is not None
+        ]
+        here = iter(torch.cat(there).cpu().split([len(x) for x in there]) if there else ())
+        for name, _, steps in self.parts:
+            yield name, next(here), None if steps is None else next(here).long()
 
 
 @attrs.frozen(kw_only=True, eq=False)

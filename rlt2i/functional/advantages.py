@@ -59,7 +59,7 @@ def group_relative_advantage(
     spread = masked_std(split, mask, 1 if std == "group" else (0, 1), correction=correction)
     advantage = centred / (spread.clamp(min=min_std) + eps)
     scale = None if size is None else groups.split(size.expand_as(rewards))
-    return groups.merge(torch.where(mask & ~tied(split, mask, scale), advantage, 0), len(rewards))
+    return groups.merge(torch.where(mask & ~tied(split, mask, scale), advantage, 0))
 
 
 def step_gain(
@@ -128,7 +128,7 @@ def gdpo(
     groups, mask = group_mask(group_size, rewards, valid)
     split = groups.split(rewards)
     spread = masked_std(split, mask, 1, correction=0).clamp(min=min_std)
-    sizes = torch.where(normalised != 0, groups.merge(split.abs() / spread, len(rewards)), 0)
+    sizes = torch.where(normalised != 0, groups.merge(split.abs() / spread), 0)
     size = (sizes * weights.abs()).sum(dim=1)
     return group_relative_advantage(total, len(total), eps=0.0, min_std=min_std, valid=valid, size=size)
 
@@ -150,7 +150,7 @@ def win_rate(scores: Tensor, group_size: int | Tensor, *, valid: Tensor | None =
     lead = split[:, :, None] - split[:, None, :]
     size = torch.maximum(split.abs()[:, :, None], split.abs()[:, None, :])
     beats = torch.heaviside(torch.where(lead.abs() <= rounding(size), 0, lead), split.new_tensor(0.5))
-    return groups.merge(_mean_over_opponents(beats, mask), len(scores))
+    return groups.merge(_mean_over_opponents(beats, mask))
 
 
 def win_rate_advantage(
@@ -199,7 +199,7 @@ def best_of_group(rewards: Tensor, group_size: int | Tensor, *, valid: Tensor | 
     groups, mask = group_mask(group_size, rewards, valid)
     split = groups.split(rewards)
     best = torch.where(mask, split, -torch.inf).amax(dim=1, keepdim=True)
-    return groups.merge((mask & (best - split <= rounding(best.abs()))).to(rewards.dtype), len(rewards))
+    return groups.merge((mask & (best - split <= rounding(best.abs()))).to(rewards.dtype))
 
 
 def reward_weights(rewards: Tensor, *, valid: Tensor | None = None) -> Tensor:

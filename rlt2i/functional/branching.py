@@ -102,7 +102,7 @@ def edge_values(rewards: Tensor, edges: Tensor, group_size: int, *, valid: Tenso
     groups, _ = group_mask(group_size, rewards, valid)
     below = _leaves_below(edges, group_size, valid)
     leaves = groups.split(full_precision(rewards))[:, None, :, None]
-    return groups.merge(masked_mean(leaves.expand(below.shape), below, 2)[:, :, 0], len(rewards))
+    return groups.merge(masked_mean(leaves.expand(below.shape), below, 2)[:, :, 0])
 
 
 def distinct_edges(edges: Tensor, group_size: int, *, valid: Tensor | None = None) -> Tensor:
@@ -118,7 +118,7 @@ def distinct_edges(edges: Tensor, group_size: int, *, valid: Tensor | None = Non
     below = _leaves_below(edges, group_size, valid)
     rollouts = torch.arange(group_size, device=edges.device)[:, None]
     first = below.any(dim=2) & (below.to(torch.uint8).argmax(dim=2) == rollouts)
-    return groups.merge(first, len(edges))
+    return groups.merge(first)
 
 
 def edge_advantage(
@@ -147,13 +147,13 @@ def edge_advantage(
     groups, mask = group_mask(group_size, rewards, valid)
     split = groups.split(full_precision(rewards))
     lowest = torch.where(mask, split, torch.inf).amin(dim=1, keepdim=True)
-    gains = groups.merge(torch.where(mask, split - lowest, 0), len(rewards))  # equal rewards: means that are exactly 0
+    gains = groups.merge(torch.where(mask, split - lowest, 0))  # equal rewards: means that are exactly 0
     values = groups.split(edge_values(gains, edges, group_size, valid=valid))
     distinct = groups.split(distinct_edges(edges, group_size, valid=valid))
     spread = masked_std(values, distinct, 1, correction=0)
     advantage = (values - masked_mean(values, distinct, 1)) / (spread + eps)
     counted = mask[..., None] & (groups.split(edges) >= 0) & ~tied(values, distinct, split[..., None])
-    return groups.merge(torch.where(counted, advantage, 0), len(rewards))
+    return groups.merge(torch.where(counted, advantage, 0))
 
 
 def _leaves_below(edges: Tensor, group_size: int, valid: Tensor | None) -> Tensor:

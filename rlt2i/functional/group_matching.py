@@ -45,7 +45,7 @@ def dgpo_group_weight(
     pull = advantage.detach().to(gap) * (credit_map(weight, gap, name="weight") * gap).flatten(1).mean(dim=1)
     groups, mask = group_mask(group_size, pull, None)
     mean_pull = masked_mean(groups.split(pull), mask, 1)
-    return groups.merge(torch.sigmoid(beta * mean_pull).expand_as(groups.rows), len(pull))
+    return groups.merge(torch.sigmoid(beta * mean_pull).expand_as(groups.rows))
 
 
 def dgpo_clipped(error: Tensor, old_error: Tensor, advantage: Tensor, *, clip_range: float) -> Tensor:
@@ -127,7 +127,7 @@ def crd_pool(label: Tensor, group_size: int | Tensor, *, temperature: float) -> 
     label = full_precision(label.detach())
     groups, mask = group_mask(group_size, label, None)
     logits = torch.where(mask, groups.split(label / temperature), -torch.inf)
-    return groups.merge(torch.softmax(logits, dim=1), len(label))
+    return groups.merge(torch.softmax(logits, dim=1))
 
 
 def crd_centred_loss(
@@ -165,7 +165,7 @@ def crd_centred_loss(
 
     def centre(values: Tensor) -> Tensor:
         share = torch.where(mask, groups.split(pool * values), 0).sum(dim=1, keepdim=True)
-        return groups.merge(share.expand_as(groups.rows), len(values))
+        return groups.merge(share.expand_as(groups.rows))
 
     centred_reward = reward - centre(reward.detach())
     centred_label = label - centre(label)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .numerics import rounding
+from .transfer import on_host, to_device
 
 
 class Groups(NamedTuple):
@@ -19,24 +20,24 @@ class Groups(NamedTuple):
     Attributes:
         rows: [P, G] long, the sample at each place (0 where there is none).
         present: [P, G] bool, whether there is one.
+        places: [B] long, the place of each sample among all P G.
     """
 
     rows: Tensor
     present: Tensor
+    places: Tensor
 
     def split(self, values: Tensor) -> Tensor:
         """[B, ...] -> [P, G, ...]; absent places hold sample 0 and must be masked."""
         return values[self.rows]
 
-    def merge(self, values: Tensor, batch: int) -> Tensor:
+    def merge(self, values: Tensor) -> Tensor:
         """[P, G, ...] -> [B, ...], the inverse of `split`."""
-        merged = values.new_empty((batch, *values.shape[2:]))
-        merged[self.rows[self.present]] = values[self.present]
-        return merged
+        return values.flatten(0, 1)[self.places]
 
 
 def group_layout(group_size: int | Tensor, batch: int, device: torch.device) -> Groups:
-    """Lay out a batch by groups.
+    """Lay out a batch by groups, on the host, where identities are known: the device is not asked.
 
     Args:
         group_size: G when the rollouts of one prompt are adjacent (G divides B), or [B] integer group ids.
@@ -53,21 +54,22 @@ def group_layout(group_size: int | Tensor, batch: int, device: torch.device) -> 
                 "Pass whole groups, or integer group ids of shape [B]."
             )
         index = torch.arange(batch, device=device).view(-1, group_size)
-        return Groups(index, torch.ones_like(index, dtype=torch.bool))
+        return Groups(index, torch.ones_like(index, dtype=torch.bool), index.flatten())
     if group_size.shape != (batch,) or group_size.is_floating_point():
         raise ValueError(
             f"group ids of shape {tuple(group_size.shape)} and {group_size.dtype} do not name the group of each "
             f"of {batch} rewards. Pass a [{batch}] integer tensor, or one group size for adjacent groups."
         )
-    _, group, counts = torch.unique(group_size.to(device), return_inverse=True, return_counts=True)
+    _, group, counts = on_host(group_size).unique(return_inverse=True, return_counts=True)
     order = torch.argsort(group, stable=True)
-    sorted_group = group[order]
-    place = torch.arange(batch, device=device) - (counts.cumsum(0) - counts)[sorted_group]
-    index = torch.zeros((len(counts), int(counts.max())), dtype=torch.long, device=device)
+    place = torch.arange(batch) - (counts.cumsum(0) - counts)[group[order]]
+    index = torch.zeros((len(counts), max(counts.tolist())), dtype=torch.long)
     present = torch.zeros_like(index, dtype=torch.bool)
-    index[sorted_group, place] = order
-    present[sorted_group, place] = True
-    return Groups(index, present)
+    index[group[order], place] = order
+    present[group[order], place] = True
+    places = torch.empty(batch, dtype=torch.long)
+    places[order] = group[order] * index.shape[1] + place
+    return Groups(*(to_device(x, device) for x in (index, present, places)))
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | tuple[int, ...]) -> Tensor:

@@ -13,6 +13,7 @@ from attrs import validators
 from rlt2i.functional.ema import ramp_decay
 from rlt2i.functional.group_matching import CRDForm, crd_kl_weight, crd_loss, crd_reward_map
 from rlt2i.functional.matching import nft_label
+from rlt2i.functional.transfer import chosen
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.decay import Decay
 from rlt2i.objectives.draws import SigmaDraws
@@ -88,7 +89,7 @@ class CRD(Objective):
 
         for rollouts, draws in whole_groups(experience, kept, context, who="CRD"):
             noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=keys, context=context)
-            states, members = noisy.states, groups[rollouts]
+            states, members = noisy.states, chosen(groups, rollouts)
             velocity, old = noisy.velocity(policy), noisy.velocity_under("old", policy, context)
 
             reward_map = crd_reward_map(velocity, old, states.clean_latents, noisy.noise, adaptive=self.adaptive)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlt2i.config import neutral
 from rlt2i.functional.group_matching import dgpo_clipped, dgpo_group_weight, dgpo_loss_map
+from rlt2i.functional.transfer import chosen, on_host, to_device
 from rlt2i.interfaces import Needs, Objective, Policy, UpdateContext
 from rlt2i.objectives.decay import Decay, PiecewiseLinearDecay
 from rlt2i.objectives.draws import SigmaDraws
@@ -75,7 +76,7 @@ class DGPO(Objective):
 
         for rollouts, draws in whole_groups(experience, kept, context, who="DGPO"):
             noisy = noisy_pairs(experience, rollouts, draws, sigma=sigma, step=step, noise_keys=groups, context=context)
-            states, members = noisy.states, groups[rollouts]
+            states, members = noisy.states, chosen(groups, rollouts)
             velocity = noisy.velocity(policy)
             error = noisy.error(velocity)
             old = {name: noisy.velocity_under(name, policy, context) for name in self._compared}
@@ -117,5 +118,5 @@ class DGPO(Objective):
 
 def _count(members: Tensor) -> Tensor:
     """[N] how many of the N have the same group."""
-    _, index, counts = members.unique(return_inverse=True, return_counts=True)
-    return counts[index].float()
+    _, index, counts = on_host(members).unique(return_inverse=True, return_counts=True)
+    return to_device(counts[index].float(), members.device)

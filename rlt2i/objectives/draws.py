@@ -18,6 +18,7 @@ from rlt2i.functional.time_sampling import (
     stratified_steps,
     stratified_times,
 )
+from rlt2i.functional.transfer import on_host
 from rlt2i.interfaces import UpdateContext
 from rlt2i.seeds import standard_normal, uniform
 from rlt2i.types import Experience
@@ -88,7 +89,8 @@ class SigmaDraws:
         sigmas = experience.trajectory.sigmas
         seeds = context.seeds("sigma", keys)
         if self.grid in ("uniform", "logit_normal"):
-            sigma = self._levels(uniform(seeds, (self.count,), sigmas.device), high=min(self.high, float(sigmas[0])))
+            high = min(self.high, float(on_host(sigmas)[0]))
+            sigma = self._levels(uniform(seeds, (self.count,), sigmas.device), high=high)
             step = (sigma[..., None] - sigmas[:-1]).abs().argmin(dim=-1)
             return sigma, step
         first, last = self._range(len(sigmas) - 1)

@@ -73,12 +73,12 @@ class NormGuard(Objective):
                 metrics={**loss.metrics, **(metrics if loss.steps is None else _as_many(metrics, len(loss.steps)))},
             )
 
-    def _share(self, pairs: _Pairs, num_rollouts: int, context: UpdateContext) -> float:
+    def _share(self, pairs: _Pairs, num_rollouts: int, context: UpdateContext) -> float | Tensor:
         """The part of the update's mean that a micro-batch stands for."""
         if self.objective.needs.noise:
             return len(pairs.rows) / context.num_pairs
         whole = context.num_rollouts if len(pairs.trainable) == num_rollouts else context.num_groups
-        return float((1 / pairs.trainable.sum(dim=1).clamp_min(1)[pairs.rows].float()).sum()) / whole
+        return (1 / pairs.trainable.sum(dim=1).clamp_min(1)[pairs.rows].float()).sum() / whole
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -77,7 +77,7 @@ def denoise(
     of_group = paths or separate_paths(request.group_size, num_steps, stochastic_steps)
     plan = of_group.of_groups(len(noise) // request.group_size)
     schedule = policy.sigmas(num_steps, request.image_size)
-    sigmas = to_device(schedule, noise.device)
+    sigmas = on_both(schedule, noise.device)
     initial = noise.initial(policy.latent_shape(request.image_size))
     if not plan.states[:, 0].equal(torch.arange(len(initial))):
         initial = initial[to_device(plan.states[:, 0], noise.device)]

@@ -101,7 +101,7 @@ def sum_of_normalised(
     centred = split - masked_mean(split, kept, 1)
     normalised = centred / (masked_std(split, kept, 1, correction=correction) + eps)
     advantage = torch.where(mask & ~tied(split, mask), normalised, 0)
-    return (groups.merge(advantage, len(rewards)) * _column_weights(weights, rewards)).sum(dim=1)
+    return (groups.merge(advantage) * _column_weights(weights, rewards)).sum(dim=1)
 
 
 def zero_std_ratio(rewards: Tensor, group_size: int | Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -147,7 +147,7 @@ def best_worst_signs(rewards: Tensor, group_size: int | Tensor, *, valid: Tensor
     worst = torch.where(flat, mask & (order == 1), _one_hot(_first(_is_worst(split, mask)), split))
     enough = mask.sum(dim=1, keepdim=True) >= 2
     signs = torch.where(enough, best.to(split.dtype) - worst.to(split.dtype), 0)
-    return groups.merge(signs, len(rewards))
+    return groups.merge(signs)
 
 
 def _one_hot(place: Tensor, like: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ def tree_depth_advantage(
     split = layout.split(rewards)
     spread = masked_std(split, layout.present, 1, correction=1)
     advantage = group_relative_advantage(rewards, ids, eps=eps, correction=1)
-    return torch.where(layout.merge((spread >= min_std).expand_as(split), len(rewards)), advantage, 0)
+    return torch.where(layout.merge((spread >= min_std).expand_as(split)), advantage, 0)
 
 
 def awm_sum_first(log_ratio: Tensor, times: int) -> Tensor:
