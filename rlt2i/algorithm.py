@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 import torch
 
+from rlt2i.captures import NEGATIVE
 from rlt2i.interfaces import CreditAssigner, Needs, Objective, Policy, PolicySpec, Reward, Sampler
 
 
@@ -34,8 +35,9 @@ class Algorithm:
 
     @property
     def captures(self) -> frozenset[str]:
-        """What rollouts must record."""
-        return self.credit.needs.captures
+        """What rollouts record: what the credit needs, and what spares the update a pass."""
+        likelihoods = self.objective.needs.noise and self.objective.rollout_weights == "online"
+        return self.credit.needs.captures | ({NEGATIVE} & self.policy.offers if likelihoods else frozenset())
 
     @property
     def reward_wants(self) -> frozenset[str]:

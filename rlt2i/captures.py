@@ -23,6 +23,9 @@ EDGES = "edges"
 """Capture [B, T] long of samplers whose rollouts share steps: which noisy step a rollout takes. Rollouts of a group
 with equal numbers at a step take it together; -1 where a rollout draws no noise."""
 
+NEGATIVE = "negative_velocity"
+"""Capture [B, T, C, H, W] of guided policies: the velocity of the negative prompt, 0 where a step is not guided."""
+
 _BLOCKS = re.compile(r"middle|all|\d+|(\d+)-(\d+)")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlt2i.algorithm import Algorithm
 from rlt2i.distributed import OtherProcessFailed as OtherProcessFailed
 from rlt2i.distributed import because_of
-from rlt2i.functional.transfer import on_both
+from rlt2i.functional.transfer import on_both, to_device
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import (
     CreditContext,
@@ -195,7 +195,7 @@ def reward_gradient(
     for rows in torch.arange(len(latents)).split(rollout_batch_size):
         requested = prompts.take(rows.tolist())
         with torch.enable_grad():
-            leaf = latents[rows.to(latents.device)].detach().requires_grad_()
+            leaf = latents[to_device(rows, latents.device)].detach().requires_grad_()
             scores = reward.score_tensor(policy.decode(leaf), requested.texts, requested.metadata)
         if not scores.requires_grad:
             raise ValueError(

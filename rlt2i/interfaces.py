@@ -171,6 +171,16 @@ class Policy(ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same velocity, bit for bit, and the named captures [N, ...]."""
 
+    def velocity_again(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, recorded: Mapping[str, Tensor]
+    ) -> Tensor:
+        """`velocity` at states of a rollout and under its weights, which may have recorded a part of the answer.
+
+        Args:
+            recorded: name -> [N, ...], captures of these states.
+        """
+        return self.velocity(latents, sigma, conditioning)
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """[N, 3, H', W'] images in [0, 1]."""

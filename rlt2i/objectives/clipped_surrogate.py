@@ -70,7 +70,7 @@ class ClippedSurrogate(Objective):
 
         for rollouts, steps in context.micro_batches(trainable):
             states = experience.step_batch(rollouts, steps)
-            now = denoising_step(policy, trajectory, states)
+            now = denoising_step(policy, trajectory, states, again=context.on_policy)
             log_prob = trajectory.log_prob_map(states.next_latents, now.transition)
             old_log_prob = log_prob.detach() if context.on_policy else states.old_log_probs
 

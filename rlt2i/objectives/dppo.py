@@ -51,7 +51,7 @@ class FlowDPPO(Objective):
 
         for rollouts, steps in context.micro_batches(trainable):
             states = experience.step_batch(rollouts, steps)
-            now = denoising_step(policy, trajectory, states)
+            now = denoising_step(policy, trajectory, states, again=context.on_policy)
             old = old_transition(policy, trajectory, states, now, context)
             density = trajectory.log_prob_map
             log_ratio_map = density(states.next_latents, now.transition) - density(states.next_latents, old).detach()

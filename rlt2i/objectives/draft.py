@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlt2i.functional.matching import noised
 from rlt2i.functional.reward_backprop import last_steps, random_depth, scale_gradient
-from rlt2i.functional.transfer import on_host
+from rlt2i.functional.transfer import chosen, on_both, on_host
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import Needs, Objective, Policy, Sampler, UpdateContext
 from rlt2i.objectives.draws import shared_noise
@@ -72,12 +72,16 @@ class DRaFT(Objective):
 
     def losses(self, policy: Policy, experience: Experience, *, context: UpdateContext) -> Iterator[Loss]:
         self._check(experience.trajectory.num_steps)
-        learning = self._learning(experience, context)
-        starts = learning.any(dim=1, keepdim=True).expand(-1, 1 + self.renoised)
-        held = int(learning.any(dim=0).sum())
+        device = experience.trajectory.latents.device
+        known = on_host(self._learning(experience, context))
+        learning = on_both(known, device)
+        starts = on_both(known.any(dim=1, keepdim=True).expand(-1, 1 + self.renoised), device)
+        held = int(known.any(dim=0).sum())
 
         for rollouts, copies in context.micro_batches(starts, passes=max(1, held)):
-            finished, divergence = self._finish(policy, experience, rollouts, copies, learning[rollouts], context)
+            finished, divergence = self._finish(
+                policy, experience, rollouts, copies, chosen(learning, rollouts), context
+            )
             reward, metrics = rewarded(finished, experience, rollouts, context)
             per_pair = -reward
             metrics["loss/draft"] = per_pair.detach()
@@ -115,14 +119,16 @@ class DRaFT(Objective):
         """
         latents = torch.empty_like(experience.trajectory.latents[rollouts, 0])
         divergence = latents.new_zeros(len(latents))
-        for step in range(int(learning.any(dim=0).long().argmax()), learning.shape[1]):
+        known = on_host(learning)
+        for step in range(int(known.any(dim=0).long().argmax()), learning.shape[1]):
             begun = learning[:, :step].any(dim=1)[:, None, None, None]
             latents = torch.where(begun, latents, self._start(experience, rollouts, copies, step, context))
             states, learns = experience.step_batch(rollouts, torch.full_like(rollouts, step)), learning[:, step]
             observed = latents.detach() if self.detach_input else latents
-            with torch.set_grad_enabled(bool(learns.any())):
+            some = bool(known[:, step].any())
+            with torch.set_grad_enabled(some):
                 velocity = policy.velocity(observed, states.sigma, states.conditioning)
-            if self.kl_penalty.weight > 0 and learns.any():
+            if self.kl_penalty.weight > 0 and some:
                 with torch.no_grad(), context.weights("reference"):
                     reference = policy.velocity(observed, states.sigma, states.conditioning)
                 divergence = divergence + learns * self.kl_penalty.distance(velocity, reference, states, states.sigma)

@@ -59,7 +59,7 @@ class GRPOGuard(Objective):
 
         for rollouts, steps in context.micro_batches(trainable):
             states = experience.step_batch(rollouts, steps)
-            now = denoising_step(policy, trajectory, states)
+            now = denoising_step(policy, trajectory, states, again=context.on_policy)
             old = old_transition(policy, trajectory, states, now, context)
 
             guarded = _guarded(states.next_latents, now.transition, old)

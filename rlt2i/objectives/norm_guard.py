@@ -115,7 +115,15 @@ class _Calls:
         return getattr(self._policy, name)
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        velocity = self._policy.velocity(latents, sigma, conditioning)
+        return self._noted(self._policy.velocity(latents, sigma, conditioning), latents, sigma, conditioning)
+
+    def velocity_again(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, recorded: Mapping[str, Tensor]
+    ) -> Tensor:
+        velocity = self._policy.velocity_again(latents, sigma, conditioning, recorded)
+        return self._noted(velocity, latents, sigma, conditioning)
+
+    def _noted(self, velocity: Tensor, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if velocity.requires_grad:
             self._made.append((velocity, (latents.detach(), sigma, conditioning)))
         return velocity

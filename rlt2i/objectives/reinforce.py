@@ -43,7 +43,7 @@ class Reinforce(Objective):
 
         for rollouts, steps in context.micro_batches(trainable):
             states = experience.step_batch(rollouts, steps)
-            now = denoising_step(policy, trajectory, states)
+            now = denoising_step(policy, trajectory, states, again=context.on_policy)
             log_prob = trajectory.log_prob_map(states.next_latents, now.transition)
             loss_map = reinforce(log_prob, on_grid(states.advantage, grid), weight=on_grid(states.weight, grid))
             per_pair = masked_mean(loss_map, on_grid(states.mask.float(), grid) > 0)

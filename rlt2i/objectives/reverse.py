@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.captures import NEGATIVE
 from rlt2i.functional.surrogate import SurrogateLoss, pool_log_ratio
 from rlt2i.functional.transitions import Transition
 from rlt2i.interfaces import Policy, UpdateContext
@@ -33,9 +34,15 @@ class Step:
     transition: Transition
 
 
-def denoising_step(policy: Policy, trajectory: Trajectory, states: StepBatch) -> Step:
-    """The steps that the policy takes from the states of `states`; gradients flow."""
-    velocity = policy.velocity(states.latents, states.sigma, states.conditioning)
+def denoising_step(policy: Policy, trajectory: Trajectory, states: StepBatch, *, again: bool = False) -> Step:
+    """The steps that the policy takes from the states of `states`; gradients flow.
+
+    Args:
+        again: whether these are still the weights that rolled out; then what the rollout recorded is used.
+    """
+    at = (states.latents, states.sigma, states.conditioning)
+    recorded = {k: v[states.rollouts, states.steps] for k, v in trajectory.captures.items() if k == NEGATIVE}
+    velocity = policy.velocity_again(*at, recorded) if again and recorded else policy.velocity(*at)
     transition = trajectory.transition(states.latents, velocity, states.sigma, states.sigma_next)
     return Step(velocity=velocity, transition=transition)
 

@@ -25,6 +25,8 @@ from rlt2i.types import Conditioning, ImageSize, height_and_width
 
 _FLOAT32 = 4
 _ADAM_STATES = 2
+_OF_CHUNKS = ("trajectories", "log-probabilities", "clean predictions", "negative velocities")
+"""What a rollout leaves beside its images: put together from chunks, and copied for the rows that are learnt from."""
 
 
 class NotCounted(Exception):
@@ -128,6 +130,7 @@ def make_plan(
     optimizer_steps: int | None = None,
     noisy_steps: int = 0,
     clean_predictions: int = 0,
+    negatives: int = 0,
     parts: int = 1,
     judges: Mapping[str, int | None] | None = None,
     reward_gradient: bool = False,
@@ -145,9 +148,11 @@ def make_plan(
         num_tokens: text tokens recorded, for `capture_share`.
         weight_copies: further copies of what learns (average, reference, old policy).
         optimizer_steps: per iteration; where given, what a batch takes besides its latents is counted too: images,
-            log-probabilities, clean predictions, and the copies of rows that an optimizer step learns from.
+            log-probabilities, clean predictions, the negative prompt's velocities, and the copies of rows that an
+            optimizer step learns from.
         noisy_steps: steps with a log-probability, if any: then all steps have room for one.
         clean_predictions: steps whose clean prediction is kept for the credit.
+        negatives: steps whose velocity under the negative prompt is kept for the first optimizer step.
         parts: processes that the weights, their gradients, their optimiser state and their copies are spread over.
         judges: networks of rewards and credit that stay on the device -> bytes, None where that is not known.
         reward_gradient: whether learning takes the gradient of a score through the decoder.
@@ -183,8 +188,9 @@ def make_plan(
                 "images": rollouts_per_iteration * 3 * math.prod(height_and_width(image_size)),
                 "log-probabilities": rollouts_per_iteration * num_steps * height * width * _FLOAT32 * (noisy_steps > 0),
                 "clean predictions": clean_predictions * prediction,
+                "negative velocities": negatives * prediction,
             }
-            chunks = sum(resident[name] for name in ("trajectories", "log-probabilities", "clean predictions"))
+            chunks = sum(size for name, size in resident.items() if name in _OF_CHUNKS)
             # Rows are chosen by copying: once for the step at hand and, where there are several steps, once for all.
             taken = chunks if optimizer_steps == 1 else chunks + chunks // optimizer_steps
         base = sum(resident.values())
@@ -219,7 +225,8 @@ def make_plan(
                 with PeakMemory(network) as update:
                     _backward(policy, image_size, update_rows)
             share = _captured_flops(policy, image_size, num_tokens, "middle") / forward - 1
-        train = forward + backward + guided * (forward + spec.uncond_grad * backward)
+        negative = forward + spec.uncond_grad * backward - (negatives > 0) * forward / (optimizer_steps or 1)
+        train = forward + backward + guided * negative
         train += spec.gradient_checkpointing * forward * (1 + guided * spec.uncond_grad)
         return Plan(
             parameters=sum(p.numel() for p in network.parameters()) - adapter,

@@ -13,6 +13,7 @@ import torch
 from attrs import validators
 from torch import Tensor
 
+from rlt2i.captures import NEGATIVE
 from rlt2i.functional.transfer import on_both, on_host, to_device, with_twin
 from rlt2i.interfaces import Policy
 from rlt2i.types import Conditioning, ImageSize, Prompts
@@ -161,6 +162,8 @@ class Guided(Policy):
         negative_prompt: usually empty.
         uncond_grad: whether gradients flow through the negative prompt's pass; without, its activations are not kept,
             which halves the memory of the backward pass.
+        reuse_negative: where it has no gradient, let rollouts record it, so that the first optimizer step on them,
+            under the same weights, need not compute it again; it takes as much memory as the latents.
     """
 
     policy: Policy
@@ -168,10 +171,12 @@ class Guided(Policy):
     form: GuidanceForm = attrs.field(factory=LinearGuidance)
     negative_prompt: str = ""
     uncond_grad: bool = False
+    reuse_negative: bool = True
 
     @property
     def offers(self) -> frozenset[str]:
-        return self.policy.offers
+        recorded = self.reuse_negative and not self.uncond_grad and self.scale != self.form.neutral
+        return self.policy.offers | ({NEGATIVE} if recorded else frozenset())
 
     def encode(self, prompts: Prompts) -> Conditioning:
         """The prompts' rows, then one of the negative prompt that no rollout refers to."""
@@ -184,22 +189,42 @@ class Guided(Policy):
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if self.scale == self.form.neutral:
             return self.policy.velocity(latents, sigma, conditioning)
-        return self._guide(self.policy.velocity(latents, sigma, conditioning), latents, sigma, conditioning)
+        return self._guide(self.policy.velocity(latents, sigma, conditioning), latents, sigma, conditioning)[0]
+
+    def velocity_again(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, recorded: Mapping[str, Tensor]
+    ) -> Tensor:
+        if NEGATIVE not in recorded:
+            return self.velocity(latents, sigma, conditioning)
+        return self._combined(self.policy.velocity(latents, sigma, conditioning), recorded[NEGATIVE], sigma)
 
     def velocity_with_captures(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, names: frozenset[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        positive, captures = self.policy.velocity_with_captures(latents, sigma, conditioning, names)
+        inner = names - {NEGATIVE}
+        positive, captures = (
+            self.policy.velocity_with_captures(latents, sigma, conditioning, inner)
+            if inner
+            else (self.policy.velocity(latents, sigma, conditioning), {})
+        )
         if self.scale == self.form.neutral:
             return positive, captures
-        return self._guide(positive, latents, sigma, conditioning), captures
+        guided, negative = self._guide(positive, latents, sigma, conditioning)
+        return guided, captures | ({NEGATIVE: negative.detach()} if NEGATIVE in names else {})
 
-    def _guide(self, positive: Tensor, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def _guide(
+        self, positive: Tensor, latents: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        """The guided velocity and that of the negative prompt, 0 where no row asks for it."""
         active = self.form.active(sigma)
         if active is not None and not bool(active.any()):
-            return positive
+            return positive, torch.zeros_like(positive)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.uncond_grad):
             negative = self.policy.velocity(latents, sigma, self._negative(conditioning))
+        return self._combined(positive, negative, sigma), negative
+
+    def _combined(self, positive: Tensor, negative: Tensor, sigma: Tensor) -> Tensor:
+        active = self.form.active(sigma)
         guided = self.form.combine(positive, negative, self.scale)
         if active is None:
             return guided

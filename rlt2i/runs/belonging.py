@@ -25,7 +25,7 @@ _RECORDED = (
 )
 # How much is computed at once: the same mathematics, rounded otherwise.
 _ROUNDING = ("rollout_batch_size", "micro_batch_size", "sharding")
-_ROUNDING_OF_POLICY = ("gradient_checkpointing", "compile")
+_ROUNDING_OF_POLICY = ("gradient_checkpointing", "compile", "reuse_negative")
 _NOT_WEIGHTS = (*_ROUNDING_OF_POLICY, "dtype")
 
 _STATE: Mapping[str, type] = {

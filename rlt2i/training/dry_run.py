@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from rlt2i.captures import NEGATIVE
 from rlt2i.engine import chunk_size
 from rlt2i.policies.cost import NotCounted, Plan, make_plan
 from rlt2i.policies.pretrained import PretrainedSpec
@@ -85,6 +86,7 @@ def plan_of(recipe: Recipe, batch: BatchPlan) -> Plan:
     if not isinstance(recipe.policy, PretrainedSpec):
         raise NotCounted(f"{type(recipe.policy).__name__} is no pipeline of diffusers")
     train, objective = recipe.train, recipe.objective
+    captures = recipe.algorithm().captures
     copies = objective.needs.parameter_sets | ({"reference"} if train.reference else set())
     return make_plan(
         recipe.policy,
@@ -97,7 +99,8 @@ def plan_of(recipe: Recipe, batch: BatchPlan) -> Plan:
         weight_copies=len(copies) + (train.ema_decay is not None),
         optimizer_steps=batch.optimizer_steps,
         noisy_steps=len(recipe.sampler.stochastic_steps(0)),
-        clean_predictions=batch.num_steps if CLEAN_PREDICTIONS in recipe.algorithm().captures else 0,
+        clean_predictions=batch.num_steps if CLEAN_PREDICTIONS in captures else 0,
+        negatives=batch.num_steps if NEGATIVE in captures else 0,
         parts=parts_of(train.sharding, world_size=batch.world_size),
         judges=judges_of(recipe),
         reward_gradient="gradient" in objective.needs.reward,

@@ -126,7 +126,8 @@ class DoesNotFitError(ValueError):
 def fit(recipe: Recipe, device: Device, *, world_size: int = 1, counted: Plan | None = None) -> tuple[Recipe, Plan]:
     """The recipe with the smallest change that makes it fit, and its plan.
 
-    In this order, each only as far as it is needed: text encoders leave the device, fewer rollouts at once, fewer
+    In this order, each only as far as it is needed: text encoders leave the device, the negative
+    prompt is computed again, fewer rollouts at once, fewer
     sequences at once, activations are computed twice. Batches are halved; how far is read from the line between the
     recipe's own batch and the smallest one (peaks are convex in the batch, so the line is never too low), then counted.
 
@@ -145,6 +146,9 @@ def fit(recipe: Recipe, device: Device, *, world_size: int = 1, counted: Plan | 
         gone = plan.resident["text encoders"]
         memory = {phase: peak - (phase != "encode") * gone for phase, peak in plan.memory.items()}
         plan = attrs.evolve(plan, memory=memory)
+    if tight_phases(plan, device) and plan.resident.get("negative velocities"):
+        recipe = _policy(recipe, reuse_negative=False)
+        plan = _plan(recipe, world_size)
     if not tight_phases(plan, device):
         return recipe, plan
     changed, plan = _smaller_batches(recipe, plan, device, world_size)
@@ -168,7 +172,10 @@ def fit(recipe: Recipe, device: Device, *, world_size: int = 1, counted: Plan | 
 def overrides(before: Recipe, after: Recipe) -> list[str]:
     """What `fit` changed, as `section.field=value`."""
     settings = []
-    for section, fields in (("policy", ("text_encoders", "gradient_checkpointing")), ("train", tuple(_PHASES))):
+    for section, fields in (
+        ("policy", ("text_encoders", "reuse_negative", "gradient_checkpointing")),
+        ("train", tuple(_PHASES)),
+    ):
         old, new = getattr(before, section), getattr(after, section)
         for field in fields:
             if (value := getattr(new, field, None)) != getattr(old, field, None):

@@ -223,7 +223,7 @@ class Trainer:
     def _mention_uniform_prompts(self, collected: list[Collected]) -> None:
         """Say once that a prompt has no word that a map could start from."""
         texts = [text for batch in collected for text in prompts_without_core(batch)]
-        if texts and self.engine.algorithm.captures and not self.mentioned:
+        if texts and self.engine.algorithm.credit.needs.captures and not self.mentioned:
             self.mentioned = True
             self.say(f"note: no core word found in {texts[0]!r}; the credit of such prompts is uniform in space")
 

@@ -4,7 +4,7 @@ import attrs
 import pytest
 import torch
 
-from rlt2i.captures import attention_name
+from rlt2i.captures import NEGATIVE, attention_name
 from rlt2i.policies.guidance import (
     Guided,
     IntervalGuidance,
@@ -112,6 +112,31 @@ def test_rollout_replay_and_update_agree_to_the_last_bit(policy, batch, uncond_g
     assert torch.equal(rollout, update)
 
 
+@pytest.mark.parametrize(
+    "form", [LinearGuidance(), RescaledGuidance(over="token"), IntervalGuidance(low=0.4, high=0.9)]
+)
+def test_a_recorded_negative_gives_the_same_velocity_and_gradient(policy, batch, form):
+    guided = Guided(policy=policy, scale=3.0, form=form)
+    conditioning = guided.encode(PROMPTS)
+    with torch.no_grad():
+        rollout, recorded = guided.velocity_with_captures(*batch, conditioning, NAMES | {NEGATIVE})
+    assert recorded.keys() == NAMES | {NEGATIVE}
+    again = guided.velocity_again(*batch, conditioning, recorded)
+    assert torch.equal(again, rollout)
+    for ours, plain in zip(grads(policy, again), grads(policy, guided.velocity(*batch, conditioning)), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_the_negative_is_offered_where_it_has_no_gradient(policy, clip_pipeline):
+    assert NEGATIVE in Guided(policy=policy, scale=3.0).offers
+    assert NEGATIVE not in policy.offers
+    for without in ({"scale": 1.0}, {"scale": 3.0, "uncond_grad": True}, {"scale": 3.0, "reuse_negative": False}):
+        assert NEGATIVE not in Guided(policy=policy, **without).offers
+    for guidance in ({}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0, "reuse_negative": False}):
+        spec = SD3(path=str(clip_pipeline), lora_rank=2, **guidance)
+        assert spec.offers == spec.load().offers
+
+
 def test_scale_one_is_the_policy_itself(policy, batch):
     guided = Guided(policy=policy, scale=1.0)
     conditioning = guided.encode(PROMPTS)
@@ -172,7 +197,7 @@ def test_conditioning_of_another_policy_is_refused(policy, batch):
 
 def test_everything_else_is_the_policys(policy, tmp_path):
     guided = Guided(policy=policy, scale=3.0)
-    assert guided.offers == policy.offers
+    assert guided.offers == policy.offers | {NEGATIVE}
     assert guided.latent_shape(32) == policy.latent_shape(32)
     assert guided.token_grid(32) == policy.token_grid(32)
     assert torch.equal(guided.sigmas(4, 32), policy.sigmas(4, 32))

@@ -232,7 +232,7 @@ class PretrainedPolicy(Policy):
 
     @property
     def offers(self) -> frozenset[str]:
-        return self.spec.offers
+        return self.spec.map_names
 
     def latent_shape(self, size: ImageSize) -> tuple[int, int, int]:
         h, w = self.token_grid(size)

@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.functional.transfer import to_device
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.tasks.shapes.prompts import ShapesPrompt
 from rlt2i.tasks.shapes.render import EXTENT, MAX_RADIUS, MIN_RADIUS, PALETTE_RGB, SQUARE_HALF_SIDE, TRIANGLE_BASE
@@ -52,10 +53,14 @@ def colour_areas(images: Tensor) -> Tensor:
         [B, 4], in the order of COLOURS; differentiable.
     """
     chroma = images - images.mean(dim=1, keepdim=True)
-    along = torch.einsum("bchw,kc->bkhw", chroma, _DIRECTION.to(images))
-    alpha = (along / _STRENGTH.to(images)[:, None, None]).clamp(0, 1)
+    along = torch.einsum("bchw,kc->bkhw", chroma, _there(_DIRECTION, images))
+    alpha = (along / _there(_STRENGTH, images)[:, None, None]).clamp(0, 1)
     shown = alpha**3 * (10 - 15 * alpha + 6 * alpha**2)
     return (torch.softmax(SHARPNESS * along, dim=1) * shown).sum(dim=(2, 3))
+
+
+def _there(constant: Tensor, images: Tensor) -> Tensor:
+    return to_device(constant, images.device).to(images.dtype)
 
 
 def area_of(shape: str, count: int) -> Range:
@@ -84,13 +89,14 @@ def colour_score(areas: Tensor, prompt: ShapesPrompt) -> Tensor:
     wanted: dict[str | None, list[Range]] = {}
     for shape, colour in objects:
         wanted.setdefault(colour, []).append(area_of(shape, prompt.count))
-    named = [COLOURS.index(colour) for colour in wanted if colour is not None]
-    rest = areas.sum() - areas[named].sum()
+    of_colour = dict(zip(COLOURS, areas.unbind(), strict=True))  # an index on the host would be waited for
+    named = sum((of_colour[colour] for colour in wanted if colour is not None), areas.new_zeros(()))
+    rest = areas.sum() - named
     parts = [
-        closeness(rest if colour is None else areas[COLOURS.index(colour)], Range(*map(sum, zip(*ranges, strict=True))))
+        closeness(rest if colour is None else of_colour[colour], Range(*map(sum, zip(*ranges, strict=True))))
         for colour, ranges in wanted.items()
     ]
-    requested = 1.0 if None in wanted else areas[named].sum() / areas.sum().clamp_min(1e-6)
+    requested = 1.0 if None in wanted else named / areas.sum().clamp_min(1e-6)
     return torch.stack(parts).mean() * requested
 
 
