@@ -8,7 +8,7 @@ import attrs
 import pytest
 import torch
 
-from rlt2i.evaluation.inspection import evaluate_run, load_policy, maps, sample
+from rlt2i.evaluation.inspection import evaluate_run, load_policy, map_of, maps, sample, why_no_map
 from rlt2i.recipes import Recipe, load_recipe
 from rlt2i.report import write_report
 from rlt2i.runs.checkpoint import latest_checkpoint
@@ -87,7 +87,7 @@ def test_trained_weights_differ_from_the_base_and_can_be_looked_at(run, tmp_path
     assert picture.width > 100
     strip = maps(recipe, "a red circle and a blue square", run_dir=folder)
     assert strip.width > strip.height
-    with pytest.raises(ValueError, match="uniform in space"):
+    with pytest.raises(ValueError, match="every place the same weight"):
         maps(load_recipe("uniform-shapes"), "a red circle")
 
 
@@ -126,3 +126,17 @@ def test_prompts_without_core_words_fall_back_to_uniform_credit_and_say_so_once(
     assert capsys.readouterr().out.count("no core word") == 1
     for update in read_metrics(tmp_path / "run"):
         assert update["map/effective_support"] == pytest.approx(1.0)
+
+
+def test_maps_do_not_ask_for_what_only_the_advantage_needs():
+    """Pairs come from a sampler of their own, regions from the reward: a free prompt has neither."""
+    star = load_recipe("star-shapes")
+    policy, text = load_policy(star), "a red circle"
+    expected = map_of(star, policy, text)
+    assert expected is not None
+    for name in ("offline-dpo-shapes", "box-flow-cells"):
+        other = load_recipe(name)
+        assert why_no_map(other) == ""
+        assert map_of(other, policy, text) is None
+        both = attrs.evolve(star, credit=attrs.evolve(other.credit, allocations=star.credit.allocations))
+        assert torch.equal(map_of(both, policy, text).weights, expected.weights)

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import attrs
 import torch
 from torch import Tensor
 
+from rlt2i.credit.algebra import Product
+from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.engine import reward_gradient
 from rlt2i.evaluation.auto import resolve_auto
 from rlt2i.evaluation.draw import Draw
 from rlt2i.evaluation.heldout import Evaluation, evaluate
-from rlt2i.interfaces import CreditContext, Policy, RewardOutput
+from rlt2i.interfaces import CreditAssigner, CreditContext, Policy, RewardOutput
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.runs.artifacts import MapSample
 from rlt2i.runs.belonging import check_policy
@@ -176,8 +179,8 @@ def maps(
 
 def why_no_map(recipe: Recipe) -> str:
     """Why the maps of a recipe cannot be drawn for any prompt that a user may think of; "" where they can."""
-    wanted = recipe.algorithm()
-    judged = wanted.reward_wants | (wanted.reward.metadata_keys if "gradient" in wanted.credit.needs.reward else set())
+    needs = _mapping_credit(recipe).needs.reward
+    judged = (needs - {"gradient"}) | (recipe.reward.metadata_keys if "gradient" in needs else frozenset())
     if not judged:
         return ""
     return (
@@ -186,11 +189,17 @@ def why_no_map(recipe: Recipe) -> str:
     )
 
 
+def _mapping_credit(recipe: Recipe) -> CreditAssigner:
+    """The recipe's credit with an advantage that asks for nothing, because no weight depends on it."""
+    credit = recipe.credit
+    return attrs.evolve(credit, advantage=GroupRelative()) if isinstance(credit, Product) else credit
+
+
 def uniform_in_space(recipe: Recipe) -> str:
     """What to say of a recipe whose credit has no map."""
     return (
-        f"the credit of {recipe.name!r} is uniform in space, so there is no map to draw. Use a recipe with a "
-        "spatial allocation, such as star-shapes."
+        f"the credit of {recipe.name!r} gives every place the same weight, so there is no map to draw. Use a recipe "
+        "with a spatial allocation, such as star-shapes."
     )
 
 
@@ -206,9 +215,9 @@ def map_of(
     Raises:
         ValueError: when the credit rewards intermediate images.
     """
-    wanted, prompts = recipe.algorithm(), Prompts.of([text])
+    credit, prompts = _mapping_credit(recipe), Prompts.of([text])
     draw = drawing(recipe, _steps(num_steps, recipe.sampler.num_steps), seed)
-    trajectory = draw.trajectory(policy, prompts, captures=wanted.captures | {CLEAN_PREDICTIONS})
+    trajectory = draw.trajectory(policy, prompts, captures=credit.needs.captures | {CLEAN_PREDICTIONS})
     images = draw.decoded(policy, trajectory.clean_latents)
     context = CreditContext(
         prompts=prompts,
@@ -221,11 +230,11 @@ def map_of(
         generator=generator(seed, "maps"),
         score=_no_score,
         reward_gradient=lambda latents, rollouts: reward_gradient(
-            policy, wanted.reward, latents, prompts, rollout_batch_size=draw.rollout_batch_size
+            policy, recipe.reward, latents, prompts, rollout_batch_size=draw.rollout_batch_size
         ),
         complete=lambda latents, step, rollouts: latents,
     )
-    weight = recipe.credit.assign(context).weight
+    weight = credit.assign(context).weight
     if weight.shape[2:] == (1, 1):
         return None
     return MapSample(

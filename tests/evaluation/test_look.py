@@ -78,7 +78,7 @@ def test_without_maps_it_says_why(run, tmp_path: Path):
     recipe, folder = run
     flat = attrs.evolve(recipe, credit=Product(advantage=GroupRelative()))
     html = look(flat, ["upper left"], tmp_path / "look.html", run_dir=folder).read_text(encoding="utf-8")
-    assert "No maps: the credit of &#39;toy&#39; is uniform in space" in html
+    assert "No maps: the credit of &#39;toy&#39; gives every place the same weight" in html
     assert "weights at step" not in html
     assert html.count("<figure") == 1
 
