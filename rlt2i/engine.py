@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -318,11 +317,15 @@ class Engine:
     ) -> tuple[Trajectory, Tensor, RewardOutput, list[RewardOutput]]:
         """Rollouts, their images, the scores of those, and of the clean predictions that the credit asked for.
 
-        A chunk is decoded and judged while the next one is rolled out; what is left when the last one is finished is
-        waited for under "reward".
+        One chunk is judged and the next one decoded while a third one is rolled out; what is left when the last one is
+        finished is waited for under "reward".
         """
-        judging = _Judging(self, prompts, watch)
-        with Beside[_Piece](workers=max(1, self.algorithm.reward.concurrency), device=self.device) as beside:
+        workers = max(1, self.algorithm.reward.concurrency)
+        with (
+            Beside[_Piece](workers=workers, ahead=1, device=self.device) as scoring,
+            Beside[None](ahead=1, device=self.device) as decoding,
+        ):
+            judging = _Judging(self, prompts, watch, decoding=decoding, scoring=scoring)
             with watch("rollout", prompts.num_rollouts):
                 trajectory = rollout(
                     self.policy,
@@ -336,10 +339,11 @@ class Engine:
                     iteration=iteration,
                     device=self.device,
                     advance=watch.advance,
-                    finished=lambda rows, chunk: judging.add(beside, rows, chunk),
+                    finished=judging.add,
                 )
             with watch("reward"):
-                pieces = beside.results()
+                decoding.results()
+                pieces = scoring.results()
         final, *predicted = (
             merge([(piece.rows, piece.outputs[i]) for piece in pieces], prompts.num_rollouts)
             for i in range(len(pieces[0].outputs))
@@ -458,16 +462,22 @@ class _Piece:
 
 @attrs.define(eq=False)
 class _Judging:
-    """Hands chunks of rollouts in for decoding and judging, in whole groups where the reward compares them."""
+    """Hands chunks of rollouts in for decoding and judging, in whole groups where the reward compares them.
+
+    Attributes:
+        decoding: one chunk at a time, so that one decoder's activations are there.
+        scoring: what was decoded, in the same order.
+    """
 
     engine: Engine
     prompts: Prompts
     watch: Stopwatch
+    decoding: Beside[None] = attrs.field(kw_only=True)
+    scoring: Beside[_Piece] = attrs.field(kw_only=True)
     _kept: list[Trajectory] = attrs.field(factory=list, init=False)
     _first: int = attrs.field(default=0, init=False)
-    _decoding: threading.Lock = attrs.field(factory=threading.Lock, init=False)
 
-    def add(self, beside: Beside[_Piece], rows: range, chunk: Trajectory) -> None:
+    def add(self, rows: range, chunk: Trajectory) -> None:
         """A chunk that was rolled out; what belongs to a group that is not whole yet waits for the next one."""
         self._kept.append(chunk)
         whole = self.engine.algorithm.reward.scope == "group"
@@ -476,23 +486,26 @@ class _Judging:
         chunks, self._kept = self._kept, []
         judged = range(self._first, rows.stop)
         self._first = rows.stop
-        beside.hand_in(lambda: self._judge(judged, chunks))
+        self.decoding.hand_in(lambda: self._decode(judged, chunks))
 
     @torch.no_grad()
-    def _judge(self, rows: range, chunks: list[Trajectory]) -> _Piece:
+    def _decode(self, rows: range, chunks: list[Trajectory]) -> None:
+        steps = self.engine.algorithm.credit.scored_steps(chunks[0].num_steps)
+        with self.watch.work("decode"):
+            final = self._images([chunk.clean_latents for chunk in chunks])
+            predicted = [self._images([chunk.captures[CLEAN_PREDICTIONS][:, s] for chunk in chunks]) for s in steps]
+        self.scoring.hand_in(lambda: self._judge(rows, final, predicted))
+
+    @torch.no_grad()
+    def _judge(self, rows: range, final: Tensor, predicted: list[Tensor]) -> _Piece:
         engine = self.engine
-        images = self._images([chunk.clean_latents for chunk in chunks])
         with self.watch.work("reward"):
-            outputs = [engine.score(images, self.prompts, rows, want=engine.algorithm.reward_wants)]
-        for step in engine.algorithm.credit.scored_steps(chunks[0].num_steps):
-            predicted = self._images([chunk.captures[CLEAN_PREDICTIONS][:, step] for chunk in chunks])
-            with self.watch.work("reward"):
-                outputs.append(engine.score(predicted, self.prompts, rows))
-        return _Piece(rows=rows, images=images, outputs=outputs)
+            outputs = [engine.score(final, self.prompts, rows, want=engine.algorithm.reward_wants)]
+            outputs += [engine.score(images, self.prompts, rows) for images in predicted]
+        return _Piece(rows=rows, images=final, outputs=outputs)
 
     def _images(self, latents: list[Tensor]) -> Tensor:
-        with self._decoding, self.watch.work("decode"):  # one decoder's activations at a time
-            return torch.cat([self.engine.images(part) for part in latents])
+        return torch.cat([self.engine.images(part) for part in latents])
 
 
 def _concatenate(chunks: list[Trajectory], *, conditioning: Conditioning, group_size: int, noisy: bool) -> Trajectory:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from rlt2i.policies.pretrained.loading import quietly, without_warnings
 from rlt2i.policies.tiny.text import (
     clip_encoder,
     clip_tokenizer,
@@ -241,33 +240,33 @@ def _qwen_autoencoder() -> Any:
     )  # fmt: skip
 
 
+def _qwen_scheduler() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=8192, base_shift=0.5, max_shift=0.9,
+        shift_terminal=0.02, time_shift_type="exponential",
+    )  # fmt: skip
+
+
 def qwen_image() -> Any:
     """Three double-stream blocks; the autoencoder of a video model, with a mean and a deviation for every channel."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
     tokenizer = qwen_tokenizer()
     transformer = QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=8192, base_shift=0.5, max_shift=0.9,
-        shift_terminal=0.02, time_shift_type="exponential",
-    )  # fmt: skip
     return QwenImagePipeline(
-        transformer=transformer, vae=_qwen_autoencoder(), tokenizer=tokenizer, scheduler=scheduler,
+        transformer=transformer, vae=_qwen_autoencoder(), tokenizer=tokenizer, scheduler=_qwen_scheduler(),
         text_encoder=qwen25_vl_encoder(tokenizer),
     )  # fmt: skip
 
 
 def qwen_image21(*, sample_sigmas: list[float] | None = None) -> Any:
     """Three blocks; an autoencoder of colours and opacity, which divides sides by 16, as its pipeline assumes."""
-    from diffusers import (
-        AutoencoderKLQwenImage21,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImage21Pipeline,
-        QwenImage21Transformer2DModel,
-    )
+    from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline, QwenImage21Transformer2DModel
 
     processor = qwen3_vl_processor()
     transformer = QwenImage21Transformer2DModel(
@@ -278,12 +277,9 @@ def qwen_image21(*, sample_sigmas: list[float] | None = None) -> Any:
         base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
         temperal_downsample=[False] * 4, latents_mean=[-0.7, 0.4, 0.1, -0.2], latents_std=[2.8, 1.4, 2.3, 0.6],
     )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=8192, base_shift=0.5, max_shift=0.9,
-        shift_terminal=0.02, time_shift_type="exponential",
-    )  # fmt: skip
     return QwenImage21Pipeline(
-        transformer=transformer, scheduler=scheduler, vae=vae, processor=processor, sample_sigmas=sample_sigmas,
+        transformer=transformer, scheduler=_qwen_scheduler(), vae=vae, processor=processor,
+        sample_sigmas=sample_sigmas,
         text_encoder=qwen3_vl_encoder(processor.tokenizer, with_head=True),
     )  # fmt: skip
 
@@ -362,7 +358,7 @@ def save_tiny(pipeline: str, folder: Path, *, seed: int = 0, **options: Any) -> 
     """
     if pipeline not in TINY:
         raise ValueError(f"save_tiny({pipeline!r}): there is a tiny pipeline for {', '.join(TINY)}.")
-    with torch.random.fork_rng(devices=[]), _quietly():
+    with torch.random.fork_rng(devices=[]), quietly(), without_warnings():
         torch.manual_seed(seed)
         built = TINY[pipeline](**options)
         for component in built.components.values():
@@ -370,15 +366,3 @@ def save_tiny(pipeline: str, folder: Path, *, seed: int = 0, **options: Any) -> 
                 component.eval()
         built.save_pretrained(folder, safe_serialization=True)
     return Path(folder)
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """diffusers warns of every component that is absent."""
-    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
