@@ -2,7 +2,7 @@
 #
 #   make demo      train three networks that differ in where credit goes, and write a page that compares them (minutes on
 #                  two CPU cores; killed, it goes on where it was; SEEDS=3: three times the work, and verdicts)
-#   make test      run the tests on JOBS cores (default 2) and an eighth of the slow ones, another every day
+#   make test      run the tests on JOBS cores (default 2) and a twelfth of the slow ones, another every day
 #                  (RLT2I_SLOW=all: all of them; RLT2I_DAY=2027-01-31: those of that day)
 #   make lint      style, formatting and types
 #   make docs      the documentation site, into site/; the tutorials run while it is built (a few minutes)

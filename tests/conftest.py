@@ -14,10 +14,10 @@ import torch
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
 SLOW = os.environ.get("RLT2I_SLOW", "share")
-"""Slow tests: "share" runs an eighth of them, another one every day; "all" all, "none" none."""
+"""Slow tests: "share" runs a twelfth of them, another one every day; "all" all, "none" none."""
 DAY = datetime.date.fromisoformat(os.environ.setdefault("RLT2I_DAY", datetime.date.today().isoformat()))
 """Whose share it is. Workers inherit it, so that all of them agree when a run begins before midnight."""
-SHARES = 8
+SHARES = 12
 """Days until every slow test has had its turn; `@pytest.mark.slow(days=N)` where that is too much for a day."""
 
 
