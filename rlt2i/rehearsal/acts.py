@@ -22,6 +22,7 @@ from rlt2i.learner import Learner
 from rlt2i.policies.pretrained import PretrainedSpec
 from rlt2i.policies.pretrained.loading import quietly
 from rlt2i.recipes.recipe import Recipe, load_recipe
+from rlt2i.rehearsal.bfloat16 import fast_bfloat16
 from rlt2i.rehearsal.replacing import make_small, with_whole_paths
 from rlt2i.report import write_report
 from rlt2i.runs.checkpoint import EXPORT, latest_checkpoint
@@ -29,6 +30,8 @@ from rlt2i.runs.metrics import read_metrics
 from rlt2i.training.dry_run import describe_run
 from rlt2i.training.start import train
 from rlt2i.types import ImageSize, height_and_width
+
+WIDENED = "products of bfloat16 -> computed in float32 and rounded, as this CPU has no instructions for them"
 
 
 @attrs.frozen(kw_only=True)
@@ -91,13 +94,16 @@ def rehearse(recipe: Recipe, folder: Path, *, compile_blocks: bool = True) -> Re
     run = folder / "run"
     # Prompt files are named from where the command was given, and the acts are played in a folder of their own.
     recipe = attrs.evolve(recipe, task=with_whole_paths(recipe.task))
-    with _one_thread(), _in_folder(folder), quietly():
+    with _one_thread(), _in_folder(folder), quietly(), fast_bfloat16() as widened:
         small: Recipe | None = None
 
         def prepare() -> None:
             nonlocal small, replaced
             made = make_small(recipe, folder, compile_blocks=compile_blocks)
             small, replaced = made.recipe, made.replaced
+            spec = made.recipe.policy
+            if widened and isinstance(spec, PretrainedSpec) and spec.dtype == "bfloat16":
+                replaced += (WIDENED,)
 
         prepare_act = _act("prepare", prepare)
         acts.append(prepare_act)

@@ -8,6 +8,7 @@ import attrs
 import pytest
 
 from rlt2i.recipes import list_recipes, load_recipe
+from rlt2i.rehearsal import acts, bfloat16
 from rlt2i.rehearsal.acts import rehearse
 from rlt2i.rehearsal.replacing import with_whole_paths
 from rlt2i.tasks.promptfile import PromptFileTask
@@ -40,6 +41,15 @@ def test_a_shipped_recipe_passes_its_rehearsal(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_recipe_passes_its_rehearsal(name: str, tmp_path: Path):
     passes(name, tmp_path, compile_blocks=True)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_widened_products_are_said_to_be_replaced(native, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(bfloat16, "cpu_multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(acts, "describe_run", None)  # nothing after the preparation is of interest
+    for name, expected in (("star-sd35-ocr", not native), ("star-cells", False)):
+        done = rehearse(load_recipe(name), tmp_path / name, compile_blocks=False)
+        assert (acts.WIDENED in done.replaced) == expected
 
 
 @attrs.frozen
