@@ -96,6 +96,14 @@ def _plan(name: str, words: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="trials side by side (default 1)")
     parser.add_argument("--seeds", type=int, help="how many (default: as in the plan)")
     parser.add_argument("--set", action="append", default=[], metavar="a=b", help="override a field of the plan")
+    parser.add_argument(
+        "--reuse",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="take finished trials of the same recipes and seeds from another benchmark's folder",
+    )
     look = parser.add_mutually_exclusive_group()
     look.add_argument("--power", action="store_true", help="run nothing; say how many seeds a difference needs")
     look.add_argument("--judge", action="store_true", help="run nothing; write tables and page from what is finished")
@@ -123,7 +131,7 @@ def _plan(name: str, words: Sequence[str]) -> int:
         print(publish(out, plan, options.publish, bands=options.bands))
         return 0
     try:
-        print(run_bench(plan, out, jobs=options.jobs))
+        print(run_bench(plan, out, jobs=options.jobs, reuse=options.reuse))
     except BenchFailed as error:
         print(f"rlt2i bench: {error}")
         return 1

@@ -110,6 +110,47 @@ class BenchFolder:
                 )
         replace_text(self.path / PLAN, dump_yaml(to_mapping(plan, typed=False)))
 
+    def take(self, other: BenchFolder, plan: Plan) -> list[tuple[str, int]]:
+        """Copy what another benchmark has finished: trials of the same recipe at the same seed, under whatever arm.
+
+        Two plans share most of their reference arms, and a trial is a function of its recipe. What was computed with
+        another version of this package is another trial, which is not seen here.
+
+        Args:
+            other: is read, not changed.
+            plan: of this folder.
+
+        Returns:
+            The trials that were taken, as (arm, seed) of this plan.
+
+        Raises:
+            ConfigError: when the other benchmark ran with another number of threads, whose last bits differ.
+        """
+        if (threads := other.plan().threads) != plan.threads:
+            raise ConfigError(
+                f"{other.path}: ran with {threads} threads a trial and this plan asks for {plan.threads}; their numbers "
+                f"differ in the last bits, so they are not mixed. --set threads={threads} makes them the same."
+            )
+        places = {json.loads(done.read_text())["recipe"]: done.parent for done in other.path.glob(f"trials/*/{DONE}")}
+        taken = []
+        for arm, seed in plan.trials:
+            recipe = self.recipe(arm, seed)
+            place = places.get(recipe.hash)
+            if place is None or self.finished(arm, seed):
+                continue
+            self.trial(arm, seed).mkdir(parents=True, exist_ok=True)
+            tables = {name: _under_arm(place / f"{name}.csv", arm) for name in TABLES}
+            facts = {**json.loads((place / DONE).read_text()), "arm": arm, "taken_from": str(place.absolute())}
+            finish(self.trial(arm, seed), tables, facts)
+            taken.append((arm, seed))
+        return taken
+
+
+def _under_arm(table: Path, arm: str) -> str:
+    """A trial's table with another name of its arm."""
+    header, *rows = csv.reader(io.StringIO(table.read_text(encoding="utf-8")))
+    return csv_text(header, [[arm, *row[1:]] for row in rows])
+
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table as text: floats to six significant digits, one line a row."""

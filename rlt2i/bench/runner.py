@@ -19,13 +19,16 @@ class BenchFailed(RuntimeError):
     """Some trials failed; the others are finished and kept."""
 
 
-def run_bench(plan: Plan, path: Path, *, jobs: int = 1, say: Callable[[str], None] = print) -> str:
+def run_bench(
+    plan: Plan, path: Path, *, jobs: int = 1, reuse: Sequence[Path] = (), say: Callable[[str], None] = print
+) -> str:
     """Run what is missing of a plan and say what all of it comes to.
 
     Args:
         plan: checked here before anything runs.
         path: the folder; one that holds part of this plan is gone on with.
         jobs: trials side by side, each in a process of its own.
+        reuse: folders of other benchmarks, whose finished trials of the same recipes and seeds are taken.
         say: told as trials finish.
 
     Returns:
@@ -39,6 +42,9 @@ def run_bench(plan: Plan, path: Path, *, jobs: int = 1, say: Callable[[str], Non
     recipes = plan.recipes()
     with folder.held():
         folder.prepare(plan, recipes)
+        for other in reuse:
+            if taken := folder.take(BenchFolder(path=other), plan):
+                say(f"{plan.name}: {len(taken)} trials taken from {other}")
         if not folder.base.is_file():
             say(f"{plan.name}: judging the common start")
             _judge_base(folder, plan)

@@ -35,6 +35,8 @@ STOPPED = 75
 
 SCORES = ("arm", "seed", "iteration", "category", "prompt", "images", "metric", "value")
 VALUES = ("arm", "seed", "iteration", "samples", "metric", "value")
+NOT_KEPT = ("eval/", "health/", "beside_seconds/")
+"""Training metrics that stand in a table of their own, or overlap with the seconds of a phase."""
 TIMING = ("arm", "seed", "iteration", "phase", "seconds")
 
 
@@ -142,7 +144,7 @@ def trial_tables(recipe: Recipe, arm: str, run: Path, *, moved: Mapping[str, flo
         for name, value in record.items():
             if name.startswith("seconds/"):
                 timing.append((arm, seed, iteration, name.removeprefix("seconds/"), float(value)))
-            elif isinstance(value, int | float) and name != "step" and not name.startswith(("eval/", "health/")):
+            elif isinstance(value, int | float) and name != "step" and not name.startswith(NOT_KEPT):
                 training.append((arm, seed, iteration, iteration * per_iteration, name, float(value)))
     return {
         "scores": csv_text(SCORES, scores),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -123,6 +124,39 @@ def test_more_seeds_keep_those_that_are_finished(undisturbed: Path, tmp_path: Pa
     assert process.returncode == 2
     assert "the arm 'copy' was begun with another recipe" in text
     assert done.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_trials_of_the_same_recipe_are_taken_from_another_benchmark(undisturbed: Path, tmp_path: Path):
+    arms = {"uniform": Arm(recipe=TOY), "again": Arm(recipe=TOY), "other": Arm(recipe=TOY, set={"train.seed": 7})}
+    arms["fast"] = Arm(recipe=TOY, set={"train.learning_rate": 0.01})
+    plan, out = toy_plan(name="second", arms=arms, seeds=2), tmp_path / "out"
+    process = bench(write(plan, tmp_path / "plan.yaml"), out, "--reuse", str(undisturbed))
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    # A trial's seed is the plan's, whatever its arm sets, so three of the four arms are there already.
+    assert f"6 trials taken from {undisturbed}" in text
+    assert "6 of 8 trials are finished" in text
+    mine, theirs = BenchFolder(path=out), BenchFolder(path=undisturbed)
+    for seed in range(2):
+        facts = json.loads((mine.trial("again", seed) / "done.json").read_text())
+        assert facts["arm"] == "again"
+        source = Path(facts["taken_from"])
+        assert source in {theirs.trial(arm, seed) for arm in ("uniform", "copy")}
+        for table in TABLES:
+            taken = (mine.trial("again", seed) / f"{table}.csv").read_text()
+            assert taken.replace("again,", f"{source.name[:-3]},") == (source / f"{table}.csv").read_text()
+    assert "taken_from" not in json.loads((mine.trial("fast", 1) / "done.json").read_text())
+    # Asked again, nothing is left to take.
+    assert mine.take(theirs, plan) == []
+
+
+@pytest.mark.slow
+def test_trials_with_another_number_of_threads_are_not_taken(undisturbed: Path, tmp_path: Path):
+    plan, mine = toy_plan(threads=2), BenchFolder(path=tmp_path)
+    mine.prepare(plan, plan.recipes())
+    with pytest.raises(ConfigError, match=r"ran with 1 threads .* this plan asks for 2; .*--set threads=1"):
+        mine.take(BenchFolder(path=undisturbed), plan)
 
 
 def test_arms_must_share_samples_and_start():

@@ -74,6 +74,7 @@ BY_TEST = {
     "rlt2i export runs/mine --to merged --out mine --push me/mine": "tests/export/test_formats.py",
     "rlt2i bench mine.yaml --out bench/mine": "tests/bench/test_bench.py",
     "rlt2i bench cells-clipped --power": "tests/bench/test_bench.py",
+    "rlt2i bench cells-maps --reuse bench/cells-nft": "tests/bench/test_bench.py",
     "rlt2i bench probe star-cells": "tests/bench/test_probe.py",
     "rlt2i bench lab": "tests/bench/test_lab.py",
     "rlt2i compare RUN --reference star-nft-cells": "tests/bench/test_reference.py",
