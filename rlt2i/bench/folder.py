@@ -111,7 +111,7 @@ class BenchFolder:
         replace_text(self.path / PLAN, dump_yaml(to_mapping(plan, typed=False)))
 
     def take(self, other: BenchFolder, plan: Plan) -> list[tuple[str, int]]:
-        """Copy what another benchmark has finished: trials of the same recipe at the same seed, under whatever arm.
+        """Copy what another benchmark has finished: trials of the same recipe at the same seed, under any arm.
 
         Two plans share most of their reference arms, and a trial is a function of its recipe. What was computed with
         another version of this package is another trial, which is not seen here.
@@ -128,8 +128,8 @@ class BenchFolder:
         """
         if (threads := other.plan().threads) != plan.threads:
             raise ConfigError(
-                f"{other.path}: ran with {threads} threads a trial and this plan asks for {plan.threads}; their numbers "
-                f"differ in the last bits, so they are not mixed. --set threads={threads} makes them the same."
+                f"{other.path}: ran with {threads} threads a trial and this plan asks for {plan.threads}; their "
+                f"numbers differ in the last bits, so they are not mixed. --set threads={threads} makes them the same."
             )
         places = {json.loads(done.read_text())["recipe"]: done.parent for done in other.path.glob(f"trials/*/{DONE}")}
         taken = []
