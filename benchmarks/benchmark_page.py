@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rlt2i.bench.analysis import MEASURES, Comparison, Results, compare, power_table, read_results, sentence
+from rlt2i.bench.analysis import MEASURES, Comparison, Results, compare, power_table, read_results, remarks, sentence
 from rlt2i.bench.folder import PLAN, read_table
 from rlt2i.bench.lab import expected_ratio_of_steps
 from rlt2i.bench.page import ARM_COLUMNS, arm_rows, comparison_texts
@@ -27,6 +27,8 @@ MAIN = {"cells-clipped": "clipped surrogate", "cells-nft": "DiffusionNFT"}
 """Plans that have a section of their own."""
 QUESTIONS = (("star", "uniform"), ("oracle", "uniform"), ("star", "shuffled"), ("oracle", "star"))
 """Does the map help, does knowing the place help, is it the map, and is there anything left?"""
+SHORT = {"final": "the last iteration", "area": "all, on average"}
+"""Measures of the other plans that are shown: the score in the end, and the area under its curve."""
 BLOCK = re.compile(r"(<!-- from: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -78,16 +80,26 @@ def summary_block() -> list[str]:
 
 def questions_block() -> list[str]:
     """What every other plan that ships asks, and what came of it so far."""
-    lines = []
+    lines: list[str] = []
     for name, path in shipped_plans().items():
         if name in MAIN or name == "cells-demo":
             continue
-        lines += [f"* `{name}`. {' '.join(load_plan(path).question.split())}"]
-        if published := _published(name):
-            lines += [f"  * {line}" for line in sentence(published, compare(published)).splitlines()]
-        else:
-            lines[-1] += " *Not run yet.*"
-    return lines
+        lines += ["", f"### `{name}`", "", " ".join(load_plan(path).question.split()), ""]
+        if (published := _published(name)) is None:
+            lines += ["*Not run yet.*"]
+            continue
+        comparisons = [c for c in compare(published) if c.measure in SHORT]
+        header = ("after", "comparison", "difference", "over seeds", "over prompts", "p (Holm)", "seeds", "verdict")
+        rows = []
+        for c, (_, *texts, verdict) in zip(comparisons, comparison_texts(published.plan, comparisons), strict=True):
+            rows.append((SHORT[c.measure], *texts, c.judged.difference.seeds, verdict))
+        arms = arm_rows(published)
+        scores = "; ".join(f"{label} {after}" for label, _, _, after, *_ in arms)
+        metric = published.plan.metric
+        lines += [f"`{metric}` on held-out prompts, from {arms[0][2]}, after iteration {published.last}: {scores}.", ""]
+        lines += [f"![paired differences with intervals](assets/benchmark/{name}-differences.svg)", ""]
+        lines += [*table(header, rows), *(f"\n{line}" for line in remarks(published, comparisons))]
+    return lines[1:]
 
 
 def _published(name: str) -> Results | None:
@@ -204,12 +216,10 @@ def page(text: str) -> str:
 def main() -> None:
     """Rewrite the page and copy the figures."""
     FIGURES.mkdir(parents=True, exist_ok=True)
-    for file in [*TABLES.glob("*/curves.svg"), TABLES / "lab" / "lab.svg"]:
-        if file.is_file():
-            name = file.parent.name
-            shutil.copyfile(file, FIGURES / f"{name}.svg")
-            if (differences := file.with_name("differences.svg")).is_file():
-                shutil.copyfile(differences, FIGURES / f"{name}-differences.svg")
+    figures = {name: "lab.svg" if name == "lab" else "curves.svg" for name in (*MAIN, "lab")}
+    figures |= {f"{file.parent.name}-differences": "differences.svg" for file in TABLES.glob("*/differences.svg")}
+    for name, file in figures.items():
+        shutil.copyfile(TABLES / name.removesuffix("-differences") / file, FIGURES / f"{name}.svg")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -232,6 +232,12 @@ def sentence(results: Results, comparisons: Sequence[Comparison]) -> str:
         + (corrected if tested else f"and below {FEWEST_SEEDS} seeds there is no verdict.")
     ]
     lines += [_line(plan, c) for c in comparisons if c.measure == "final"]
+    return "\n".join([*lines, *remarks(results, comparisons)])
+
+
+def remarks(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
+    """What limits the comparisons as a whole: an oracle without a lead, and arms that have not run."""
+    plan, lines = results.plan, []
     oracle = next((c for c in comparisons if (c.measure, c.arm, c.other) == ("final", "oracle", plan.reference)), None)
     if oracle and oracle.judged.difference.seeds >= FEWEST_SEEDS and oracle.judged.verdict != "better":
         lines.append(
@@ -240,7 +246,7 @@ def sentence(results: Results, comparisons: Sequence[Comparison]) -> str:
         )
     if missing := [arm for arm in plan.arms if not results.seeds(arm)]:
         lines.append(f"Not run yet: {', '.join(missing)}.")
-    return "\n".join(lines)
+    return lines
 
 
 def _line(plan: Plan, comparison: Comparison) -> str:
