@@ -102,6 +102,27 @@ def questions_block() -> list[str]:
     return lines[1:]
 
 
+def across_block() -> list[str]:
+    """STAR and the oracle against uniform credit, a plan a line: how the gain depends on what a plan changes."""
+    rows = []
+    for name in shipped_plans():
+        if (published := _published(name)) is None:
+            continue
+        found = {(c.measure, c.arm): c for c in compare(published) if c.other == "uniform"}
+        asked = (("final", "star"), ("area", "star"), ("final", "oracle"))
+        seeds = max(c.judged.difference.seeds for c in found.values())
+        rows.append((f"`{name}`", seeds, *(_in_a_cell(found.get(which)) for which in asked)))
+    header = ("plan", "seeds", "STAR, last iteration", "STAR, average of training", "oracle, last iteration")
+    return table(header, rows) if rows else ["Not run yet."]
+
+
+def _in_a_cell(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return ""
+    d = comparison.judged.difference
+    return f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] {comparison.judged.verdict}"
+
+
 def _published(name: str) -> Results | None:
     folder = TABLES / name
     return read_results(folder, load_plan(folder / PLAN)) if (folder / PLAN).is_file() else None
@@ -189,6 +210,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "cells-clipped": lambda: plan_block("cells-clipped"),
     "cells-nft": lambda: plan_block("cells-nft"),
     "summary": summary_block,
+    "across": across_block,
     "questions": questions_block,
     "lab": lab_block,
     "lab-training": lab_training_block,
