@@ -124,8 +124,12 @@ class BenchFolder:
             The trials that were taken, as (arm, seed) of this plan.
 
         Raises:
-            ConfigError: when the other benchmark ran with another number of threads, whose last bits differ.
+            ConfigError: when there is no benchmark, or it ran with another number of threads, whose last bits differ.
         """
+        if not (other.path / PLAN).is_file():
+            raise ConfigError(
+                f"{other.path}: no benchmark to reuse, as it holds no {PLAN}. Give the folder of one (--out)."
+            )
         if (threads := other.plan().threads) != plan.threads:
             raise ConfigError(
                 f"{other.path}: ran with {threads} threads a trial and this plan asks for {plan.threads}; their "

@@ -102,7 +102,8 @@ def rehearse(recipe: Recipe, folder: Path, *, compile_blocks: bool = True) -> Re
             made = make_small(recipe, folder, compile_blocks=compile_blocks)
             small, replaced = made.recipe, made.replaced
             spec = made.recipe.policy
-            if widened and isinstance(spec, PretrainedSpec) and spec.dtype == "bfloat16":
+            dtypes = (spec.compute_dtype, spec.image_dtype) if isinstance(spec, PretrainedSpec) else ()
+            if widened and torch.bfloat16 in dtypes:
                 replaced += (WIDENED,)
 
         prepare_act = _act("prepare", prepare)

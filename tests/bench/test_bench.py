@@ -159,6 +159,11 @@ def test_trials_with_another_number_of_threads_are_not_taken(undisturbed: Path, 
         mine.take(BenchFolder(path=undisturbed), plan)
 
 
+def test_a_folder_without_a_benchmark_is_not_reused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"nowhere: no benchmark to reuse, as it holds no plan\.yaml"):
+        BenchFolder(path=tmp_path).take(BenchFolder(path=tmp_path / "nowhere"), toy_plan())
+
+
 def test_arms_must_share_samples_and_start():
     arms = {"uniform": Arm(recipe=TOY), "longer": Arm(recipe=TOY, set={"train.iterations": 5})}
     with pytest.raises(ConfigError, match=r"arms\.longer: train\.iterations is 5, and 4 in the reference uniform"):
