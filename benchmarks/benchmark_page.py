@@ -12,7 +12,17 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rlt2i.bench.analysis import MEASURES, Comparison, Results, compare, power_table, read_results, remarks, sentence
+from rlt2i.bench.analysis import (
+    MEASURES,
+    Comparison,
+    Results,
+    compare,
+    power_table,
+    read_results,
+    remarks,
+    sentence,
+    trend_lines,
+)
 from rlt2i.bench.folder import PLAN, read_table
 from rlt2i.bench.lab import expected_ratio_of_steps
 from rlt2i.bench.page import ARM_COLUMNS, arm_rows, comparison_texts
@@ -98,7 +108,10 @@ def questions_block() -> list[str]:
         metric = published.plan.metric
         lines += [f"`{metric}` on held-out prompts, from {arms[0][2]}, after iteration {published.last}: {scores}.", ""]
         lines += [f"![paired differences with intervals](assets/benchmark/{name}-differences.svg)", ""]
-        lines += [*table(header, rows), *(f"\n{line}" for line in remarks(published, comparisons))]
+        lines += [
+            *table(header, rows),
+            *(f"\n{line}" for line in (*trend_lines(published), *remarks(published, comparisons))),
+        ]
     return lines[1:]
 
 

@@ -13,7 +13,7 @@ from rlt2i.bench import derived
 from rlt2i.bench.curves import Curve, Trial, area, at, until
 from rlt2i.bench.folder import read_table
 from rlt2i.bench.plan import Plan
-from rlt2i.bench.statistics import FEWEST_SEEDS, Judged, detectable, judge, seeds_needed
+from rlt2i.bench.statistics import FEWEST_SEEDS, Judged, Paired, detectable, judge, paired, seeds_needed, slope
 from rlt2i.evaluation.statistics import Interval, clustered_mean
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.training.dry_run import batch_plan
@@ -194,6 +194,27 @@ def compare(results: Results) -> list[Comparison]:
     return comparisons
 
 
+def trend(results: Results, measure: str = "final") -> Paired | None:
+    """The slope of a measure over the plan's trend, over seeds; None where no seed has run all of its arms.
+
+    A line is fitted through the arms of each seed, so what a seed adds to all of them cancels. It is one test of its
+    own with the plan's alpha, and no part of the correction over comparisons.
+
+    Args:
+        measure: "final" or "area".
+    """
+    plan = results.plan
+    if plan.trend is None:
+        return None
+    levels = plan.trend.levels
+    whole = set.intersection(*(set(results.seeds(arm)) for arm in levels))
+    value = {"final": lambda curve: curve[results.last], "area": area}[measure]
+    slopes = [
+        slope(list(levels.values()), [value(results.main[arm, seed]) for arm in levels]) for seed in sorted(whole)
+    ]
+    return paired(slopes, confidence=1 - plan.alpha) if slopes else None
+
+
 def over_prompts(results: Results, arm: str, other: str) -> Interval | None:
     """The mean difference after the last iteration, with a bootstrap over prompts; seeds are as they are.
 
@@ -232,7 +253,25 @@ def sentence(results: Results, comparisons: Sequence[Comparison]) -> str:
         + (corrected if tested else f"and below {FEWEST_SEEDS} seeds there is no verdict.")
     ]
     lines += [_line(plan, c) for c in comparisons if c.measure == "final"]
-    return "\n".join([*lines, *remarks(results, comparisons)])
+    return "\n".join([*lines, *trend_lines(results), *remarks(results, comparisons)])
+
+
+def trend_lines(results: Results) -> list[str]:
+    """What the plan's trend came to, after the last iteration and over training."""
+    plan, lines = results.plan, []
+    for measure, when in (("final", f"after iteration {results.last}"), ("area", "on average over training")):
+        if (d := trend(results, measure)) is None or plan.trend is None:
+            continue
+        low, high = min(plan.trend.levels.values()), max(plan.trend.levels.values())
+        span = high - low
+        line = f"{plan.metric} {when}, from {low:g} to {high:g} of {plan.trend.over}: {span * d.mean:+.3f}"
+        if d.seeds < FEWEST_SEEDS:
+            lines.append(f"{line}; {d.seeds} seed{'s' * (d.seeds > 1)}, too few to claim anything.")
+            continue
+        verdict = ("rises" if d.mean > 0 else "falls") if d.p < plan.alpha else "no trend shown"
+        interval = f"[{span * d.low:+.3f}, {span * d.high:+.3f}]"
+        lines.append(f"{line} {interval} along a line through these arms, {d.seeds} seeds: {verdict} (p = {d.p:.2g}).")
+    return lines
 
 
 def remarks(results: Results, comparisons: Sequence[Comparison]) -> list[str]:

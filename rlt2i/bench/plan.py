@@ -55,6 +55,27 @@ class Arm:
 
 
 @attrs.frozen(kw_only=True)
+class Trend:
+    """A number that some arms differ in, and that their scores may rise or fall with: one test instead of many.
+
+    Attributes:
+        over: what the number is.
+        levels: arm -> its number; three arms or more, not all at one level.
+    """
+
+    over: str
+    levels: Mapping[str, float] = attrs.field()
+
+    @levels.validator
+    def _check_levels(self, _: Any, value: Mapping[str, float]) -> None:
+        if len(value) < 3 or len(set(value.values())) < 2:
+            raise ValueError(
+                f"Trend(levels={dict(value)}): a line needs three arms or more that are not all at one level. Compare "
+                "two arms with `contrasts`."
+            )
+
+
+@attrs.frozen(kw_only=True)
 class Plan:
     """What to run and how to judge it.
 
@@ -64,6 +85,7 @@ class Plan:
         arms: name -> arm, in the order of tables.
         reference: the arm that the others are compared with.
         contrasts: further pairs of arms to compare, [this, with that].
+        trend: a number that the score may rise with, tested by itself beside the comparisons; None for none.
         seeds: how many, counted from `first_seed`. More may be asked for later; finished ones are kept.
         first_seed: of the training runs.
         metric: held-out score that decides, a component of the reward or "reward".
@@ -79,6 +101,7 @@ class Plan:
     arms: Mapping[str, Arm] = attrs.field()
     reference: str = attrs.field()
     contrasts: tuple[tuple[str, str], ...] = attrs.field(default=())
+    trend: Trend | None = attrs.field(default=None)
     seeds: int = attrs.field(default=10, validator=ge(1))
     first_seed: int = attrs.field(default=0, validator=ge(0))
     metric: str = "strict"
@@ -107,6 +130,11 @@ class Plan:
     def _check_contrasts(self, _: Any, value: Sequence[tuple[str, str]]) -> None:
         for arm in (arm for pair in value for arm in pair):
             self._check_arm("contrasts", arm)
+
+    @trend.validator
+    def _check_trend(self, _: Any, value: Trend | None) -> None:
+        for arm in value.levels if value else ():
+            self._check_arm("trend.levels", arm)
 
     def _check_arm(self, where: str, arm: str) -> None:
         if arm not in self.arms:

@@ -91,6 +91,17 @@ def _upper_tail(value: float, error: float, freedom: int) -> float:
     return float(stats.t.sf(value / error, freedom))
 
 
+def slope(levels: Sequence[float], values: Sequence[float]) -> float:
+    """Least-squares slope of values over levels: sum (x - mean x) y / sum (x - mean x)^2.
+
+    Args:
+        levels, values: one each per arm of one seed; levels not all the same.
+    """
+    x, y = np.asarray(levels, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    centred = x - x.mean()
+    return float(centred @ y / (centred @ centred))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment (1979): reject where it is below alpha, and the family's error rate is alpha.
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import attrs
 import pytest
 
-from rlt2i.bench.analysis import network_evaluations, read_results
+from rlt2i.bench.analysis import Results, network_evaluations, read_results, trend, trend_lines
 from rlt2i.bench.curves import area, at, until
 from rlt2i.bench.folder import TABLES, BenchFolder, read_table
-from rlt2i.bench.plan import Arm, Plan, load_plan, shipped_plans
+from rlt2i.bench.plan import Arm, Plan, Trend, load_plan, shipped_plans
 from rlt2i.bench.publish import publish
 from rlt2i.cli import main
 from rlt2i.config import ConfigError, dump_yaml, to_mapping
@@ -223,6 +223,63 @@ def test_plans_refuse_early(tmp_path: Path):
     path.write_text(path.read_text().replace("margin: 0.01", "margin: 0.0"))
     with pytest.raises(ConfigError, match="margin"):
         load_plan(path)
+
+
+def ladder(scores: dict[str, list[float]], **fields: object) -> Results:
+    """A benchmark of three arms at 0.5, 0.7 and 1.0 of a map's quality, with these scores by seed, from 0."""
+    levels = {"poor": 0.5, "fair": 0.7, "good": 1.0}
+    plan = toy_plan(
+        arms={name: Arm(recipe=TOY) for name in levels},
+        reference="poor",
+        trend=Trend(over="the map's quality", levels=levels),
+        **fields,
+    )
+    curves = {(arm, seed): {0: 0.0, 2: value} for arm, values in scores.items() for seed, value in enumerate(values)}
+    return Results(
+        plan=plan,
+        curves={"strict": curves},
+        seconds={},
+        credit_seconds={},
+        cost=dict.fromkeys(levels, 1),
+        samples={0: 0, 2: 1},
+        scores={},
+    )
+
+
+def test_a_trend_is_told_from_the_slopes_of_its_seeds():
+    rising = ladder({"poor": [0.50, 0.70, 0.60], "fair": [0.54, 0.745, 0.635], "good": [0.60, 0.80, 0.70]})
+    assert (d := trend(rising)) is not None
+    assert d.mean == pytest.approx(0.2, abs=0.01)
+    first, second = trend_lines(rising)
+    assert first.startswith("strict after iteration 2, from 0.5 to 1 of the map's quality: +0.100 [+0.09")
+    assert "3 seeds: rises" in first
+    assert "on average over training" in second
+    assert ": +0.050 " in second  # curves rise from 0 in a line
+
+    flat = ladder({"poor": [0.5, 0.7, 0.6], "fair": [0.6, 0.7, 0.5], "good": [0.4, 0.8, 0.6]})
+    assert "no trend shown" in trend_lines(flat)[0]
+    falling = ladder({"poor": [0.60, 0.81, 0.70], "fair": [0.56, 0.76, 0.66], "good": [0.50, 0.70, 0.60]})
+    assert "falls" in trend_lines(falling)[0]
+
+
+def test_seeds_without_all_arms_of_a_trend_do_not_count():
+    part = ladder({"poor": [0.5, 0.7, 0.6], "fair": [0.5, 0.7], "good": [0.6, 0.8, 0.7]})
+    assert (d := trend(part)) is not None
+    assert d.seeds == 2
+    assert trend_lines(part)[0].endswith("2 seeds, too few to claim anything.")
+    assert trend(ladder({"poor": [0.5], "fair": [], "good": [0.6]})) is None
+    assert trend_lines(ladder({"poor": [0.5], "fair": [], "good": [0.6]})) == []
+
+
+def test_trends_refuse_what_is_no_line(tmp_path: Path):
+    with pytest.raises(ValueError, match="three arms or more"):
+        Trend(over="x", levels={"uniform": 0.0, "copy": 1.0})
+    with pytest.raises(ValueError, match="not all at one level"):
+        Trend(over="x", levels={"a": 1.0, "b": 1.0, "c": 1.0})
+    with pytest.raises(ValueError, match=r"trend.levels: 'b'.*no such arm"):
+        toy_plan(trend=Trend(over="x", levels={"uniform": 0.0, "b": 1.0, "copy": 2.0}))
+    plan = load_plan("cells-maps")
+    assert load_plan(write(plan, tmp_path / "again.yaml")).trend == plan.trend
 
 
 @pytest.mark.parametrize("name", shipped_plans())

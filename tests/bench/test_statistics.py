@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rlt2i.bench.statistics import detectable, holm, judge, paired, power, seeds_needed
+from rlt2i.bench.statistics import detectable, holm, judge, paired, power, seeds_needed, slope
 
 
 def test_paired_by_hand():
@@ -108,6 +108,22 @@ def test_arms_that_are_the_same_are_called_equivalent():
     rng = np.random.default_rng(2)
     found = judge(simulated(rng, arms=3, seeds=12, shift=0.0, spread=0.004), margin=0.02)
     assert {j.verdict for j in found.values()} == {"equivalent"}
+
+
+def test_slope_by_hand():
+    # Deviations of x: -1.5, .5, 1; their products with y sum to 5, their squares to 3.5.
+    assert slope([0, 2, 2.5], [1, 3, 5]) == pytest.approx(5 / 3.5)
+
+
+@pytest.mark.parametrize(("true", "found"), [(0.0, (0, 20)), (0.2, (190, 200))])
+def test_slopes_over_200_benchmarks(true: float, found: tuple[int, int]):
+    # What a seed adds to all its arms, however much, cancels; spread of a slope: .01 / sqrt(.0734) = .037.
+    levels, rng = np.array([0.5, 0.6, 0.71, 0.86]), np.random.default_rng(4)
+    rises = 0
+    for _ in range(200):
+        scores = rng.normal(0, 1.0, size=(5, 1)) + true * levels + rng.normal(0, 0.01, size=(5, 4))
+        rises += paired([slope(levels, values) for values in scores]).p < 0.05
+    assert found[0] <= rises <= found[1]
 
 
 @pytest.mark.parametrize("chance", [0.5, 0.8, 0.95])
