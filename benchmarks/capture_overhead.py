@@ -12,9 +12,9 @@ import time
 import torch
 
 from rlt2i.captures import attention_name
-from rlt2i.engine import rollout
 from rlt2i.policies.cost import capture_share
 from rlt2i.policies.sd3 import SD3
+from rlt2i.samplers.chunked import rollout
 from rlt2i.samplers.ode import ODE
 from rlt2i.tasks.base import as_prompts
 from rlt2i.tasks.shapes.task import ShapesTask

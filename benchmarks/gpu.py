@@ -338,7 +338,7 @@ def star(scale: Scale, device: torch.device, batch: int) -> Iterator[tuple[str, 
     """A rollout with and without recorded attention, in turns."""
     policy = random_policy(scale, device, compiled=False)
     engine = _engine(policy, scale, device, batch)
-    from rlt2i.engine import rollout
+    from rlt2i.samplers.chunked import rollout
 
     seconds: dict[str, list[float]] = {"without": [], "with": []}
     for _ in range(3):

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 import attrs
 import torch
 
-from rlt2i.engine import Engine, Stopwatch
+from rlt2i.engine import Engine
 from rlt2i.interfaces import Reward, RewardBatch, RewardOutput
 from rlt2i.recipes import load_recipe
 from rlt2i.rewards.ocr import OCRReward
+from rlt2i.runs.stopwatch import Stopwatch
 from rlt2i.tasks.base import as_prompts
 from rlt2i.tasks.ocr.task import OCRTask
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import attrs
@@ -14,154 +12,28 @@ from torch import Tensor
 from rlt2i.algorithm import Algorithm
 from rlt2i.distributed import OtherProcessFailed as OtherProcessFailed
 from rlt2i.distributed import because_of
-from rlt2i.functional.transfer import on_both, to_device
+from rlt2i.functional.transfer import on_both
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import (
     CreditContext,
     Policy,
-    Reward,
     RewardBatch,
     RewardGradient,
     RewardOutput,
-    RolloutRequest,
-    Sampler,
     to_uint8,
 )
 from rlt2i.rewards.agreement import FailureCounts, with_same_components
 from rlt2i.rewards.batching import merge
 from rlt2i.rewards.beside import Beside
+from rlt2i.rewards.gradient import reward_gradient
 from rlt2i.rewards.validity import score_safely
-from rlt2i.runs.terminal import Progress
+from rlt2i.runs.stopwatch import Stopwatch
+from rlt2i.samplers.chunked import rollout, rollout_keys
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
-from rlt2i.seeds import RolloutNoise, derive_seed, generator
-from rlt2i.types import Conditioning, Experience, ImageSize, Prompts, Rewards, Trajectory
+from rlt2i.seeds import derive_seed, generator
+from rlt2i.types import Experience, ImageSize, Prompts, Rewards, Trajectory
 
 Result = TypeVar("Result")
-
-
-def _nothing(count: int) -> None:
-    """Where no progress is shown."""
-
-
-@attrs.define
-class Stopwatch:
-    """Seconds by phase, and a line on the terminal that shows how far each has come.
-
-    Attributes:
-        seconds: by phase; a phase may be entered many times.
-        beside: seconds of work that other threads did meanwhile, by kind.
-        device: whose queue is waited for before a phase counts as over.
-        progress: where the line is drawn.
-        advance: to be called after every finished piece of the phase under way.
-    """
-
-    seconds: dict[str, float] = attrs.field(factory=dict)
-    beside: dict[str, float] = attrs.field(factory=dict)
-    device: torch.device = attrs.field(factory=lambda: torch.device("cpu"))
-    progress: Progress = attrs.field(factory=Progress)
-    advance: Callable[[int], None] = attrs.field(default=_nothing, init=False)
-
-    @contextmanager
-    def __call__(self, phase: str, total: int | None = None) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            with self.progress.phase(phase, total) as self.advance:
-                yield
-        finally:
-            self.advance = _nothing
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    @contextmanager
-    def work(self, kind: str) -> Iterator[None]:
-        """In another thread, beside a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.beside[kind] = self.beside.get(kind, 0.0) + time.perf_counter() - start
-
-
-def rollout_keys(prompts: Prompts, seed: int) -> list[tuple[int, str, int, int]]:
-    """(seed, prompt, draw, index): the identity of each rollout, from which all its randomness follows."""
-    named = zip(prompts.texts, prompts.draws, strict=True)
-    return [(seed, text, draw, index) for text, draw in named for index in range(prompts.group_size)]
-
-
-def chunk_size(sampler: Sampler, group_size: int, rollout_batch_size: int) -> int:
-    """Rollouts per forward pass: as many as may be, in whole groups where the sampler asks for them.
-
-    Raises:
-        ValueError: when not even one group fits.
-    """
-    if not sampler.whole_groups:
-        return rollout_batch_size
-    if group_size > rollout_batch_size:
-        raise ValueError(
-            f"{type(sampler).__name__} rolls a group out in one piece, and a group of {group_size} does not fit into "
-            f"rollout_batch_size={rollout_batch_size}. Use rollout_batch_size >= {group_size}, or smaller groups."
-        )
-    return rollout_batch_size // group_size * group_size
-
-
-@torch.no_grad()
-def rollout(
-    policy: Policy,
-    sampler: Sampler,
-    prompts: Prompts,
-    *,
-    seed: int,
-    image_size: ImageSize,
-    rollout_batch_size: int,
-    captures: frozenset[str] = frozenset(),
-    share_initial_noise: bool = False,
-    iteration: int = 0,
-    device: torch.device | str = "cpu",
-    advance: Callable[[int], None] = _nothing,
-    finished: Callable[[range, Trajectory], None] | None = None,
-) -> Trajectory:
-    """Trajectories of P x G rollouts; all draws are functions of (seed, prompt, draw, index) alone, not of the chunks.
-
-    The networks may round otherwise in chunks of another size: equal to the last bits in float32, in bfloat16 not.
-
-    Args:
-        share_initial_noise: start the rollouts of a group from the same noise.
-        iteration: number of the rollout batch, for samplers whose window slides.
-        advance: called with the number of rollouts that have been finished.
-        finished: called with the rows of each chunk and the chunk itself, before the next one is begun.
-    """
-    device = torch.device(device)
-    conditioning = policy.encode(prompts)
-    keys, metadata = rollout_keys(prompts, seed), prompts.per_rollout(prompts.metadata)
-    size = chunk_size(sampler, prompts.group_size, rollout_batch_size)
-    chunks = []
-    for start in range(0, len(keys), size):
-        rows = range(start, min(start + size, len(keys)))
-        noise = RolloutNoise(
-            [derive_seed("initial", *(keys[i][:3] if share_initial_noise else keys[i])) for i in rows],
-            [derive_seed("steps", *keys[i]) for i in rows],
-            device,
-        )
-        chunks.append(
-            sampler.rollout(
-                policy,
-                conditioning.take(torch.tensor(list(rows))),
-                RolloutRequest(
-                    noise=noise,
-                    captures=captures,
-                    image_size=image_size,
-                    group_size=prompts.group_size if sampler.whole_groups else 1,
-                    iteration=iteration,
-                    metadata=[metadata[i] for i in rows],
-                ),
-            )
-        )
-        if finished is not None:
-            finished(rows, chunks[-1])
-        advance(len(rows))
-    noisy = bool(sampler.stochastic_steps(iteration))
-    return _concatenate(chunks, conditioning=conditioning, group_size=prompts.group_size, noisy=noisy)
 
 
 @torch.no_grad()
@@ -172,42 +44,6 @@ def decode(policy: Policy, latents: Tensor, *, rollout_batch_size: int) -> Tenso
         ValueError: when the decoder returns NaN or infinity.
     """
     return torch.cat([to_uint8(policy.decode(chunk)).contiguous() for chunk in latents.split(rollout_batch_size)])
-
-
-def reward_gradient(
-    policy: Policy, reward: Reward, latents: Tensor, prompts: Prompts, *, rollout_batch_size: int
-) -> RewardGradient:
-    """Scores of decoded latents and the gradient of each score with respect to its latents, both detached.
-
-    The chain rule needs nothing else of decoder and reward, so what they keep for it lives for one chunk only, and
-    never beside the activations of the network that made the latents.
-
-    Args:
-        latents: [N, C, H, W].
-        prompts: N of them, in groups of one.
-        rollout_batch_size: decoded and judged together.
-
-    Raises:
-        ValueError: when the scores do not depend on the images by way of a gradient.
-    """
-    gradients = []
-    for rows in torch.arange(len(latents)).split(rollout_batch_size):
-        requested = prompts.take(rows.tolist())
-        with torch.enable_grad():
-            leaf = latents[to_device(rows, latents.device)].detach().requires_grad_()
-            scores = reward.score_tensor(policy.decode(leaf), requested.texts, requested.metadata)
-        if not scores.requires_grad:
-            raise ValueError(
-                f"{type(reward).__name__}.score_tensor returned scores without a gradient. Do not detach the images in "
-                "it, or leave 'gradient' out of what the reward offers."
-            )
-        # Not of scores.sum(): credit is assigned without gradients, where a sum would have none.
-        (gradient,) = torch.autograd.grad(scores, leaf, torch.ones_like(scores))
-        gradients.append(RewardGradient(scores=scores.detach().float().to(latents.device), gradient=gradient))
-    return RewardGradient(
-        scores=torch.cat([chunk.scores for chunk in gradients]),
-        gradient=torch.cat([chunk.gradient for chunk in gradients]),
-    )
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -506,23 +342,3 @@ class _Judging:
 
     def _images(self, latents: list[Tensor]) -> Tensor:
         return torch.cat([self.engine.images(part) for part in latents])
-
-
-def _concatenate(chunks: list[Trajectory], *, conditioning: Conditioning, group_size: int, noisy: bool) -> Trajectory:
-    """One trajectory from chunks that differ only in their rows."""
-    first = chunks[0]
-    return attrs.evolve(
-        first,
-        latents=torch.cat([c.latents for c in chunks]),
-        log_probs=torch.cat([c.log_probs for c in chunks]) if noisy else _no_log_probs(chunks),
-        captures={name: torch.cat([c.captures[name] for c in chunks]) for name in first.captures},
-        noisy=torch.cat([c.noisy for c in chunks]),
-        conditioning=conditioning,
-        group_size=group_size,
-    )
-
-
-def _no_log_probs(chunks: list[Trajectory]) -> Tensor:
-    """A broadcast zero: deterministic rollouts need no memory for log-probabilities."""
-    rows = sum(c.num_rollouts for c in chunks)
-    return chunks[0].log_probs.new_zeros(()).expand(rows, *chunks[0].log_probs.shape[1:])

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from rlt2i.distributed import OtherProcessFailed, because_of, sum_in_buckets, telling
-from rlt2i.engine import reward_gradient
 from rlt2i.functional.ema import power_decay
 from rlt2i.functional.shards import is_sharded, local, rows_of
 from rlt2i.functional.transfer import on_host, to_device
 from rlt2i.interfaces import Objective, Policy, Reward, UpdateContext
 from rlt2i.objectives.reduction import trainable_steps
 from rlt2i.parameter_sets import ONLINE, ParameterSets
+from rlt2i.rewards.gradient import reward_gradient
 from rlt2i.seeds import derive_seed
 from rlt2i.types import Experience
 

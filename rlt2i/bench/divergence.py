@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rlt2i.engine import rollout
 from rlt2i.functional.gaussian import kl_map
 from rlt2i.interfaces import Policy
 from rlt2i.parameter_sets import ParameterSets
+from rlt2i.samplers.chunked import rollout
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.sde import SDE
 from rlt2i.tasks.base import TaskPrompt, as_prompts

@@ -20,11 +20,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.engine import reward_gradient
 from rlt2i.interfaces import CreditAssigner, CreditContext, Needs, Objective, Policy, Reward, UpdateContext
 from rlt2i.learner import informative_rows
 from rlt2i.objectives.reduction import trainable_steps
 from rlt2i.parameter_sets import ParameterSets
+from rlt2i.rewards.gradient import reward_gradient
 from rlt2i.types import Credit, Experience
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rlt2i.conformance.subject import Subject, distance, require
-from rlt2i.engine import rollout
 from rlt2i.functional.transitions import clean_prediction
+from rlt2i.samplers.chunked import rollout
 from rlt2i.samplers.ode import ODE
 from rlt2i.samplers.sde import SDE
 from rlt2i.types import Prompts

@@ -8,9 +8,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlt2i.engine import decode, rollout
+from rlt2i.engine import decode
 from rlt2i.interfaces import Policy, Reward, RewardBatch, RewardOutput
 from rlt2i.rewards.validity import score_safely
+from rlt2i.samplers.chunked import rollout
 from rlt2i.samplers.ode import ODE
 from rlt2i.types import ImageSize, Prompts, Trajectory
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.group_relative import GroupRelative
-from rlt2i.engine import reward_gradient
 from rlt2i.evaluation.auto import resolve_auto
 from rlt2i.evaluation.draw import Draw
 from rlt2i.evaluation.heldout import Evaluation, evaluate
 from rlt2i.interfaces import CreditAssigner, CreditContext, Policy, RewardOutput
 from rlt2i.recipes.recipe import Recipe
+from rlt2i.rewards.gradient import reward_gradient
 from rlt2i.runs.artifacts import MapSample
 from rlt2i.runs.belonging import check_policy
 from rlt2i.runs.checkpoint import (

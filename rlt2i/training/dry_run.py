@@ -10,11 +10,11 @@ from typing import Any
 import attrs
 
 from rlt2i.captures import NEGATIVE
-from rlt2i.engine import chunk_size
 from rlt2i.policies.cost import NotCounted, Plan, make_plan
 from rlt2i.policies.pretrained import PretrainedSpec
 from rlt2i.recipes.recipe import Recipe
 from rlt2i.recipes.train_config import BatchPlan, Sharding, derive_batch
+from rlt2i.samplers.chunked import chunk_size
 from rlt2i.samplers.rollout import CLEAN_PREDICTIONS
 from rlt2i.tasks.base import check_metadata
 from rlt2i.training.sharding import check_sharding

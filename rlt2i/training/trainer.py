@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlt2i.distributed import Distributed, OtherProcessFailed, Stopped, told_all
-from rlt2i.engine import Collected, Engine, Stopwatch
+from rlt2i.engine import Collected, Engine
 from rlt2i.evaluation.health import diversity_metrics, health_metrics
 from rlt2i.evaluation.heldout import Evaluation, evaluate
 from rlt2i.evaluation.map_samples import map_samples
@@ -40,6 +40,7 @@ from rlt2i.runs.generators import global_generators, restore_global_generators, 
 from rlt2i.runs.logbook import Logbook
 from rlt2i.runs.metrics import read_metrics
 from rlt2i.runs.optimizer_state import optimizer_tensors, restore_optimizer
+from rlt2i.runs.stopwatch import Stopwatch
 from rlt2i.runs.terminal import summary_line
 from rlt2i.tasks.base import TaskPrompt, as_prompts
 from rlt2i.tasks.curriculum import Chosen, CurriculumState, texts_without_spread

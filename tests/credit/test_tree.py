@@ -14,13 +14,13 @@ from rlt2i.credit.noise_aware import NoiseAware
 from rlt2i.credit.random_subset import RandomSubset
 from rlt2i.credit.text_attention import TextAttention
 from rlt2i.credit.tree import TreeAdvantage
-from rlt2i.engine import rollout
 from rlt2i.functional.advantages import group_relative_advantage
 from rlt2i.interfaces import CreditAssigner, Objective, Sampler
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.nft import DiffusionNFT
 from rlt2i.objectives.reduction import trainable_steps
 from rlt2i.samplers.branching import BranchSDE, TreeSDE
+from rlt2i.samplers.chunked import rollout
 from rlt2i.samplers.kernels import FlowSDE
 from rlt2i.samplers.ode import ODE
 from rlt2i.types import Experience, Prompts

@@ -16,7 +16,6 @@ from rlt2i.config.references import parse_yaml
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.credit.residual_contrast import ResidualContrast
-from rlt2i.engine import reward_gradient
 from rlt2i.functional.matching import noised
 from rlt2i.functional.reward_backprop import random_depth
 from rlt2i.functional.transitions import clean_prediction, euler
@@ -26,6 +25,7 @@ from rlt2i.objectives.draws import shared_noise
 from rlt2i.objectives.penalty import VelocityPenalty
 from rlt2i.objectives.refl import ReFL
 from rlt2i.recipes import recipe_from_mapping
+from rlt2i.rewards.gradient import reward_gradient
 from rlt2i.rewards.validity import Guarded
 from rlt2i.runs.metrics import read_metrics
 from rlt2i.samplers.ode import ODE

@@ -12,13 +12,13 @@ from torch import Tensor
 from rlt2i.captures import EDGES
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.tree import TreeAdvantage
-from rlt2i.engine import rollout, rollout_keys
 from rlt2i.functional.transitions import euler
 from rlt2i.interfaces import Sampler
 from rlt2i.objectives.clipped_surrogate import ClippedSurrogate
 from rlt2i.objectives.reduction import trainable_steps
 from rlt2i.recipes import load_recipe
 from rlt2i.samplers.branching import BranchSDE, TreeSDE
+from rlt2i.samplers.chunked import rollout, rollout_keys
 from rlt2i.samplers.kernels import CPS, DDIM, DanceSDE, FlowSDE
 from rlt2i.seeds import RolloutNoise, derive_seed
 from rlt2i.tasks.base import as_prompts

@@ -133,8 +133,9 @@ def test_images_of_another_world_are_refused():
 
 
 def test_it_agrees_with_the_verifier_on_what_the_base_draws():
-    from rlt2i.engine import decode, rollout
+    from rlt2i.engine import decode
     from rlt2i.policies.sd3 import SD3
+    from rlt2i.samplers.chunked import rollout
     from rlt2i.samplers.ode import ODE
     from rlt2i.tasks.base import as_prompts
     from rlt2i.tasks.shapes.task import ShapesTask
