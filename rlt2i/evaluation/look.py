@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -104,7 +105,15 @@ def look(
     steps = recipe.train.eval_steps if num_steps is None else num_steps
     weights_named = f"the {'average' if which == 'ema' else which} weights of {path.name}"
     notes = [f"No maps: {note}"] if note else []
-    replace_text(out, render_look(pictures, name=home, weights=weights_named, steps=steps, notes=notes))
+    command = ["rlt2i", "look", home, *(word for text in texts for word in ("--prompt", text))]
+    command += ["--seed", *map(str, seeds)]
+    command += [] if num_steps is None else ["--steps", str(num_steps)]
+    command += [] if checkpoint is None else ["--checkpoint", checkpoint.name]
+    command += [] if weights == "best" else ["--weights", weights]
+    replace_text(
+        out,
+        render_look(pictures, name=home, command=shlex.join(command), weights=weights_named, steps=steps, notes=notes),
+    )
     return out
 
 

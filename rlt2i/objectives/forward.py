@@ -20,7 +20,7 @@ class NoisyPairs:
     """The finished latents of N (rollout, draw) pairs at the noise level of the draw.
 
     Attributes:
-        pairs: with the credit of the sampler step nearest to that noise level.
+        states: with the credit of the sampler step nearest to that noise level.
         sigma: [N].
         noise, state: [N, C, H, W]; state = (1 - sigma) x_0 + sigma noise.
     """

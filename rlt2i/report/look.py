@@ -34,12 +34,15 @@ class Seen:
     maps: Sequence[MapSample] = ()
 
 
-def render_look(pictures: Sequence[Seen], *, name: str, weights: str, steps: int, notes: Sequence[str] = ()) -> str:
+def render_look(
+    pictures: Sequence[Seen], *, name: str, command: str, weights: str, steps: int, notes: Sequence[str] = ()
+) -> str:
     """The page, in one piece that loads nothing from elsewhere.
 
     Args:
-        seen: every prompt and seed, the seeds of a prompt in a row.
+        pictures: every prompt and seed, the seeds of a prompt in a row.
         name: of the run.
+        command: that draws the page again.
         weights: which of them are the trained ones.
         steps: denoising steps of the images.
         notes: what a reader should know, such as why there are no maps.
@@ -55,7 +58,15 @@ def render_look(pictures: Sequence[Seen], *, name: str, weights: str, steps: int
     return (
         environment()
         .get_template("look.html")
-        .render(name=name, weights=weights, steps=steps, notes=notes, prompts=prompts, scale=scale)
+        .render(
+            name=name,
+            command=command,
+            weights=weights,
+            steps=steps,
+            notes=notes,
+            prompts=prompts,
+            scale=scale,
+        )
     )
 
 

@@ -40,7 +40,7 @@ def verdict_of_each(length: int, form: NormalForm, verdicts_of_form: Sequence[Ve
     Args:
         length: of the original text.
         form: its characters that were compared.
-        found: a verdict for each of them.
+        verdicts_of_form: one for each of them.
     """
     verdicts: list[Verdict] = ["free"] * length
     for (start, end), verdict in zip(form.origins, verdicts_of_form, strict=True):

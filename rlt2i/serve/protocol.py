@@ -37,7 +37,7 @@ class Info:
 
     Attributes:
         reward: class name of what is served.
-        requires, offers, span, scope: of the reward.
+        metadata_keys, offers, span, scope: of the reward.
         fingerprint: of the reward, as `digest` of its content.
         details: the fingerprint itself.
         max_images, max_bytes: of one request.

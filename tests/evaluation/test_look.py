@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shlex
+from html import unescape
 from pathlib import Path
 
 import attrs
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rlt2i.cli.grammar import parser
 from rlt2i.credit.algebra import Product
 from rlt2i.credit.group_relative import GroupRelative
 from rlt2i.evaluation.inspection import drawing, load_policy, map_of
@@ -72,6 +75,16 @@ def test_the_page_is_safe_and_in_one_piece(run, tmp_path: Path):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "http" not in html
     assert str(folder) not in html
+
+
+def test_the_page_says_the_command_that_draws_it(run, tmp_path: Path):
+    recipe, folder = run
+    html = look(recipe, ["upper left", NASTY], tmp_path / "look.html", run_dir=folder, seeds=(0, 7), num_steps=2)
+    (command,) = re.findall("Written by <code>(.*?)</code>", html.read_text(encoding="utf-8"))
+    words = shlex.split(unescape(command))
+    assert words[1:] == ["look", "run", "--prompt", "upper left", "--prompt", NASTY, "--seed", "0", "7", "--steps", "2"]
+    options = parser().parse_args(words[1:])
+    assert (options.prompt, options.seed, options.steps) == (["upper left", NASTY], [0, 7], 2)
 
 
 def test_without_maps_it_says_why(run, tmp_path: Path):

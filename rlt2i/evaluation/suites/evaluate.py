@@ -56,8 +56,7 @@ class Job:
 
     Attributes:
         shard: this process's share.
-        alone: there is no other process to wait for: none at all, or independent shards.
-        wait: until every process is here.
+        wait: returns when every process has come to it; at once where there is no other, or shards are independent.
         is_main: writes the report.
         device: where images are drawn and judged.
         say: prints a line for the user.
