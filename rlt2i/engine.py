@@ -51,6 +51,10 @@ class Collected:
     """A rollout batch: what the learner learns from, and what the log wants to see.
 
     Attributes:
+        experience: of N = P x G rollouts.
+        prompts: P of them, and G.
+        images: [N, 3, H, W] uint8 RGB.
+        scores: of the images.
         tally: of everything that the reward was shown for this batch on this process, intermediate images included.
     """
 

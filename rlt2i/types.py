@@ -441,7 +441,7 @@ class StepBatch:
         sigma, sigma_next: [N].
         conditioning: of the N rows.
         old_log_probs: [N, H, W].
-        advantage: [N, 1|h, 1|w]; weight and mask alike.
+        advantage, weight, mask: [N, 1|h, 1|w], as in `Credit`.
     """
 
     rollouts: Tensor
@@ -463,6 +463,7 @@ class Experience:
     """What an objective learns from: trajectories, their rewards and the credit assigned to them.
 
     Attributes:
+        trajectory, rewards, credit: of B rollouts.
         prompts: B prompts in groups of one, what each rollout was asked for.
         token_grid: (h, w) of the policy's image tokens; the grid of token-level ratios.
         keys: [B] long, a stable identity of each rollout; the randomness of an update is a function of it.

@@ -1,4 +1,4 @@
-"""Docstrings say what is there: every name under Args or Attributes is one of the signature or of the class."""
+"""Docstrings say what is there: names under Args and Attributes exist, and where fields are explained, all are."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
     return {argument.arg for argument in (*a.posonlyargs, *a.args, *a.kwonlyargs, *further)}
 
 
+def bases(node: ast.ClassDef) -> list[ast.ClassDef]:
+    """The classes of the package that it is made from, theirs included."""
+    direct = [CLASSES[b.id] for b in node.bases if isinstance(b, ast.Name) and b.id in CLASSES]
+    return [*direct, *(further for base in direct for further in bases(base))]
+
+
 def members(node: ast.ClassDef) -> set[str]:
     """Fields, methods, what methods assign to self, and the parameters of __init__; those of base classes too."""
     names: set[str] = set()
@@ -42,8 +48,7 @@ def members(node: ast.ClassDef) -> set[str]:
             names.add(child.attr)
         elif isinstance(child, ast.FunctionDef):
             names |= {child.name} | (parameters(child) if child.name == "__init__" else set())
-    bases = [CLASSES[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id in CLASSES]
-    return names.union(*(members(base) for base in bases if base is not node))
+    return names.union(*(members(base) for base in bases(node)))
 
 
 def wrong(tree: ast.Module) -> Iterator[str]:
@@ -69,6 +74,21 @@ def test_documented_errors_exist():
             if isinstance(node, Documented) and (text := ast.get_docstring(node)):
                 missing = [e for e in entries(text, "Raises") if "." not in e and e not in known | imported]
                 assert not missing, f"{path.name}: {node.name}, line {node.lineno}: no such error: {missing}"
+
+
+def test_where_fields_are_explained_all_of_them_are():
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if not (own := entries(ast.get_docstring(node) or "", "Attributes")):
+                continue
+            declared = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+            fields = {ast.unparse(f.target) for f in declared if "ClassVar" not in ast.unparse(f.annotation)}
+            elsewhere = {n for base in bases(node) for n in entries(ast.get_docstring(base) or "", "Attributes")}
+            methods = {f.name for base in bases(node) for f in base.body if isinstance(f, ast.FunctionDef)}
+            missing = {name for name in fields if not name.startswith("_")} - {*own} - elsewhere - methods
+            assert not missing, f"{path.name}: {node.name}, line {node.lineno} does not explain {sorted(missing)}"
 
 
 FUNCTION = "def f(a):\n    '''F.\n\n    Args:\n        a, b: two.\n    '''\n"

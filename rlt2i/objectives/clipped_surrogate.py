@@ -41,7 +41,13 @@ class ClippedSurrogate(Objective):
         clip_range: eps of a ratio per *sample*; a ratio over P cells gets eps sqrt(P), because the noise of a mean
             log-ratio grows with the square root of the number of coordinates that are no longer averaged. A map inside
             a coarser ratio makes it noisier by sqrt(mean w^2), and widens the range of that pair as much.
-        ratio: granularity of the ratio.
+        ratio: its granularity: one per "sample", per image "token" or per latent "location".
+        form: "direct", each ratio its own value and gradient; "detached", the value of the whole sample's ratio with
+            the gradient of the place (DenseFlow-GRPO, arXiv 2510.01010), clipped as a ratio per sample is.
+        channels: "mean", as the log-probability is everywhere here, or "sum" over the C channels of a place, which
+            makes log-ratios C times as large; `clip_range` is then of a mean nevertheless, unless `clip_at` is "ratio".
+        clip_at: "sample", where `clip_range` is carried to the ratio in use, eps sqrt(P) and times C for sums; or
+            "ratio", where it is that ratio's own range as it stands.
         kl_penalty: towards the reference policy.
     """
 

@@ -113,6 +113,7 @@ class BatchPlan:
 
     Attributes:
         world_size: processes, one device each.
+        group_size, rollout_batch_size, micro_batch_size: as in the recipe.
         num_steps, trained_steps: T, and how many of the steps (or draws) of a rollout are learned from.
         prompts, rollouts: of one rollout batch, over all processes.
         prompts_per_device, rollouts_per_device: of one process; groups are never split.

@@ -41,6 +41,7 @@ class Backoff:
 
     Attributes:
         deadline: of `clock`, in seconds.
+        clock: seconds that never go back.
     """
 
     deadline: float

@@ -72,8 +72,10 @@ class Trainer:
         say: prints a line for the user.
         start: identity of the starting weights, the reference: they are made again, not saved again.
         stop: whether the user, or a scheduler, wants the run to end.
-        iteration: finished so far, of which `saved` are in a checkpoint.
+        iteration: finished so far.
+        saved: how many of them are in a checkpoint.
         base: how the starting weights were judged.
+        mentioned: whether the user has been told that a prompt has no word for a map to start from.
         curriculum: where the run stands in its stream of prompts.
         sharding: of a network that is spread over processes, or None.
     """

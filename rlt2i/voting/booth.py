@@ -26,6 +26,7 @@ class Question:
 
     Attributes:
         name: of the question; an answer says which one it belongs to.
+        prompt: what both images were to show.
         left, right: names of images. Which is which side is drawn by a hash, so that a preference for a side evens out,
             and is the same when it is asked again.
     """
