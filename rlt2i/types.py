@@ -51,7 +51,11 @@ def image_sizes(values: Any) -> Any:
 
 
 def at_least_a_pixel(instance: Any, attribute: Any, value: Any) -> None:
-    """A validator of fields that are an `ImageSize`, sizes, or None."""
+    """A validator of fields that are an `ImageSize`, sizes, or None.
+
+    Raises:
+        ValueError: from the validator, for a side below 1.
+    """
     for size in value if attribute.name == "sizes" else [value]:
         if size is not None and min(height_and_width(size)) < 1:
             raise ValueError(f"{attribute.name}={value}: a side of an image has at least 1 pixel.")

@@ -91,6 +91,19 @@ def test_where_fields_are_explained_all_of_them_are():
             assert not missing, f"{path.name}: {node.name}, line {node.lineno} does not explain {sorted(missing)}"
 
 
+def test_functions_say_which_errors_they_raise():
+    for path, tree in TREES.items():
+        for node in tree.body if path.parent.name != "cli" else ():  # commands end in a message
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            raised = [r.exc.func for r in ast.walk(node) if isinstance(r, ast.Raise) and isinstance(r.exc, ast.Call)]
+            names = {f.id for f in raised if isinstance(f, ast.Name) and not f.id.startswith("_")} - {"SystemExit"}
+            said = re.search(r"\bRaises?\b", ast.get_docstring(node) or "")
+            assert said or not names, (
+                f"{path.name}: {node.name}, line {node.lineno}, does not say that it raises {names}"
+            )
+
+
 FUNCTION = "def f(a):\n    '''F.\n\n    Args:\n        a, b: two.\n    '''\n"
 CLASS = "class C:\n    '''C.\n\n    Attributes:\n        b: one.\n    '''\n    a: int\n"
 

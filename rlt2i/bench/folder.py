@@ -66,7 +66,11 @@ class BenchFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes from running the same benchmark; the lock goes with the process, however it ends."""
+        """Keep other processes from running the same benchmark; the lock goes with the process, however it ends.
+
+        Raises:
+            ConfigError: where another process has it. A file system without locks is warned of.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

@@ -79,7 +79,11 @@ def gain_of_map(weight: Tensor, inside: Tensor) -> float:
 
 
 def expected_gain(name: str, tokens: int, mix: float = 1.0) -> float:
-    """What theory says of one of `allocations` for a region of so many tokens."""
+    """What theory says of one of `allocations` for a region of so many tokens.
+
+    Raises:
+        ValueError: for a name that theory does not speak of.
+    """
     inside = torch.arange(TOKENS) < tokens
     oracle = (1 - mix) + mix * mean_one(inside.double()[None] + FLOOR, dims=(1,))[0]
     if name == "uniform":

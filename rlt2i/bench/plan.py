@@ -155,7 +155,11 @@ class Plan:
         return self.arms[arm].label or arm
 
     def recipe(self, arm: str) -> Recipe:
-        """The recipe of an arm, at seed `first_seed`."""
+        """The recipe of an arm, at seed `first_seed`.
+
+        Raises:
+            ConfigError: naming the arm, where its recipe cannot be built.
+        """
         changes = {**self.set, **self.arms[arm].set, **FORCED, "train.seed": self.first_seed}
         try:
             return load_recipe(self.arms[arm].recipe, [f"{key}={json.dumps(value)}" for key, value in changes.items()])

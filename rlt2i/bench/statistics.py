@@ -179,6 +179,9 @@ def power(seeds: int, *, difference: float, spread: float, alpha: float = 0.05) 
 
     Returns:
         P[|T| > t_(1 - alpha/2, n-1)] with T noncentral t, noncentrality difference sqrt(n) / spread.
+
+    Raises:
+        ValueError: for fewer than 2 seeds or without a spread.
     """
     if seeds < 2 or not spread > 0:
         raise ValueError(f"power(seeds={seeds}, spread={spread}): use at least 2 seeds and a spread above 0.")

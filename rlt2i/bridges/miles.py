@@ -91,7 +91,11 @@ class Hooks:
     # --------------------------------------------------------------------------------- where rollouts are collected
 
     def post_process(self, args: Any, samples: Sequence[Any]) -> tuple[list[float], list[float]]:
-        """`--custom-reward-post-process-path`: raw rewards and advantages."""
+        """`--custom-reward-post-process-path`: raw rewards and advantages.
+
+        Raises:
+            ValueError: for an advantage that resolves steps or places.
+        """
         raw = [float(sample.get_reward_value(args)) for sample in samples]
         advantage = self.credit.advantage.advantage(self._context(args, samples, rewards_of(raw, samples)))
         if advantage.shape[1:] != (1, 1, 1):

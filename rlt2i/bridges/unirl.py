@@ -182,7 +182,11 @@ class _StageObjective(StageAlgorithm):  # type: ignore[misc, valid-type]
         training_progress: float,
         loss_scale: float,
     ) -> Any:
-        """Backward of every loss of the objective on one micro-batch; they add up to its mean."""
+        """Backward of every loss of the objective on one micro-batch; they add up to its mean.
+
+        Raises:
+            ValueError: where `prepare_part` was not called, or steps without noise meet an objective that needs it.
+        """
         del advantages, training_progress  # the credit beside the segment has the advantage
         credit = getattr(segment, "credit", None)
         if credit is None:

@@ -101,6 +101,9 @@ def to_mapping(part: Any, *, parts: Parts | None = None, typed: bool = True, has
         parts: the short names to use.
         typed: whether to say the `type`; not needed where only one class can be meant.
         hashed: leave out `neutral` fields that have their default.
+
+    Raises:
+        ConfigError: naming the field, for a value that has no place in a file.
     """
     cls = type(part)
     hints = _hints(cls)  # type: ignore[arg-type]

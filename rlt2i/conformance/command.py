@@ -54,7 +54,11 @@ def parse_size(text: str) -> ImageSize:
 
 
 def main(name: str, fields: Sequence[str], *, size: str | None, device: str, tiny: bool) -> int:
-    """Examine a policy and print what came out; 0 when every law is kept, 1 when not."""
+    """Examine a policy and print what came out; 0 when every law is kept, 1 when not.
+
+    Raises:
+        ValueError: for `--tiny` with a policy that is no diffusers pipeline.
+    """
     spec = named_policy(name, fields)
     wanted = parse_size(size) if size else None
     said: list[str] = []

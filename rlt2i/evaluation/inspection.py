@@ -257,7 +257,11 @@ def evaluate_run(
     num_prompts: int | None = None,
     num_steps: int | None = None,
 ) -> dict[str, float]:
-    """Scores on held-out prompts with the run's own noise; for a run, also the base and the paired gain."""
+    """Scores on held-out prompts with the run's own noise; for a run, also the base and the paired gain.
+
+    Raises:
+        ValueError: where neither the recipe nor the caller says on how many prompts.
+    """
     train = recipe.train
     count = train.eval_prompts if num_prompts is None else num_prompts
     if count < 1:

@@ -35,7 +35,11 @@ class Converted:
 
 
 def pairs_of(weights: Mapping[str, Tensor]) -> dict[str, Pair]:
-    """Module -> (down, up), of an adapter in PEFT's names with the scale in `up`."""
+    """Module -> (down, up), of an adapter in PEFT's names with the scale in `up`.
+
+    Raises:
+        ValueError: where a tensor has no partner.
+    """
     downs = {name.removesuffix(".lora_A.weight"): t for name, t in weights.items() if name.endswith(".lora_A.weight")}
     ups = {name.removesuffix(".lora_B.weight"): t for name, t in weights.items() if name.endswith(".lora_B.weight")}
     if downs.keys() != ups.keys() or len(downs) + len(ups) != len(weights):

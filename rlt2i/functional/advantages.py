@@ -49,6 +49,9 @@ def group_relative_advantage(
 
     Returns:
         The shape of `rewards`, in its dtype (float32 for other than float32/64); every group has mean 0.
+
+    Raises:
+        ValueError: for an unknown `std`.
     """
     if std not in ("group", "global"):
         raise ValueError(f"std={std!r}: whose std? Use 'group' (each prompt's own) or 'global' (the whole batch's).")
@@ -86,6 +89,9 @@ def step_gain(
 
     Returns:
         [B, S].
+
+    Raises:
+        ValueError: for values at fewer than two points.
     """
     if values.ndim != 2 or values.shape[1] < 2:
         raise ValueError(
@@ -168,6 +174,9 @@ def win_rate_advantage(
 
     Returns:
         [B].
+
+    Raises:
+        ValueError: for scores that are neither [B] nor [P, G, G] of this group size.
     """
     if scores.ndim == 1:
         rates = win_rate(scores, group_size, valid=valid)

@@ -37,6 +37,9 @@ def awm_log_likelihood(error: Tensor, t: Scalar, *, weighting: AWMWeighting = "g
 
     Returns:
         The shape of `error`.
+
+    Raises:
+        ValueError: for an unknown weighting, or a power that is not positive.
     """
     error = full_precision(error)
     t = per_sample(t, error, name="t")
@@ -65,6 +68,9 @@ def awm_advantage(advantage: Tensor, *, clip: float = 5.0, scale: float = 1.0) -
 
     Returns:
         The same shape, in [-scale, scale].
+
+    Raises:
+        ValueError: for a clip that is not positive.
     """
     if clip <= 0:
         raise ValueError(f"clip={clip}: the largest advantage is positive; AWM uses 5.")
@@ -99,6 +105,9 @@ def awm_kl_map(
 
     Returns:
         [B, H, W].
+
+    Raises:
+        ValueError: for an unknown weighting.
     """
     error = ((full_precision(v) - full_precision(v_other.detach())) ** 2).mean(dim=1)
     error = credit_map(weight, error, name="weight") * error

@@ -13,6 +13,9 @@ def nft_old_decay(step: int, kind: int) -> float:
     Args:
         step: s, the number of optimizer updates so far.
         kind: 0, 1 or 2.
+
+    Raises:
+        ValueError: for an unknown kind.
     """
     if kind not in (0, 1, 2):
         raise ValueError(f"kind={kind!r}: DiffusionNFT knows 0 (on policy), 1 (slow) and 2 (flat, then fast).")
@@ -40,6 +43,9 @@ def ramp_decay(step: int, ramp: str) -> float:
         step: s, the number of optimizer updates so far.
         ramp: "start_step-start_value-slope-end_value" such as "75-0-0.0075-0.999"; "0" to "6"; or a name:
             none, slow, medium, offline, fast, moderate.
+
+    Raises:
+        ValueError: for a text that is no ramp.
     """
     preset = _RAMPS.get(_RAMP_NAMES.get(ramp, ramp))
     if preset is None:
@@ -81,7 +87,11 @@ def piecewise_linear_decay(step: int, *, decay: float = 0.5, flat: int = 0, rate
 
 
 def cosine_decay(step: int, *, decay: float = 0.999, initial: float = 0.9, total: int = 1000) -> float:
-    """Half a cosine from `initial` at step 0 to `decay` at step `total`, then constant."""
+    """Half a cosine from `initial` at step 0 to `decay` at step `total`, then constant.
+
+    Raises:
+        ValueError: for a total below 1.
+    """
     _share("decay", decay)
     _share("initial", initial)
     if total < 1:
@@ -92,7 +102,11 @@ def cosine_decay(step: int, *, decay: float = 0.999, initial: float = 0.9, total
 def warmup_cosine_decay(
     step: int, *, decay: float = 0.999, initial: float = 0.9, warmup: int = 100, total: int = 1000
 ) -> float:
-    """Linear from 0 to `initial` over `warmup` steps, then half a cosine to `decay` at step `total`."""
+    """Linear from 0 to `initial` over `warmup` steps, then half a cosine to `decay` at step `total`.
+
+    Raises:
+        ValueError: unless 0 < warmup < total.
+    """
     if not 0 < warmup < total:
         raise ValueError(f"warmup={warmup}, total={total}: the warm-up must be shorter than the whole, and not empty.")
     if step < warmup:

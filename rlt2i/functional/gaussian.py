@@ -119,6 +119,9 @@ def reference_kl_map(
 
     Returns:
         [B, H, W].
+
+    Raises:
+        ValueError: for an unknown form.
     """
     if form == "flow_grpo":
         return kl_map(transition.mean, reference.mean, transition.scale)

@@ -121,6 +121,9 @@ def crd_pool(label: Tensor, group_size: int | Tensor, *, temperature: float) -> 
 
     Returns:
         [B], detached.
+
+    Raises:
+        ValueError: for a temperature of 0.
     """
     if temperature == 0:
         raise ValueError("temperature=0: use a small positive or negative temperature, or math.inf for the mean.")
@@ -158,6 +161,9 @@ def crd_centred_loss(
 
     Returns:
         [B].
+
+    Raises:
+        ValueError: for an unknown form.
     """
     reward = full_precision(reward)
     label, pool = label.detach().to(reward), pool.detach().to(reward)
@@ -199,6 +205,9 @@ def crd_loss(
 
     Returns:
         [B].
+
+    Raises:
+        ValueError: for a temperature that is not positive.
     """
     if temperature <= 0:
         raise ValueError(
@@ -227,6 +236,9 @@ def crd_kl_weight(label: Tensor, *, kl_beta: float, base: float = 1e-4) -> Tenso
 
     Returns:
         [B].
+
+    Raises:
+        ValueError: for a `kl_beta` that is not positive.
     """
     if kl_beta <= 0:
         raise ValueError(f"kl_beta={kl_beta}: without an anchor there is nothing to adapt. Use a positive number.")

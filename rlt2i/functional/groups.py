@@ -46,6 +46,9 @@ def group_layout(group_size: int | Tensor, batch: int, device: torch.device) -> 
 
     Returns:
         Groups; with ids, groups are in ascending order of id and keep the order of their samples.
+
+    Raises:
+        ValueError: for a size that does not divide the batch, or ids that do not name a group for each of it.
     """
     if not isinstance(group_size, Tensor):
         if group_size < 1 or batch % group_size:
@@ -115,6 +118,9 @@ def group_mask(group_size: int | Tensor, rewards: Tensor, valid: Tensor | None) 
 
     Returns:
         The layout, and a mask [P, G, 1, ...] that broadcasts against `layout.split(rewards)`.
+
+    Raises:
+        ValueError: for `valid` of another shape or type than [B] bool; what `group_layout` raises.
     """
     batch = len(rewards)
     groups = group_layout(group_size, batch, rewards.device)

@@ -38,6 +38,9 @@ def blur2d(maps: Tensor, sigma: float) -> Tensor:
 
     Returns:
         [..., h, w].
+
+    Raises:
+        ValueError: for a negative width.
     """
     if sigma < 0:
         raise ValueError(f"blur={sigma}: a width is not negative. Use 0 for no blur.")

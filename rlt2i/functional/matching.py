@@ -58,6 +58,9 @@ def nft_branches(v: Tensor, v_old: Tensor, *, beta: float) -> tuple[Tensor, Tens
 
     Returns:
         (v+, v-), both [B, C, H, W].
+
+    Raises:
+        ValueError: for a beta that is not positive.
     """
     if beta <= 0:
         raise ValueError(
@@ -79,6 +82,9 @@ def nft_label(advantage: Tensor, *, clip: float = 5.0, mode: NFTMode = "all") ->
 
     Returns:
         The same shape, in [0, 1]; 1/2 means no preference, and its loss has no gradient at v = v_old.
+
+    Raises:
+        ValueError: for a clip that is not positive, or an unknown mode.
     """
     if clip <= 0:
         raise ValueError(f"clip={clip}: the label saturates at A = clip. Use a positive value; NFT uses 5.")

@@ -46,6 +46,9 @@ def per_sample(value: Scalar, like: Tensor, *, name: str = "value") -> Tensor:
 
     Returns:
         [B, 1, ..., 1] (or the aligned input) in the dtype of `like`.
+
+    Raises:
+        ValueError: for more or fewer numbers than samples.
     """
     if not isinstance(value, Tensor):
         return torch.full((like.shape[0],) + (1,) * (like.ndim - 1), value, dtype=like.dtype, device=like.device)

@@ -35,6 +35,9 @@ def dpo_logits(
 
     Returns:
         [B].
+
+    Raises:
+        ValueError: for a beta that is not positive.
     """
     if beta <= 0:
         raise ValueError(f"beta={beta}: the preference would not depend on the policy. Use a positive beta.")

@@ -99,6 +99,9 @@ def gradient_saliency(gradient: Tensor, latents: Tensor, *, form: Saliency = "gr
 
     Returns:
         [N, H, W], non-negative.
+
+    Raises:
+        ValueError: for an unknown form.
     """
     check_same_shape(gradient=gradient, latents=latents)
     if form == "gradient":

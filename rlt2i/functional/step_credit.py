@@ -65,6 +65,9 @@ def coca_advantage(
 
     Returns:
         [B, T].
+
+    Raises:
+        ValueError: for an alpha outside of [0, 1].
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha}: the share that all steps get alike lies in [0, 1].")
@@ -179,6 +182,9 @@ def turning_point_reward(
 
     Returns:
         TurningPointReward.
+
+    Raises:
+        ValueError: for an unknown bonus.
     """
     before, gain, trend, agreement = _trends(ode_reward, step_rewards, final_reward)
     remaining = full_precision(final_reward)[:, None] - before

@@ -47,6 +47,9 @@ def clipped_surrogate(
 
     Returns:
         SurrogateLoss of the shape of `log_ratio`.
+
+    Raises:
+        ValueError: for a clip range that is not positive, or factors that would expand the loss.
     """
     if not isinstance(clip_range, Tensor) and clip_range <= 0:
         raise ValueError(f"clip_range={clip_range}: clipping everything stops learning. Use clip_range > 0.")
@@ -91,6 +94,9 @@ def pool_log_ratio(log_ratio_map: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Returns:
         [N, h, w].
+
+    Raises:
+        ValueError: for a grid that does not divide the latents.
     """
     num, height, width = log_ratio_map.shape
     rows, columns = grid
@@ -138,6 +144,9 @@ def scaled_clip_range(clip_range: float, merged: int, *, summed: int = 1) -> flo
 
     Returns:
         clip_range * sqrt(merged) * summed.
+
+    Raises:
+        ValueError: for fewer than one location.
     """
     if merged < 1:
         raise ValueError(f"merged={merged}: a grid has at least one location. Pass h * w of the credit grid.")
@@ -171,6 +180,9 @@ def grpo_guard_log_ratio(
 
     Returns:
         [B, H, W].
+
+    Raises:
+        ValueError: for an unknown bias.
     """
     check_same_shape(mean=mean, old_mean=old_mean)
     log_ratio, mean = full_precision(log_ratio), full_precision(mean)

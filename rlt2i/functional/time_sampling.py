@@ -25,6 +25,9 @@ def shift_towards(sigma: Tensor, shift: float, direction: Direction) -> Tensor:
 
     Returns:
         The same shape.
+
+    Raises:
+        ValueError: for an unknown direction.
     """
     if direction == "noise":
         return shift_sigma(sigma, shift)
@@ -43,6 +46,9 @@ def stratified_times(within: Tensor, *, low: float = 0.0, high: float = 1.0) -> 
 
     Returns:
         [..., N] ascending.
+
+    Raises:
+        ValueError: unless low < high.
     """
     if not low < high:
         raise ValueError(f"low={low}, high={high}: low must be below high.")
@@ -91,6 +97,9 @@ def stratified_steps(within: Tensor, *, first: int, last: int) -> Tensor:
 
     Returns:
         [..., N] long, ascending.
+
+    Raises:
+        ValueError: for an empty range of steps.
     """
     if not 0 <= first <= last:
         raise ValueError(f"first={first}, last={last}: the range of steps is empty.")

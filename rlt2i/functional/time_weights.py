@@ -85,6 +85,9 @@ def chunk_by_relative_l1(change: Tensor, num_chunks: int) -> tuple[int, ...]:
 
     Returns:
         J chunk lengths that sum to T.
+
+    Raises:
+        ValueError: for more chunks than steps, or none.
     """
     curve = full_precision(change).reshape(-1, change.shape[-1]).mean(dim=0).tolist()
     steps = len(curve)

@@ -41,6 +41,9 @@ def sliding_window(
 
     Returns:
         At most `width` step indices, at least one.
+
+    Raises:
+        ValueError: where no step can be stochastic, or width, stride or period are below 1.
     """
     last = num_steps - 1 if last is None else last
     if not 0 < last <= num_steps:
@@ -111,6 +114,9 @@ def random_window(*, width: int, low: int, high: int, generator: torch.Generator
 
     Returns:
         `width` step indices.
+
+    Raises:
+        ValueError: for a width that does not fit.
     """
     if not 0 < width <= high - low:
         raise ValueError(f"width={width} does not fit between low={low} and high={high}.")
@@ -128,6 +134,9 @@ def random_subset(*, count: int, steps: int, generator: torch.Generator) -> tupl
 
     Returns:
         Ascending step indices; their order does not matter to a sum.
+
+    Raises:
+        ValueError: unless 1 <= count <= steps.
     """
     if not 0 < count <= steps:
         raise ValueError(f"count={count} of {steps} steps: choose between 1 and {steps} of them.")

@@ -76,7 +76,11 @@ def read_text(path: Path) -> str:
 
 
 def decode_text(content: bytes, name: str | Path) -> str:
-    """The text of the bytes of a file; see `read_text`."""
+    """The text of the bytes of a file; see `read_text`.
+
+    Raises:
+        TextFileError: for bytes that are not UTF-8, or lines that end as on Mac OS 9.
+    """
     encoding = next((encoding for mark, encoding in _MARKS if content.startswith(mark)), None)
     if encoding is not None:
         raise _not_utf8(content, 0, name, encoding)

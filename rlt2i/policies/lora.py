@@ -72,6 +72,9 @@ def exported_lora(network: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     The scale alpha / rank is multiplied into B, and alpha = rank written, so that a loader that ignores the metadata
     still applies the adapter at full strength.
+
+    Raises:
+        RuntimeError: where tensors and trainable parameters do not agree.
     """
     from peft import get_peft_model_state_dict
 

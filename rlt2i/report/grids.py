@@ -39,6 +39,9 @@ def image_grid(
 
     Returns:
         An RGB picture.
+
+    Raises:
+        ValueError: without images, or with another number of captions or rewards.
     """
     check_images("image_grid.images", images)
     for name, values in (("captions", captions), ("scores", scores), ("passed", passed)):

@@ -43,6 +43,9 @@ def overlay(image: Tensor, weights: Tensor, *, top: float, alpha: float = 0.82) 
 
     Returns:
         [3, H, W] uint8.
+
+    Raises:
+        ValueError: for weights that are no [h, w].
     """
     if weights.ndim != 2:
         raise ValueError(f"overlay.weights: got shape {list(weights.shape)}, expected [h, w].")

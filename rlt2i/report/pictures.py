@@ -24,7 +24,11 @@ TINY = 96
 
 
 def check_images(name: str, images: Tensor) -> Tensor:
-    """[N, 3, H, W] uint8, or an error that says what to do."""
+    """[N, 3, H, W] uint8, or an error that says what to do.
+
+    Raises:
+        ValueError: for another shape or type.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"{name}: got shape {list(images.shape)}, expected [N, 3, H, W].")
     if images.dtype is not torch.uint8:

@@ -71,6 +71,9 @@ def merge(parts: Sequence[tuple[Sequence[int], RewardOutput]], count: int) -> Re
     """One output of `count` samples from the outputs of some of their rows.
 
     A component that a part lacks is nan there; a map that a part lacks is 0. Rows in no part are invalid.
+
+    Raises:
+        ValueError: for maps of different sizes.
     """
     whole = failed(count, "this sample was not scored")
     names = dict.fromkeys(name for _, part in parts for name in part.components)

@@ -177,6 +177,9 @@ def collapse_linear(layers: State) -> dict[str, Tensor]:
 
     Returns:
         weight [in] and scalar bias, float32, computed in float64.
+
+    Raises:
+        ValueError: where the last layer has several outputs.
     """
     numbers = sorted({int(name.split(".")[0]) for name in layers})
     weight = torch.eye(layers[f"{numbers[0]}.weight"].shape[1], dtype=torch.float64)

@@ -148,6 +148,9 @@ def check(reward: Reward, *, expect: Path | None, record: Path | None) -> int:
     Args:
         expect: expectation file; None looks among those that ship.
         record: file to write what was found to.
+
+    Raises:
+        ValueError: for a record that was made with other settings.
     """
     observed, problems = observe(reward)
     shipped = FOLDER / f"{type(_inside(reward)).__name__}.json"

@@ -80,7 +80,11 @@ def write_image_reward(state: State, folder: Path) -> None:
 
 
 def write_hpsv3(state: State, folder: Path) -> None:
-    """Qwen2-VL-7B, the head on it, and the question that it was trained on."""
+    """Qwen2-VL-7B, the head on it, and the question that it was trained on.
+
+    Raises:
+        ValueError: for another checkpoint.
+    """
     from transformers import Qwen2VLModel
 
     renamed, head = convert.hpsv3_to_transformers(state)
@@ -168,7 +172,11 @@ RELEASES = {
 
 
 def load(model: torch.nn.Module, state: State, *, may_miss: str = "\0", assign: bool = False) -> None:
-    """Load every parameter, or take the tensors themselves; refuse a checkpoint that is not the expected one."""
+    """Load every parameter, or take the tensors themselves; refuse a checkpoint that is not the expected one.
+
+    Raises:
+        ValueError: naming parameters that are missing or unknown.
+    """
     missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=assign)
     missing = [name for name in missing if may_miss not in name]
     if missing or unexpected:
@@ -189,7 +197,11 @@ def read(checkpoint: Path) -> State:
 
 
 def check(checkpoint: Path, expected: str) -> str:
-    """The file's SHA-256, if it is the expected one."""
+    """The file's SHA-256, if it is the expected one.
+
+    Raises:
+        ValueError: for another file.
+    """
     with checkpoint.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if not digest.startswith(expected):

@@ -116,6 +116,9 @@ def main(arguments: Sequence[str] | None = None, *, parts: Parts | None = None) 
     Args:
         arguments: of `rlt2i reward test`.
         parts: the short names of rewards.
+
+    Raises:
+        ValueError: for `--good` without `--bad`, or the reverse.
     """
     options = parser().parse_args(arguments)
     if bool(options.good) != bool(options.bad):

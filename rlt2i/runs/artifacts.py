@@ -112,7 +112,11 @@ class EvalImages:
 
 
 def open_images(path: Path, step: int) -> EvalImages:
-    """Open images/eval-<step>.safetensors."""
+    """Open images/eval-<step>.safetensors.
+
+    Raises:
+        UnreadableFileError: for a file that holds something else, or is damaged.
+    """
     try:
         with safe_open(path, "pt") as file:
             shape = file.get_slice("images").get_shape()
@@ -183,7 +187,11 @@ def write_maps(
 
 
 def open_maps(path: Path) -> list[MapSample]:
-    """Load maps/step-<step>.safetensors."""
+    """Load maps/step-<step>.safetensors.
+
+    Raises:
+        UnreadableFileError: for a file that holds something else, or is damaged.
+    """
     tensors, info = _read(path)
     missing = [name for name in ("weights", "final", "sigmas") if name not in tensors]
     if missing:

@@ -292,7 +292,11 @@ class PretrainedSpec(PolicySpec):
 
 @contextlib.contextmanager
 def fetching(spec: PretrainedSpec) -> Iterator[None]:
-    """Name the repository, and what to do without a network, where its files cannot be fetched."""
+    """Name the repository, and what to do without a network, where its files cannot be fetched.
+
+    Raises:
+        ValueError: naming the path, the reason and the way out.
+    """
     try:
         yield
     except OSError as error:
