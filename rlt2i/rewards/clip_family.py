@@ -63,7 +63,7 @@ def bicubic(images: Tensor, size: Sequence[int], *, rounded: bool) -> Tensor:
 
 
 def cut_ends(images: Tensor) -> Tensor:
-    """Keep the middle of a very long image: one pixel wide, it would grow to a hundred thousand rows."""
+    """[..., H, W] to its middle, where it is very long: one pixel wide, it would grow to a hundred thousand rows."""
     height, width = images.shape[-2:]
     most = _LONGEST * min(height, width)
     top, left = (max(0, edge - most) // 2 for edge in (height, width))
@@ -202,7 +202,7 @@ class CLIPTowers(Towers):
 
 
 def projected(output: Any) -> Tensor:
-    """The projected embedding: transformers 5 returns an output object, earlier versions a tensor."""
+    """The projected embedding [N, D]: transformers 5 returns an output object, earlier versions a tensor."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 

@@ -16,7 +16,7 @@ _RGBA = 4
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """[N, 3, H', W'] contiguous float32 images in [0, 1]; gradients flow."""
+    """Latents [N, C, H, W] of the network to [N, 3, H', W'] contiguous float32 images in [0, 1]; gradients flow."""
     scaled = _tidy(to_vae(vae, latents).to(vae.dtype))
     framed = hasattr(vae.config, _FRAMED)
     images = vae.decode(scaled.unsqueeze(2) if framed else scaled, return_dict=False)[0]
@@ -25,7 +25,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def encode(vae: Any, images: Tensor) -> Tensor:
-    """The inverse of `decode`: the mean of the autoencoder's posterior, never a draw from it; float32."""
+    """The inverse of `decode`, [N, 3, H', W'] in [0, 1] to [N, C, H, W] float32: the posterior's mean, never a draw."""
     pixels = _tidy((2 * images - 1).to(vae.device, vae.dtype))
     if getattr(vae.config, "in_channels", None) == _RGBA:
         pixels = torch.nn.functional.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0)  # opaque
@@ -36,7 +36,10 @@ def encode(vae: Any, images: Tensor) -> Tensor:
 
 
 def to_vae(vae: Any, latents: Tensor) -> Tensor:
-    """What the autoencoder decodes; the order of operations is that of the stock pipelines."""
+    """[N, C, H, W] of the network to what the autoencoder decodes, in the order of operations of the stock pipelines.
+
+    FLUX.2's network sees 2 x 2 latents as one, so here [N, 4c, h, w] becomes [N, c, 2h, 2w]; else the shape stays.
+    """
     config = vae.config
     if hasattr(vae, "bn"):
         mean, std = _batch_statistics(vae, latents)
@@ -49,7 +52,7 @@ def to_vae(vae: Any, latents: Tensor) -> Tensor:
 
 
 def from_vae(vae: Any, latents: Tensor) -> Tensor:
-    """The inverse of `to_vae`."""
+    """The inverse of `to_vae`, shapes too."""
     config = vae.config
     if hasattr(vae, "bn"):
         latents = _patchify(latents)
@@ -63,7 +66,7 @@ def from_vae(vae: Any, latents: Tensor) -> Tensor:
 
 
 def on_white(images: Tensor) -> Tensor:
-    """RGB as it is; RGBA (Qwen-Image-2.1) as a page shows it, and as its text encoder is shown images."""
+    """[N, 3, H, W] as it is; [N, 4, H, W] (Qwen-Image-2.1's RGBA) as a page shows it, [N, 3, H, W], in [0, 1]."""
     if images.shape[1] != _RGBA:
         return images
     colours, opacity = images[:, :3], images[:, 3:]
