@@ -6,6 +6,7 @@ over independent batches with its standard error (the jackknife's, which for a m
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from rlt2i.bench.maps import (
     sign_agreement,
     step_gains,
 )
-from rlt2i.bench.probe_rows import Measured, Tally, read_batch, write_batch
+from rlt2i.bench.probe_rows import Measured, Saved, Tally, read_batch, write_batch
 from rlt2i.credit.influence import Influence
 from rlt2i.credit.steps import trained_steps
 from rlt2i.engine import Engine
@@ -115,33 +116,41 @@ class Probe:
 
         Args:
             weights: what to call them.
-            batches: independent rollout batches, for maps and gradients.
+            batches: independent rollout batches, for maps, gradients and what a step of them clips.
             interventions: batches in which steps are completed and noise is redrawn; they cost many rollouts each.
-            folder: where finished batches are kept, and found again by the next call with the same probe; by default
-                in memory alone.
+            folder: where finished batches and interventions are kept, and found again by the next call with the same
+                probe, which may ask for more of them; by default in memory alone.
 
         Raises:
             ValueError: when the folder was made by another probe.
         """
         if folder is not None:
-            self._claim(folder, weights, interventions)
+            self._claim(folder, weights)
         sets = ParameterSets(self.policy.trainable_parameters())
         for name in sorted(self.parts.objective.needs.parameter_sets):
             sets.add(name)
         tally = Tally()
         gradients: dict[str, list[Tensor]] = {name: [] for name in self.credits.credits}
         started = time.perf_counter()
-        for batch in range(batches):
-            place = folder / f"batch-{batch:04d}.safetensors" if folder else None
+
+        def kept(what: str, number: int, count: int, work: Callable[[], Saved]) -> Saved:
+            place = folder / f"{what}-{number:04d}.safetensors" if folder else None
             saved = read_batch(place) if place else None
             if saved is None:
-                saved = self._batch(weights, batch, sets, intervene=batch < interventions)
+                saved = work()
                 if place:
                     write_batch(place, *saved)
-                say(f"{weights}: batch {batch + 1} of {batches}, {time.perf_counter() - started:.0f} s")
-            tally.merge(saved[0])
-            for name, gradient in saved[1].items():
+                say(f"{weights}: {what} {number + 1} of {count}, {time.perf_counter() - started:.0f} s")
+            return saved
+
+        for batch in range(batches):
+            measured, own = kept("batch", batch, batches, functools.partial(self._batch, weights, batch, sets))
+            tally.merge(measured)
+            for name, gradient in own.items():
                 gradients[name].append(gradient)
+        for batch in range(interventions):
+            work = functools.partial(self._intervention, batch)
+            tally.merge(kept("intervention", batch, interventions, work)[0])
         rows = list(tally.rows(weights))
         for name, q in gradient_quality(gradients).items() if batches >= 3 else ():
             for measure, value, error in (
@@ -154,40 +163,48 @@ class Probe:
                 )
         return rows
 
-    def _claim(self, folder: Path, weights: str, interventions: int) -> None:
+    def _claim(self, folder: Path, weights: str) -> None:
         """Write down what is measured in a folder, or see that it is the same."""
         what = {"recipe": self.recipe.hash, "prompts": self.prompts, "group_size": self.group_size, "seed": self.seed}
-        text = json.dumps({**what, "weights": weights, "interventions": interventions}, indent=1) + "\n"
+        text = json.dumps({**what, "weights": weights}, indent=1) + "\n"
         file = folder / "probe.json"
         if file.is_file() and file.read_text(encoding="utf-8") != text:
             raise ValueError(f"{folder}: holds batches of another probe ({file}). Name another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(file, text)
 
-    def _batch(
-        self, weights: str, batch: int, sets: ParameterSets, *, intervene: bool
-    ) -> tuple[Tally, dict[str, Tensor]]:
+    def _batch(self, weights: str, batch: int, sets: ParameterSets) -> Saved:
         """What one batch gives: its measures, and a gradient [D] bfloat16 per credit."""
         tally = Tally()
         gradients: dict[str, Tensor] = {}
-        experience = self._collect(batch, self.prompts, self.group_size)
-        assert self.credits.context is not None
-        context, made = self.credits.context, dict(self.credits.made)
+        experience, context, made = self._credited(batch, self.prompts, self.group_size)
         self._maps(tally, context, made)
         self._categories(tally, batch, context, made)
         for name, credit in made.items():
             own = attrs.evolve(experience, credit=credit)
             gradient = self._gradient(own, sets, batch)
             gradients[name] = gradient.bfloat16().cpu()  # float16 would lose the smallest to zero
-            if intervene:
-                self._clips(tally, name, own, gradient)
-        if intervene:
-            self._steps(tally, context, made)
-            if weights != "base":
-                self._drift(tally, context, made)
-            if experience.trajectory.stochastic.any():
-                self._influence(tally, batch)
+            self._clips(tally, name, own, gradient)
+        if weights != "base":
+            self._drift(tally, context, made)
         return tally, gradients
+
+    def _intervention(self, batch: int) -> Saved:
+        """What the completed steps of one batch and redrawn noise say; no gradients."""
+        tally = Tally()
+        _, context, made = self._credited(batch, self.prompts, self.group_size)
+        self._steps(tally, context, made)
+        if context.trajectory.stochastic.any():
+            self._influence(tally, batch)
+        return tally, {}
+
+    def _credited(
+        self, batch: int, prompts: int, group_size: int
+    ) -> tuple[Experience, CreditContext, Mapping[str, Credit]]:
+        """A rollout batch, what its credit was assigned from, and each credit by name."""
+        experience = self._collect(batch, prompts, group_size)
+        assert self.credits.context is not None
+        return experience, self.credits.context, dict(self.credits.made)
 
     def _collect(self, batch: int, prompts: int, group_size: int) -> Experience:
         train, start = self.recipe.train, batch * prompts
@@ -263,9 +280,7 @@ class Probe:
 
     def _influence(self, tally: Tally, batch: int) -> None:
         """Rank correlation of maps with what redrawn noise of a block does to the reward, on one prompt's rollouts."""
-        self._collect(10**6 + batch, 1, INFLUENCE_ROLLOUTS)
-        context, made = self.credits.context, dict(self.credits.made)
-        assert context is not None
+        _, context, made = self._credited(10**6 + batch, 1, INFLUENCE_ROLLOUTS)
         measured = Influence(blocks=BLOCKS, mix=1.0, floor=1e-6).weight(context)
         for name, credit in made.items():
             weight = _whole(credit, context)

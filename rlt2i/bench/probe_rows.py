@@ -61,6 +61,10 @@ class Tally:
             )
 
 
+Saved = tuple[Tally, Mapping[str, Tensor]]
+"""What one batch gave: its measures, and tensors by name."""
+
+
 def write_batch(path: Path, tally: Tally, gradients: Mapping[str, Tensor]) -> None:
     """Keep what one batch gave, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,7 @@ def write_batch(path: Path, tally: Tally, gradients: Mapping[str, Tensor]) -> No
     replace_tensors(path, dict(gradients), metadata={"tally": json.dumps(rows)})
 
 
-def read_batch(path: Path) -> tuple[Tally, dict[str, Tensor]] | None:
+def read_batch(path: Path) -> Saved | None:
     """What `write_batch` kept; None where there is nothing."""
     if not path.is_file():
         return None

@@ -102,7 +102,9 @@ def test_probe_on_the_toy_policy():
     before = {k: v.detach().clone() for k, v in probe.policy.trainable_parameters().items()}
     said: list[str] = []
     rows = probe.measure("step 3", batches=3, interventions=1, say=said.append)
-    assert len(said) == 3
+    assert said[0].startswith("step 3: batch 1 of 3")
+    assert said[3].startswith("step 3: intervention 1 of 1")
+    assert len(said) == 4
     for name, value in probe.policy.trainable_parameters().items():
         assert torch.equal(value, before[name]), "a probe must leave the weights as they are"
     found = {(row.credit, row.measure): row.value for row in rows}
@@ -117,19 +119,23 @@ def test_probe_on_the_toy_policy():
     assert found["uniform", "gradient SNR over uniform"] == 1.0
     for measure in ("step-sign agreement", "influence, rank correlation", "places clipped after one step"):
         assert ("own map", measure) in found, measure
+    batches = {(row.credit, row.measure): row.batches for row in rows}
+    assert batches["own map", "places clipped after one step"] == 3
+    assert batches["own map", "map drift, overlap with the base's, step 0"] == 3
+    assert batches["own map", "influence, rank correlation"] == 1
     assert 0 <= found["own map", "step-sign agreement"] <= 1
     assert "own map" in table(rows)
 
 
 def test_a_probe_goes_on_from_the_batches_it_kept(tmp_path: Path):
     probe = Probe.of(clipped(), prompts=2, group_size=4, seed=0)
-    whole = probe.measure("base", batches=3, interventions=1, say=lambda _: None)
+    whole = probe.measure("base", batches=3, interventions=2, say=lambda _: None)
     said: list[str] = []
     probe.measure("base", batches=2, interventions=1, folder=tmp_path, say=said.append)
     again = Probe.of(clipped(), prompts=2, group_size=4, seed=0)
-    resumed = again.measure("base", batches=3, interventions=1, folder=tmp_path, say=said.append)
-    assert repr(resumed) == repr(whole)  # an error over one batch is nan, which equals nothing
-    assert len(said) == 3  # two batches, then the third alone
+    resumed = again.measure("base", batches=3, interventions=2, folder=tmp_path, say=said.append)
+    assert repr(resumed) == repr(whole)  # an error over one batch would be nan, which equals nothing
+    assert len(said) == 3 + 2  # two batches and an intervention, then what is new
     with pytest.raises(ValueError, match="batches of another probe"):
         Probe.of(clipped(), prompts=2, group_size=4, seed=1).measure(
             "base", batches=3, interventions=1, folder=tmp_path
