@@ -148,7 +148,8 @@ class Probe:
             tally.merge(measured)
             for name, gradient in own.items():
                 gradients[name].append(gradient)
-        for batch in range(interventions):
+        # Without noise a step does what was expected of it, and there is nothing to redraw.
+        for batch in range(interventions if self.parts.sampler.stochastic_steps(0) else 0):
             work = functools.partial(self._intervention, batch)
             tally.merge(kept("intervention", batch, interventions, work)[0])
         rows = list(tally.rows(weights))
@@ -194,8 +195,7 @@ class Probe:
         tally = Tally()
         _, context, made = self._credited(batch, self.prompts, self.group_size)
         self._steps(tally, context, made)
-        if context.trajectory.stochastic.any():
-            self._influence(tally, batch)
+        self._influence(tally, batch)
         return tally, {}
 
     def _credited(

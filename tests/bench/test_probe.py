@@ -144,9 +144,11 @@ def test_a_probe_goes_on_from_the_batches_it_kept(tmp_path: Path):
 
 def test_probe_of_a_deterministic_sampler_redraws_no_noise():
     recipe = attrs.evolve(nft(), sampler=ODE(num_steps=5))
+    said: list[str] = []
     rows = Probe.of(recipe, prompts=2, group_size=4, seed=0).measure(
-        "base", batches=3, interventions=1, say=lambda _: None
+        "base", batches=3, interventions=1, say=said.append
     )
+    assert len(said) == 3
     measures = {row.measure for row in rows}
     assert "gradient SNR" in measures
     assert "influence, rank correlation" not in measures
