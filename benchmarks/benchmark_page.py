@@ -124,8 +124,10 @@ def across_block() -> list[str]:
         found = {(c.measure, c.arm): c for c in compare(published) if c.other == "uniform"}
         asked = (("final", "star"), ("area", "star"), ("final", "oracle"))
         seeds = max(c.judged.difference.seeds for c in found.values())
-        rows.append((f"`{name}`", seeds, *(_in_a_cell(found.get(which)) for which in asked)))
-    header = ("plan", "seeds", "STAR, last iteration", "STAR, average of training", "oracle, last iteration")
+        rows.append(
+            (f"`{name}`", f"`{published.plan.metric}`", seeds, *(_in_a_cell(found.get(which)) for which in asked))
+        )
+    header = ("plan", "score", "seeds", "STAR, last iteration", "STAR, average of training", "oracle, last iteration")
     return table(header, rows) if rows else ["Not run yet."]
 
 
