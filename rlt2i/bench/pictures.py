@@ -38,8 +38,8 @@ def kept_pictures(folder: BenchFolder, plan: Plan) -> Mapping[str, Any] | None:
         return None
     recipe = folder.recipe(arms[0], seed)
     prompts = recipe.task.eval_prompts(recipe.train.eval_prompts)
-    base = Evaluation.read(folder.base, prompts)
-    judged = {"base": base} | {arm: Evaluation.read(evaluation_file(runs[arm], last), prompts) for arm in arms}
+    files = {"base": folder.base} | {arm: evaluation_file(runs[arm], last) for arm in arms}
+    judged = {name: Evaluation.read(file, prompts).unseen() for name, file in files.items()}
     labels = {"base": "base"} | {arm: plan.label(arm) for arm in arms}
     return {
         "seed": seed,

@@ -97,17 +97,16 @@ def distance_moved(recipe: Recipe, run: Path) -> dict[str, float]:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    prompts = recipe.task.eval_prompts(min(IMAGES, train.eval_prompts))
+    base = Evaluation.read(evaluation_file(run, 0), recipe.task.eval_prompts(train.eval_prompts)).unseen()
     nats = path_divergence(
         policy,
         sets,
-        prompts,
+        base.prompts[:IMAGES],
         num_steps=train.eval_steps,
         seed=train.eval_seed,
         image_size=train.image_size,
         rollout_batch_size=train.rollout_batch_size,
     )
-    base = Evaluation.read(evaluation_file(run, 0), recipe.task.eval_prompts(train.eval_prompts))
     looks = "maps" in recipe.reward.offers
     return inside_and_outside(nats, judged_places(base, recipe.reward)[: len(nats)] if looks else None)
 
@@ -130,7 +129,7 @@ def trial_tables(recipe: Recipe, arm: str, run: Path, *, moved: Mapping[str, flo
     for iteration in range(train.iterations + 1):
         if not evaluation_file(run, iteration).is_file():
             continue
-        now = Evaluation.read(evaluation_file(run, iteration), prompts)
+        now = Evaluation.read(evaluation_file(run, iteration), prompts).unseen()
         base = base or now
         scores += [(arm, seed, iteration, *row) for row in prompt_scores(now)]
         measured = evaluation_measures(now, base, recipe.reward)

@@ -35,6 +35,11 @@ class Scores:
     valid: Tensor
     components: Mapping[str, Tensor]
 
+    def take(self, rows: Tensor) -> Scores:
+        """Of some of the images."""
+        components = {name: values[rows] for name, values in self.components.items()}
+        return Scores(scores=self.scores[rows], valid=self.valid[rows], components=components)
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class Evaluation:
@@ -105,6 +110,23 @@ class Evaluation:
                 )
                 for name in rewards
             },
+        )
+
+    def unseen(self) -> Evaluation:
+        """The part of it whose prompts are not trained on; the whole, where that is none of them or all."""
+        rows = [i for i, prompt in enumerate(self.prompts) if not prompt.trained_on]
+        if len(rows) in (0, len(self.prompts)):
+            return self
+        kept = torch.tensor(rows)
+        return attrs.evolve(
+            self,
+            prompts=[self.prompts[i] for i in rows],
+            images=self.images[kept],
+            scores=self.scores[kept],
+            valid=self.valid[kept],
+            components={name: values[kept] for name, values in self.components.items()},
+            heldout={name: judged.take(kept) for name, judged in self.heldout.items()},
+            notes=[self.notes[i] for i in rows] if self.notes else (),
         )
 
     @property

@@ -89,6 +89,11 @@ def test_what_is_held_out_is_told_apart_from_what_is_trained_on():
     # No prompt is right in one image and wrong in another: nothing varies, however much the prompts differ.
     assert found["eval/strict_low"] == found["eval/strict_high"] == 0.5
     assert "held-out  0.250" in summary_line(1, found)
+    unseen = attrs.evolve(now, notes=[p.text for p in prompts]).unseen()
+    assert len(unseen.prompts) == len(unseen.images) == len(unseen.notes) == 16
+    assert not any(p.trained_on for p in unseen.prompts)
+    assert float(unseen.scores.mean()) == float(unseen.components["strict"].mean()) == 0.25
+    assert unseen.unseen() is unseen
     # A category of prompts whose images could not be judged leaves the others alone.
     lost = attrs.evolve(now, valid=torch.tensor([p.category != "colors" for p in prompts])).metrics(base)
     assert lost["eval/unseen/strict"] == 0.0
