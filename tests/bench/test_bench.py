@@ -13,7 +13,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from rlt2i.bench.analysis import Results, network_evaluations, read_results, trend, trend_lines
+from rlt2i.bench.analysis import Results, compare, network_evaluations, read_results, remarks, trend, trend_lines
 from rlt2i.bench.curves import area, at, until
 from rlt2i.bench.folder import TABLES, BenchFolder, read_table
 from rlt2i.bench.plan import Arm, Plan, Trend, load_plan, shipped_plans
@@ -223,6 +223,30 @@ def test_plans_refuse_early(tmp_path: Path):
     path.write_text(path.read_text().replace("margin: 0.01", "margin: 0.0"))
     with pytest.raises(ConfigError, match="margin"):
         load_plan(path)
+
+
+def test_an_oracle_without_a_lead_is_said_and_what_follows_from_it():
+    def remarked(star: list[float], oracle: list[float]) -> list[str]:
+        arms = {"uniform": [0.50, 0.70, 0.60, 0.65], "star": star, "oracle": oracle}
+        plan = toy_plan(arms={name: Arm(recipe=TOY) for name in arms}, reference="uniform", seeds=4)
+        curves = {(arm, seed): {0: 0.0, 2: v} for arm, values in arms.items() for seed, v in enumerate(values)}
+        empty: dict[tuple[str, int], float] = {}
+        results = Results(
+            plan=plan,
+            curves={"strict": curves},
+            seconds=empty,
+            credit_seconds=empty,
+            cost=dict.fromkeys(arms, 1),
+            samples={0: 0, 2: 1},
+            scores={},
+        )
+        return remarks(results, compare(results))
+
+    ahead, level = [0.60, 0.81, 0.70, 0.75], [0.52, 0.68, 0.61, 0.64]
+    assert remarked(star=ahead, oracle=ahead) == []
+    assert remarked(star=ahead, oracle=level) == ["The oracle is not shown to be better than uniform."]
+    (line,) = remarked(star=level, oracle=level)
+    assert line.endswith("as run, this benchmark cannot rank spatial credit.")
 
 
 def ladder(scores: dict[str, list[float]], **fields: object) -> Results:
