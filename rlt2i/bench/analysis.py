@@ -279,10 +279,10 @@ def remarks(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
     plan, lines = results.plan, []
     oracle = next((c for c in comparisons if (c.measure, c.arm, c.other) == ("final", "oracle", plan.reference)), None)
     if oracle and oracle.judged.difference.seeds >= FEWEST_SEEDS and oracle.judged.verdict != "better":
-        told = any(c.measure == "final" and c.judged.verdict in ("better", "worse") for c in comparisons)
+        ranked = any(c.measure == "final" and c.judged.verdict in ("better", "worse") for c in comparisons)
         lines.append(
             f"The oracle is not shown to be better than {plan.label(plan.reference)}"
-            + ("." if told else ": as run, this benchmark cannot rank spatial credit.")
+            + ("." if ranked else ": as run, this benchmark cannot rank spatial credit.")
         )
     if missing := [arm for arm in plan.arms if not results.seeds(arm)]:
         lines.append(f"Not run yet: {', '.join(missing)}.")
