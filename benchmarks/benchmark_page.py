@@ -39,6 +39,8 @@ QUESTIONS = (("star", "uniform"), ("oracle", "uniform"), ("star", "shuffled"), (
 """Does the map help, does knowing the place help, is it the map, and is there anything left?"""
 SHORT = {"final": "the last iteration", "area": "all, on average"}
 """Measures of the other plans that are shown: the score in the end, and the area under its curve."""
+FEW_POINTS = 3
+"""Evaluations of a run that a table says as well as a curve does."""
 BLOCK = re.compile(r"(<!-- from: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -107,6 +109,8 @@ def questions_block() -> list[str]:
         scores = "; ".join(f"{label} {after}" for label, _, _, after, *_ in arms)
         metric = published.plan.metric
         lines += [f"`{metric}` on held-out prompts, from {arms[0][2]}, after iteration {published.last}: {scores}.", ""]
+        if len(published.samples) > FEW_POINTS:
+            lines += [f"![held-out curves](assets/benchmark/{name}.svg)", ""]
         lines += [f"![paired differences with intervals](assets/benchmark/{name}-differences.svg)", ""]
         lines += [
             *table(header, rows),
@@ -254,6 +258,7 @@ def main() -> None:
     """Rewrite the page and copy the figures."""
     FIGURES.mkdir(parents=True, exist_ok=True)
     figures = {name: "lab.svg" if name == "lab" else "curves.svg" for name in (*MAIN, "lab")}
+    figures |= {n: "curves.svg" for n in shipped_plans() if (r := _published(n)) and len(r.samples) > FEW_POINTS}
     figures |= {f"{file.parent.name}-differences": "differences.svg" for file in TABLES.glob("*/differences.svg")}
     for name, file in figures.items():
         shutil.copyfile(TABLES / name.removesuffix("-differences") / file, FIGURES / f"{name}.svg")
