@@ -34,16 +34,13 @@ SECTIONS = ("Composition", "Parameters", "Logged", "Results", "Differences from 
 KINDS = ("Advantage", "Allocation", "Mask", "Objective", "Sampler", "TransitionKernel")
 WIDTH = 128
 
-BEFORE_ALL_ROLLOUTS = {
-    (recipe, 0) for recipe in ("awm-shapes", "crd-shapes", "dpm2-shapes", "star-nft-shapes", "uniform-nft-shapes")
-}
+BEFORE_ALL_ROLLOUTS = {(recipe, 0) for recipe in ("awm-shapes", "crd-shapes", "dpm2-shapes", "star-nft-shapes")}
 """(recipe, seed) of curves of losses that pull on every rollout, from when those without advantage were left out.
 A curve that is made again leaves this set."""
 
 WHY_NOT = {
     "influence-shapes": "An update measures every rollout with 408 network calls on top of its own 10.",
     "offline-dpo-shapes": "It reads a file of pairs, which `rlt2i pairs dpo-shapes pairs/shapes` makes first.",
-    "opd-shapes": "It learns from two other runs, which have to be made first.",
     "vipo-cells": "`vipo-cells` needs the weights of DINOv2 from the hub, which the other recipes do without.",
     "feature-saliency-shapes": "It needs the weights of DINOv2 from the hub, which the other recipes do without.",
 }
